@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dilated pattern: which rows of which head belong to which branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+OffsetRule = Literal["modulo", "block"]
+
+
+class Branch(NamedTuple):
+    """One branch: rows are cut into segments of `segment_length` and every `dilation_rate`-th row is kept.
+
+    `segment_length` is None for one segment over the whole sequence.
+    """
+
+    segment_length: int | None
+    dilation_rate: int
+
+
+class Heads(NamedTuple):
+    """The kv heads `start, start + step, ...` below `stop`: the heads of one offset."""
+
+    start: int
+    stop: int
+    step: int
+
+    @property
+    def indices(self) -> range:
+        """The heads."""
+        return range(self.start, self.stop, self.step)
+
+    @property
+    def slice(self) -> slice:
+        """The heads, to index a tensor axis."""
+        return slice(self.start, self.stop, self.step)
+
+
+class Residue(NamedTuple):
+    """All kv heads that share one offset within a branch."""
+
+    offset: int
+    heads: Heads
+
+
+@dataclass(frozen=True)
+class DilatedPattern:
+    """Branches of segment lengths `w` and dilation rates `r` (LongNet, arXiv 2307.02486, section 2.2).
+
+    Row `s` is in branch `i` for kv head `g` iff `((s + segment_shift) mod w_i) mod r_i == offset_i(g)`, where the offset is
+    `(g + head_shift) mod r_i` (rule "modulo", the paper's) or `g // ceil(num_kv_heads / r_i)` (rule "block", the authors'
+    released code). Nothing needs to divide anything. Duplicate branches count twice; their order is irrelevant.
+
+    Args:
+        segment_lengths: `w_i >= 1` in rows, or None for one segment over the whole sequence.
+        dilation_rates: `r_i` with `1 <= r_i <= w_i`, as many as there are segment lengths.
+        offset_rule: "modulo" or "block".
+        head_shift: added to the head index of the modulo rule; a different value per layer rotates the residues.
+        segment_shift: added to the row index before it is cut into segments; moves the boundaries.
+
+    Raises:
+        ValueError: for lengths that differ, values outside their range, or `head_shift` with the block rule.
+    """
+
+    segment_lengths: tuple[int | None, ...]
+    dilation_rates: tuple[int, ...]
+    offset_rule: OffsetRule = "modulo"
+    head_shift: int = 0
+    segment_shift: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "segment_lengths", tuple(self.segment_lengths))
+        object.__setattr__(self, "dilation_rates", tuple(self.dilation_rates))
+        if not self.segment_lengths:
+            raise ValueError("segment_lengths is empty; a pattern needs at least one branch, for example (1024,)")
+        if len(self.segment_lengths) != len(self.dilation_rates):
+            raise ValueError(
+                f"segment_lengths has {len(self.segment_lengths)} entries and dilation_rates {len(self.dilation_rates)}; "
+                "give one dilation rate per segment length"
+            )
+        for name in ("head_shift", "segment_shift"):
+            if not _is_int(getattr(self, name)):
+                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
+        for i, (w, r) in enumerate(self.branches):
+            if w is not None and (not _is_int(w) or w < 1):
+                raise ValueError(f"segment_lengths[{i}] must be a positive integer or None, got {w!r}")
+            if not _is_int(r) or r < 1 or (w is not None and r > w):
+                bound = "1 <= r" if w is None else f"1 <= r <= segment length {w}"
+                raise ValueError(f"dilation_rates[{i}] must be an integer with {bound}, got {r!r}")
+        if self.offset_rule not in get_args(OffsetRule):
+            raise ValueError(f"offset_rule must be 'modulo' or 'block', got {self.offset_rule!r}")
+        if self.offset_rule == "block" and self.head_shift != 0:
+            raise ValueError(f"head_shift={self.head_shift} needs offset_rule='modulo'; with 'block' it must be 0")
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches as `(segment_length, dilation_rate)` pairs."""
+        return tuple(Branch(w, r) for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
+
+    def offset(self, branch: Branch, head: int, num_kv_heads: int) -> int:
+        """The offset of kv head `head` in `branch`."""
+        r = branch.dilation_rate
+        if self.offset_rule == "modulo":
+            return (head + self.head_shift) % r
+        return head // -(-num_kv_heads // r)
+
+    def residues(self, branch: Branch, num_kv_heads: int) -> list[Residue]:
+        """The kv heads of `branch`, grouped by their offset, as strided ranges (every head is in exactly one)."""
+        r = branch.dilation_rate
+        if self.offset_rule == "modulo":
+            strided = [Heads(g, num_kv_heads, r) for g in range(min(r, num_kv_heads))]
+        else:
+            size = -(-num_kv_heads // r)
+            strided = [Heads(g, min(g + size, num_kv_heads), 1) for g in range(0, num_kv_heads, size)]
+        return [Residue(self.offset(branch, heads.start, num_kv_heads), heads) for heads in strided]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

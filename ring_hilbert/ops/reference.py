@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition of dilated attention as slow, plain PyTorch: the judge of every other path.
+
+Quadratic in memory and differentiable by ordinary autograd. Give it float64 tensors for the exact answer, or another dtype
+for what plain eager autograd makes of the same definition. Nothing optimised imports this file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.ops.pattern import DilatedPattern
+
+
+def multiplicity(pattern: DilatedPattern, length: int, num_kv_heads: int) -> Tensor:
+    """How many branches hold both rows in one segment, before any mask: int64 `[Hkv, S, S]` (query, key)."""
+    rows = torch.arange(length) + pattern.segment_shift
+    count = torch.zeros(num_kv_heads, length, length, dtype=torch.int64)
+    for branch in pattern.branches:
+        w, r = branch
+        segment = torch.zeros_like(rows) if w is None else rows.div(w, rounding_mode="floor")
+        within = rows if w is None else rows.remainder(w)
+        same_segment = segment[:, None] == segment[None, :]
+        for g in range(num_kv_heads):
+            member = within.remainder(r) == pattern.offset(branch, g, num_kv_heads)
+            count[g] += same_segment & member[:, None] & member[None, :]
+    return count
+
+
+def allowed(causal: bool, positions: Tensor, document_ids: Tensor | None) -> Tensor:
+    """Which query row may see which key row: bool `[B or 1, S, S]` from `[S]` or `[B, S]` positions and document ids."""
+    positions = positions.reshape(-1, positions.shape[-1])
+    mask = torch.ones(1, positions.shape[-1], positions.shape[-1], dtype=torch.bool, device=positions.device)
+    if causal:
+        mask = mask & (positions[:, None, :] <= positions[:, :, None])
+    if document_ids is not None:
+        ids = document_ids.reshape(-1, document_ids.shape[-1])
+        mask = mask & (ids[:, None, :] == ids[:, :, None]) & (ids[:, None, :] != -1)
+    return mask
+
+
+def dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilatedPattern,
+    *,
+    causal: bool = True,
+    order: TokenOrder | None = None,
+    positions: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`out[a] = sum_b m e^{s_ab} v_b / sum_b m e^{s_ab}` and `lse[a] = log sum_b m e^{s_ab}` over the whole sequence.
+
+    Args:
+        q: `[B, S, H, D]`.
+        k, v: `[B, S, Hkv, D]`, `H % Hkv == 0`.
+        pattern: the branches; `m` is the number of them that hold both rows.
+        causal: key rows with a larger position are hidden.
+        order: if given, all tensors are in natural token order and the pattern acts on rows in this order.
+        positions: integers `[S]` or `[B, S]`; default the row index (with `order`, the token index).
+        document_ids: integers `[S]` or `[B, S]`; rows of different documents do not see each other, -1 sees nothing.
+        scale: default `D ** -0.5`.
+
+    Returns:
+        `out [B, S, H, D]` in the dtype of q; `lse [B, H, S]` in float32 (float64 for float64). A row without a key has
+        `out = 0` and `lse = -inf`. Both are differentiable here.
+    """
+    length, num_heads, num_kv_heads = q.shape[1], q.shape[2], k.shape[2]
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    positions = torch.arange(length, device=q.device) if positions is None else positions
+    count = multiplicity(pattern, length, num_kv_heads).to(q.device)
+    if order is not None:  # token t sits on row inverse[t]: look the pattern up there, leave every tensor where it is
+        row = order.inverse(length).to(q.device)
+        count = count[:, row][:, :, row]
+    mask = allowed(causal, positions, document_ids)
+    m = (count * mask[:, None]).repeat_interleave(num_heads // num_kv_heads, dim=1)  # [B or 1, H, S, S]
+
+    heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    qh, kh, vh = (x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in heads_first)  # [B, H, S, D]
+    scores = factor * (qh @ kh.transpose(-1, -2))
+    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    scores = torch.where(m > 0, scores + m.clamp(min=1).to(scores.dtype).log(), float("-inf"))
+    covered = (m > 0).any(-1, keepdim=True).expand((*scores.shape[:-1], 1))
+    safe = torch.where(covered, scores, 0.0)  # keeps NaN out of the gradient of rows without a key
+    lse = torch.where(covered[..., 0], safe.logsumexp(-1), float("-inf"))
+    weights = torch.where(covered, safe.softmax(-1), 0.0)
+    out = (weights.to(q.dtype) @ vh).transpose(1, 2)
+    return out, lse
