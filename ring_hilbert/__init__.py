@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ring_hilbert: exact, sequence-parallel, LongNet-style dilated attention on tokens in space-filling-curve order."""
+
+from ring_hilbert import integrations
+from ring_hilbert.attention import dilated_attention
+from ring_hilbert.ops import reference
+from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.ops.pattern import Branch, DilatedPattern
+from ring_hilbert.parallel.plan import Plan, plan
+from ring_hilbert.parallel.prepare import Prepared, prepare
+from ring_hilbert.parallel.sharding import shard_batch
+
+__all__ = [
+    "Branch",
+    "DilatedPattern",
+    "Plan",
+    "Prepared",
+    "TokenOrder",
+    "dilated_attention",
+    "plan",
+    "prepare",
+    "reference",
+    "shard_batch",
+]
+
+integrations.install()

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Integrations with the libraries people train with.
+
+Importing `ring_hilbert` makes Transformers know `attn_implementation="ring_hilbert"`, without importing Transformers: the
+registration waits until somebody does.
+"""
+
+from wrapt import register_post_import_hook
+
+_HOOKS = {
+    "transformers.configuration_utils": "ring_hilbert.integrations.transformers_config:register",
+    "transformers.modeling_utils": "ring_hilbert.integrations.transformers:register",
+}
+
+
+def install() -> None:
+    """Register with each library now if it is imported already, else as soon as it is."""
+    for module, hook in _HOOKS.items():
+        register_post_import_hook(hook, module)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`attn_implementation="ring_hilbert"` for Transformers models (Llama, Qwen, Mistral, Gemma, Phi, ...).
+
+    config.ring_hilbert = {"segment_lengths": [...], "dilation_rates": [...], "order": {"curve": "hilbert", "block": 1024}}
+    model = AutoModelForCausalLM.from_config(config)
+    logits = model(**rh.shard_batch(batch, group, order=order)).logits
+
+With `ring_hilbert=Prepared` among the model's arguments the rows are sharded and ordered already. Without it the call is one
+device in natural token order, and a 2-D attention mask or restarting position ids are honoured as documents.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ring_hilbert.attention import dilated_attention
+from ring_hilbert.integrations.transformers_config import NAME, order_of, pattern_of, settings_of
+from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.parallel.prepare import Prepared, prepare
+from ring_hilbert.parallel.sharding import prepare_tokens
+
+UNSUPPORTED = {
+    "softcap": "config.attn_logit_softcapping = None",
+    "sliding_window": "config.sliding_window = None (and layer_types all 'full_attention')",
+    "s_aux": "a model without attention sinks",
+}
+
+
+def register(module: ModuleType) -> None:
+    """Called with `transformers.modeling_utils` once that is imported."""
+    from transformers.masking_utils import AttentionMaskInterface
+
+    module.AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+    """The mask function of the implementation: a 2-D mask goes on as it is, to become document ids."""
+    return attention_mask
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_ids: Tensor | None = None,
+    ring_hilbert: Prepared | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface.
+
+    Args:
+        module: the attention layer, with `config`, `layer_idx`, `is_causal`.
+        query: `[B, H, S, D]`.
+        key, value: `[B, Hkv, S, D]`.
+        attention_mask: None, or 2-D `[B, S]` with 0 for padding.
+        position_ids: `[1 or B, S]`; without `ring_hilbert`, every jump starts another document.
+        ring_hilbert: the `Prepared` of `shard_batch`.
+
+    Returns:
+        `[B, S, H, D]`, and None for the attention weights.
+
+    Raises:
+        ValueError: for what dilated attention does not have: soft-capping, sliding windows, sinks, dropout in training,
+            key-value caches, other masks.
+    """
+    for name, instead in UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attn_implementation='ring_hilbert' has no {name} (got {kwargs[name]!r}); use {instead}")
+    if dropout:
+        raise ValueError(
+            f"attn_implementation='ring_hilbert' has no attention dropout (got {dropout}); set config.attention_dropout = 0"
+        )
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"attn_implementation='ring_hilbert' needs as many query rows as key rows, got {query.shape[2]} and {key.shape[2]}; "
+            "decoding with a key-value cache is not supported: generate(use_cache=False)"
+        )
+    config, layer = module.config, int(module.layer_idx)  # type: ignore[arg-type]
+    settings, causal = settings_of(config), bool(getattr(module, "is_causal", True))
+    call = {
+        "pattern": pattern_of(config, layer), "scale": scaling, "backend": settings.get("backend", "auto"),
+        "name": f"layer {layer}",
+    }  # fmt: skip
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if ring_hilbert is not None:
+        _check_sharded(ring_hilbert, attention_mask, position_ids, causal)
+        return dilated_attention(q, k, v, **call, prepared=ring_hilbert), None
+
+    documents = _documents(attention_mask, position_ids, q)
+    order = order_of(config)
+    if documents is None:
+        return dilated_attention(q, k, v, **call, prepared=_natural(q.shape[1], order, causal)), None
+    prepared = prepare_tokens(documents, order or TokenOrder("raster", block=1), causal=causal)
+    rows = prepared.rows.to(q.device).expand(q.shape[0], -1)[..., None, None]
+    out = dilated_attention(*(torch.take_along_dim(x, rows, 1) for x in (q, k, v)), **call, prepared=prepared)
+    return torch.take_along_dim(out, rows.argsort(1), 1), None
+
+
+@lru_cache(maxsize=64)
+def _natural(rows: int, order: TokenOrder | None, causal: bool) -> Prepared:
+    """One device, natural token order, one document."""
+    return prepare(rows, order=order, causal=causal)
+
+
+def _documents(mask: Tensor | None, position_ids: Tensor | None, q: Tensor) -> np.ndarray | None:
+    """Document ids `[B, S]` of natural-order tokens, or None if all are one document."""
+    batch, rows = q.shape[:2]
+    if mask is not None:
+        if mask.ndim != 2 or mask.shape != (batch, rows):
+            raise ValueError(
+                f"attention_mask must be 2-D [B={batch}, S={rows}] for 'ring_hilbert', got {list(mask.shape)}"
+            )
+        return None if bool(mask.all()) else np.where(mask.cpu().numpy() != 0, 0, -1)
+    if position_ids is None or rows < 2:
+        return None
+    starts = (position_ids.diff(dim=-1) != 1).cpu().numpy()  # Transformers' convention for packed sequences
+    if not starts.any():
+        return None
+    documents = np.concatenate((np.zeros_like(starts[:, :1]), starts), axis=1).cumsum(axis=1)
+    return np.broadcast_to(documents, (batch, rows))
+
+
+def _check_sharded(prepared: Prepared, mask: Tensor | None, position_ids: Tensor | None, causal: bool) -> None:
+    if mask is not None:
+        raise ValueError(
+            "with ring_hilbert= the mask belongs into shard_batch({'attention_mask': ...}), not into the model call"
+        )
+    if causal != prepared.causal:
+        raise ValueError(
+            f"the layer is {'' if causal else 'not '}causal but ring_hilbert was prepared with causal={prepared.causal}"
+        )
+    if position_ids is prepared.position_ids or prepared.position_ids_checked:
+        return
+    expected = prepared.position_ids
+    if expected is None:  # made by prepare(): only the default that Transformers fills in can be recognised
+        start = prepared.layout.starts[prepared.rank]
+        wrong = start > 0 and prepared.local_len > 1 and prepared.facts.documents is None and (
+            position_ids is None or bool((position_ids.flatten()[:2].cpu() == torch.arange(2)).all())
+        )  # fmt: skip
+    else:
+        wrong = position_ids is None or not bool((position_ids == expected).all())
+    if wrong:
+        raise ValueError(
+            "position_ids are not those of the sharded rows; pass what shard_batch returns: model(**rh.shard_batch(...)). "
+            "Without position_ids a model counts from 0 on every rank"
+        )
+    prepared.position_ids_checked = True

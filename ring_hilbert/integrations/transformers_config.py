@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`config.ring_hilbert` of a Transformers model: what it may hold, and the pattern and order it means for a layer.
+
+A plain mapping, so that `save_pretrained` and `from_pretrained` keep it. Setting it selects
+`attn_implementation="ring_hilbert"` unless another was asked for: a saved model is never silently loaded with dense
+attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.ops.pattern import DilatedPattern
+
+NAME = "ring_hilbert"
+PATTERN_KEYS = ("segment_lengths", "dilation_rates", "offset_rule", "head_shift", "segment_shift")
+KEYS = (*PATTERN_KEYS, "order", "layers", "strategy", "backend", "layout")
+LAYER_KEYS = ("dense", "head_shift", "segment_shift")
+DENSE = DilatedPattern((None,), (1,))
+
+
+def settings_of(config: Any) -> Mapping[str, Any]:
+    """The checked mapping `config.ring_hilbert`.
+
+    Raises:
+        ValueError: if there is none, or it has unknown or missing keys.
+    """
+    settings = getattr(config, NAME, None)
+    if not isinstance(settings, Mapping):
+        raise ValueError(
+            "attn_implementation='ring_hilbert' needs config.ring_hilbert = {'segment_lengths': [...], 'dilation_rates': [...]}; "
+            f"it is {settings!r}"
+        )
+    unknown, missing = set(settings) - set(KEYS), {"segment_lengths", "dilation_rates"} - set(settings)
+    if unknown or missing:
+        raise ValueError(
+            f"config.ring_hilbert has unknown keys {sorted(unknown)} and lacks {sorted(missing)}; it may have {', '.join(KEYS)}"
+        )
+    return settings
+
+
+def pattern_of(config: Any, layer: int) -> DilatedPattern:
+    """The pattern of layer number `layer`.
+
+    `head_shift: auto` is `layer * num_key_value_heads`, so that every residue is some layer's where `r > Hkv`. `layers` maps
+    layer numbers (as text) to `{"dense": true}` or to a `head_shift` or `segment_shift` of their own.
+    """
+    settings = settings_of(config)
+    own = settings.get("layers", {}).get(str(layer), {})
+    unknown = set(own) - set(LAYER_KEYS)
+    if unknown:
+        raise ValueError(
+            f"config.ring_hilbert['layers']['{layer}'] has unknown keys {sorted(unknown)}; it may have {LAYER_KEYS}"
+        )
+    if own.get("dense"):
+        return DENSE
+    fields = {key: settings[key] for key in PATTERN_KEYS if key in settings}
+    fields |= {key: value for key, value in own.items() if key != "dense" and value is not None}
+    if fields.get("head_shift") == "auto":
+        fields["head_shift"] = (
+            layer * config.num_key_value_heads if fields.get("offset_rule", "modulo") == "modulo" else 0
+        )
+    return DilatedPattern(**fields)
+
+
+def order_of(config: Any) -> TokenOrder | None:
+    """The token order, or None for rows as given."""
+    order = settings_of(config).get("order")
+    if order is None:
+        return None
+    fields = {key: value for key, value in order.items() if value is not None}
+    if fields.get("grid") is not None:
+        fields["grid"] = tuple(fields["grid"])
+    return TokenOrder(**fields)
+
+
+def register(module: ModuleType) -> None:
+    """Called with `transformers.configuration_utils` once that is imported."""
+    module.PreTrainedConfig.ring_hilbert = _SelectsImplementation()
+
+
+class _SelectsImplementation:
+    """The attribute `ring_hilbert` of every Transformers configuration; its value lives in the instance, as any other."""
+
+    def __get__(self, config: Any, owner: type) -> Any:
+        if config is None:
+            return self
+        try:
+            return config.__dict__[NAME]
+        except KeyError:
+            raise AttributeError(f"{owner.__name__} has no attribute {NAME!r}") from None
+
+    def __set__(self, config: Any, value: Any) -> None:
+        config.__dict__[NAME] = value
+        if value is not None and config._attn_implementation is None:
+            config._attn_implementation = NAME
+
+    def __delete__(self, config: Any) -> None:
+        config.__dict__.pop(NAME, None)

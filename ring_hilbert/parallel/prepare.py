@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Prepared`: everything true of one batch and nothing of the pattern, agreed on by all ranks before any row is sent."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.parallel.execution import Execution
+from ring_hilbert.parallel.facts import Facts
+from ring_hilbert.parallel.layout import Layout, check_layout
+from ring_hilbert.parallel.plan import Plan, Shapes, check_strategy
+
+Group = dist.ProcessGroup | DeviceMesh | None
+
+_agreed: weakref.WeakKeyDictionary[dist.ProcessGroup, set[tuple]] = weakref.WeakKeyDictionary()
+
+
+class Prepared:
+    """The facts of one batch on one rank: lengths, positions and documents of all rows, order, group.
+
+    Make it with `prepare` or `shard_batch` once per batch and hand it to every layer. Plans and index tensors are cached in
+    it per pattern.
+
+    Attributes:
+        layout: rows of every rank.
+        rank: this rank within the group (0 without one).
+        group: the process group, or None.
+        facts: positions and documents of the whole sequence.
+        order: the order of a caller with natural-order tensors (`dilated_attention(order=...)`), else None.
+        rows: int64 `[1 or B, S_local]` on the CPU: the natural token index of every local row.
+        position_ids: what `shard_batch` returned as such, or None; integrations check that the model was given them.
+        position_ids_checked: whether that was done for this batch.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        facts: Facts,
+        *,
+        order: TokenOrder | None = None,
+        rows: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        strategy: str = "exchange",
+    ) -> None:
+        self.layout, self.rank, self.group, self.facts = layout, rank, group, facts
+        self.order, self.strategy = order, strategy
+        self.position_ids, self.position_ids_checked = position_ids, False
+        start = layout.starts[rank]
+        self.rows = torch.arange(start, start + self.local_len)[None] if rows is None else rows
+        self._executions: dict[tuple[DilatedPattern, Shapes, torch.device], Execution] = {}
+        self._permutations: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def local_len(self) -> int:
+        """Rows of this rank."""
+        return self.layout.lengths[self.rank]
+
+    @property
+    def causal(self) -> bool:
+        """Whether keys with a larger position are hidden."""
+        return self.facts.causal
+
+    def plan(self, pattern: DilatedPattern, shapes: Shapes) -> Plan:
+        """The plan of `pattern` on this batch: the very object that is executed."""
+        return self.execution(pattern, shapes, torch.device("cpu")).plan
+
+    def execution(self, pattern: DilatedPattern, shapes: Shapes, device: torch.device) -> Execution:
+        """The plan of `pattern` bound to this rank and `device`, made on first use."""
+        key = (pattern, shapes, device)
+        if key not in self._executions:
+            plan = Plan(pattern, self.layout, self.facts, shapes, self.strategy)
+            self._executions[key] = Execution(plan, self.rank, self.group, device)
+        return self._executions[key]
+
+    def permutation(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """With `order`: (local token of each local row, local row of each local token), int64 `[S_local]`; else None."""
+        if self.order is None:
+            return None
+        if device not in self._permutations:
+            start = self.layout.starts[self.rank]
+            rows = self.order.permutation(self.layout.seq_len, start, start + self.local_len) - start
+            self._permutations[device] = rows.to(device), rows.argsort().to(device)
+        return self._permutations[device]
+
+    def agree(self, fields: dict[str, Any], error: str | None) -> None:
+        """Make sure, on all ranks together, that a call with `fields` (hashable values) is everybody's and is valid.
+
+        One small collective the first time a group sees these fields, nothing afterwards.
+
+        Raises:
+            ValueError: on every rank, naming the ranks and the field that differs, or a rank's own `error`.
+        """
+        if self.group is None:
+            if error:
+                raise ValueError(error)
+            return
+        agreed, signature = _agreed.setdefault(self.group, set()), tuple(fields.items())
+        if error is None and signature in agreed:
+            return
+        raise_disagreement(gather({"fields": fields, "error": error}, self.group, error))
+        agreed.add(signature)
+
+
+def resolve_group(group: Group) -> tuple[dist.ProcessGroup | None, int, int]:
+    """`(group, rank in it, world size)` of a process group, a 1-D DeviceMesh, or None (one device)."""
+    if group is None:
+        return None, 0, 1
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group must be a 1-D DeviceMesh, got {group.ndim} dimensions; pass mesh['sp'], the sp axis"
+            )
+        group = group.get_group()
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(
+            "group does not contain this rank; every rank passes the sequence-parallel group it belongs to"
+        )
+    return group, rank, dist.get_world_size(group)
+
+
+def gather(record: dict[str, Any], group: dist.ProcessGroup, error: str | None = None) -> list[dict[str, Any]]:
+    """Every rank's `record`, by group rank. If the others never come, the local `error` (if any) is what is reported."""
+    records: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(records, record, group=group)
+    except RuntimeError as failure:
+        rank = dist.get_rank(group)
+        reason = f"; this rank's own error: {error}" if error else ""
+        raise RuntimeError(
+            f"rank {rank}: not all ranks of the group arrived at the agreement on this call{reason}"
+        ) from failure
+    return records
+
+
+def raise_disagreement(records: list[dict[str, Any]]) -> None:
+    """Raise the same ValueError on every rank if a record holds an error, or if a value in `fields` is not everybody's."""
+    errors = [f"rank {rank}: {record['error']}" for rank, record in enumerate(records) if record["error"]]
+    if errors:
+        raise ValueError("; ".join(errors))
+    for name in records[0]["fields"]:
+        values = [record["fields"].get(name) for record in records]
+        usual, _ = Counter(values).most_common(1)[0]
+        odd = [rank for rank, value in enumerate(values) if value != usual]
+        if odd:
+            given = ", ".join(f"rank {rank} has {values[rank]!r}" for rank in odd[:4])
+            more = f" and {len(odd) - 4} more ranks" if len(odd) > 4 else ""
+            raise ValueError(f"{name} must be the same on all ranks: {given}{more}, the others have {usual!r}")
+
+
+def prepare(
+    local_len: int,
+    *,
+    group: Group = None,
+    layout: str = "contiguous",
+    order: TokenOrder | None = None,
+    positions: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    causal: bool = True,
+    strategy: str = "auto",
+) -> Prepared:
+    """Agree on the facts of one batch with all ranks of `group`: one gather, on which every mistake surfaces everywhere.
+
+    Args:
+        local_len: rows of this rank, `S_local`; may differ between ranks and be 0.
+        group: process group or 1-D DeviceMesh; None is one device.
+        layout: "contiguous": group rank p holds rows `[sum L_<p, + L_p)`.
+        order: given by callers whose tensors are in natural token order; its `block` must divide every rank's boundary.
+        positions: integers `[S_local]` or `[B, S_local]` for causality; default the row index (with `order`, token index).
+        document_ids: integers `[S_local]` or `[B, S_local]`; -1 marks padding rows.
+        causal: keys with a larger position are hidden.
+        strategy: "exchange" or "auto".
+
+    Returns:
+        A `Prepared`, to be passed as `dilated_attention(..., prepared=...)`.
+
+    Raises:
+        ValueError: on every rank, naming the rank and the field that is wrong.
+    """
+    return prepare_call(
+        local_len, {}, None, group=group, layout=layout, order=order, positions=positions, document_ids=document_ids,
+        causal=causal, strategy=strategy,
+    )  # fmt: skip
+
+
+def prepare_call(
+    local_len: int,
+    fields: dict[str, Any],
+    error: str | None,
+    *,
+    group: Group,
+    layout: str,
+    order: TokenOrder | None,
+    positions: Tensor | None,
+    document_ids: Tensor | None,
+    causal: bool,
+    strategy: str,
+) -> Prepared:
+    """`prepare`, with further `fields` that must be the same on all ranks, and an `error` this rank already knows of."""
+    process_group, rank, _ = resolve_group(group)
+    local = {"positions": positions, "document_ids": document_ids}
+    arrays: dict[str, np.ndarray | None] = {}
+    try:
+        if error is None:
+            check_layout(layout)
+            strategy = check_strategy(strategy)
+            if isinstance(local_len, bool) or not isinstance(local_len, int) or local_len < 0:
+                raise ValueError(f"local_len must be an integer >= 0, got {local_len!r}")
+            arrays = {name: _fact(name, value, local_len) for name, value in local.items()}
+    except ValueError as problem:
+        error = str(problem)
+    fields = fields | {"layout": layout, "order": order, "causal": causal, "strategy": strategy}
+    fields |= {f"{name} is given": value is not None for name, value in local.items()}
+    fields |= {f"batch size of {name}": len(a) for name, a in arrays.items() if a is not None}
+    record = {"fields": fields, "error": error, "local_len": local_len, "arrays": arrays}
+    records = [record] if process_group is None else gather(record, process_group, error)
+    if process_group is None and error:
+        raise ValueError(error)
+    raise_disagreement(records)
+
+    rows = Layout(tuple(r["local_len"] for r in records), layout)
+    whole = {name: _assemble([r["arrays"][name] for r in records]) for name in local}
+    if order is not None:
+        _check_order(order, rows)
+        pieces = [order.permutation(rows.seq_len, a, b) for a, b in zip(rows.starts, rows.starts[1:], strict=False)]
+        permutation = torch.cat(pieces).numpy()
+        whole = {name: None if a is None else a[:, permutation] for name, a in whole.items()}
+    facts = Facts(
+        rows.seq_len,
+        causal,
+        whole["positions"] if causal else None,
+        whole["document_ids"],
+        order=order if causal else None,
+    )
+    return Prepared(rows, rank, process_group, facts, order=order, strategy=strategy)
+
+
+def _fact(name: str, value: Tensor | None, local_len: int) -> np.ndarray | None:
+    """A validated fact as int64 `[B or 1, S_local]` on the host."""
+    if value is None:
+        return None
+    if (
+        not isinstance(value, Tensor)
+        or value.dtype.is_floating_point
+        or value.dtype.is_complex
+        or value.dtype == torch.bool
+    ):
+        got = f"{value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__}"
+        raise ValueError(f"{name} must be a tensor of integers, got {got}")
+    if value.ndim not in (1, 2) or value.shape[-1] != local_len:
+        raise ValueError(
+            f"{name} must be [{local_len}] or [B, {local_len}] (the rows of this rank), got {list(value.shape)}"
+        )
+    array = np.atleast_2d(value.detach().cpu().numpy().astype(np.int64))
+    if name == "document_ids" and array.size and array.min() < -1:
+        raise ValueError(f"document_ids must be >= 0, or -1 for padding rows, got {array.min()}")
+    return array
+
+
+def _assemble(pieces: list[np.ndarray | None]) -> np.ndarray | None:
+    """The whole sequence from every rank's `[B or 1, S_local]`."""
+    present = [piece for piece in pieces if piece is not None]
+    return np.concatenate(present, axis=1) if present else None
+
+
+def _check_order(order: TokenOrder, layout: Layout) -> None:
+    if layout.world_size == 1:
+        return
+    if order.block is None:
+        raise ValueError(
+            f"order={order!r} permutes rows between ranks; use shard_batch(batch, group, order=...), which permutes the "
+            "batch before it is cut, and call without order="
+        )
+    for rank, start in enumerate(layout.starts[1:-1], 1):
+        if start % order.block and start != layout.seq_len:
+            raise ValueError(
+                f"order.block={order.block} must divide the first row of every rank, but rank {rank} starts at row {start}; "
+                "use other local lengths, or shard_batch(batch, group, order=...)"
+            )

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks against one device: outputs, gradients, bytes, errors."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ring_hilbert as rh
+from ring_hilbert.parallel.layout import Layout
+from tests.cases import Case, assert_close, cases
+from tests.ranks import run_ranks, run_ranks_collect
+
+ALIGNED = rh.DilatedPattern((16, 32, 64), (1, 2, 4))
+RAGGED = rh.DilatedPattern((7, 19, 50, None), (2, 3, 5, 4), "modulo", 1, segment_shift=3)
+
+
+def shard(tensor: torch.Tensor, lengths: tuple[int, ...], rank: int) -> torch.Tensor:
+    """The rows (axis 1, or the last of a 1-D or 2-D fact) of one rank."""
+    return tensor.split(list(lengths), dim=1 if tensor.ndim > 2 else -1)[rank]
+
+
+def attend(case: Case, lengths: tuple[int, ...], rank: int, group, dtype: torch.dtype, shared_prepared: bool = False):
+    """One rank's out, lse, dq, dk, dv, and the plan it ran."""
+    x = {name: shard(value, lengths, rank).clone() for name, value in case.tensors(dtype).items()}
+    facts = {name: None if value is None else shard(value, lengths, rank) for name, value in case.facts().items()}
+    q, k, v = (x[name].requires_grad_() for name in "qkv")
+    options = {"causal": case.causal, "order": case.order, "group": group, **facts}
+    prepared = rh.prepare(lengths[rank], **options)
+    call = {"prepared": prepared} if shared_prepared else options
+    out, lse = rh.dilated_attention(q, k, v, case.pattern, return_lse=True, **call)
+    out.backward(x["dout"])
+    shapes = next(iter(prepared._executions))[1] if prepared._executions else None
+    result = {"out": out.detach(), "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    return result, prepared.plan(case.pattern, shapes) if shapes else None
+
+
+def whole(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The ranks' results as those of one device."""
+    return {name: torch.cat([part[name] for part in parts], dim=2 if name == "lse" else 1) for name in parts[0]}
+
+
+# ---- equality with one device
+
+
+def _run_cases(rank: int, world: int, problems: list[tuple[Case, tuple[int, ...]]], dtype: torch.dtype):
+    return [attend(case, lengths, rank, dist.group.WORLD, dtype)[0] for case, lengths in problems]
+
+
+def run_cases(world: int, problems: list[tuple[Case, tuple[int, ...]]], dtype: torch.dtype = torch.float64):
+    """For every problem, the results of all ranks put together."""
+    ranks = run_ranks(_run_cases, world, problems, dtype)
+    return [whole([rank[i] for rank in ranks]) for i in range(len(problems))]
+
+
+def splits(seq_len: int, world: int, kind: str, seed: int = 0) -> tuple[int, ...]:
+    if kind == "even":
+        return Layout.even(seq_len, world).lengths
+    cuts = sorted(random.Random(seed).choices(range(seq_len + 1), k=world - 1))
+    lengths = [b - a for a, b in zip([0, *cuts], [*cuts, seq_len], strict=True)]
+    if kind == "one empty":
+        lengths[world // 2 - 1] += lengths[world // 2]
+        lengths[world // 2] = 0
+    return tuple(lengths)
+
+
+def problems_for(world: int) -> list[tuple[Case, tuple[int, ...]]]:
+    base = Case(ALIGNED, 64, 2, 4, 2, 4)
+    variants = [
+        base,
+        replace(base, causal=False),
+        replace(base, pattern=RAGGED, seq_len=93, heads=3, kv_heads=3),
+        replace(base, pattern=RAGGED, seq_len=93, causal=False, batch=1),
+        replace(base, pattern=RAGGED, seq_len=71, documents="per-batch"),
+        replace(base, pattern=RAGGED, seq_len=71, documents="per-batch", causal=False),
+        replace(base, pattern=RAGGED, seq_len=71, documents="padding", positions="ties"),
+        replace(base, pattern=RAGGED, seq_len=64, positions="per-batch", documents="shared"),
+        replace(base, positions="shuffled", heads=5, kv_heads=5, batch=1),
+        replace(base, pattern=rh.DilatedPattern((None,), (1,)), seq_len=40),
+        replace(base, pattern=rh.DilatedPattern((24, 48), (3, 8), "block"), seq_len=67, kv_heads=4),
+    ]
+    kinds = ["even", "uneven", "one empty"] if world > 1 else ["even"]
+    return [(case, splits(case.seq_len, world, kind, i)) for i, case in enumerate(variants) for kind in kinds]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_ranks_equal_the_reference(world: int):
+    problems = problems_for(world)
+    for (case, lengths), result in zip(problems, run_cases(world, problems), strict=True):
+        try:
+            assert_close(result, case.expected())
+        except AssertionError as error:
+            raise AssertionError(f"{case} over {lengths}") from error
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_order_inside_the_call(world: int):
+    hilbert, morton, snake = (rh.TokenOrder(c, block=n) for c, n in (("hilbert", 16), ("morton", 5), ("snake", 5)))
+    problems = [
+        (Case(ALIGNED, 64, 2, 4, 2, 4, order=hilbert), splits(64, world, "even")),
+        (Case(RAGGED, 59, order=morton, documents="shared"), (20, 39) if world == 2 else (15, 15, 20, 9)),
+        (Case(RAGGED, 59, causal=False, order=snake), (25, 34) if world == 2 else (5, 15, 0, 39)),
+    ]
+    for (case, _), result in zip(problems, run_cases(world, problems), strict=True):
+        assert_close(result, case.expected())
+
+
+def check_any(case: Case, world: int, kind: str):
+    lengths = splits(case.seq_len, world, kind if world > 1 else "even", case.seed)
+    (result,) = run_cases(world, [(case, lengths)])
+    assert_close(result, case.expected())
+
+
+@given(cases(orders=False), st.integers(1, 4), st.sampled_from(["even", "uneven", "one empty"]))
+@settings(max_examples=60, deadline=None)
+def test_any_case_on_any_ranks(case: Case, world: int, kind: str):
+    check_any(case, world, kind)
+
+
+@pytest.mark.full
+@given(cases(max_length=120, orders=False), st.integers(1, 8), st.sampled_from(["even", "uneven", "one empty"]))
+@settings(max_examples=1500, deadline=None)
+def test_any_case_on_any_ranks_at_length(case: Case, world: int, kind: str):
+    check_any(case, world, kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_does_not_grow_with_the_ranks(dtype: torch.dtype):
+    """Against float64 on the same inputs: RMS error at P = 8 at most 1.1x, max at most 2.5x that at P = 1."""
+    case = Case(rh.DilatedPattern((64, 256, 512), (1, 2, 4)), 512, 1, 4, 2, 32, logit_scale=4.0)
+    exact = _exact_for(case, dtype)
+    errors = {}
+    for world in (1, 8):
+        (result,) = run_cases(world, [(case, splits(512, world, "even"))], dtype)
+        errors[world] = {name: (result[name].double() - exact[name]).abs() for name in exact}
+    for name in exact:
+        one, eight = errors[1][name], errors[8][name]
+        covered = exact[name] != float("-inf")
+        one, eight = one[covered], eight[covered]
+        assert eight.square().mean().sqrt() <= 1.1 * one.square().mean().sqrt(), name
+        assert eight.max() <= 2.5 * one.max(), name
+
+
+def _exact_for(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    x = {name: value.double() for name, value in case.tensors(dtype).items()}
+    q, k, v = (x[name].requires_grad_() for name in "qkv")
+    out, lse = rh.reference.dilated_attention(q, k, v, case.pattern, causal=case.causal)
+    out.backward(x["dout"])
+    return {"out": out.detach(), "lse": lse.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}  # type: ignore[dict-item]
+
+
+# ---- groups
+
+
+def _two_groups(rank: int, world: int):
+    """DP 2 x SP 2: every pair of neighbours works on a sequence of its own; a reduction over the world runs between."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "sp"))
+    case = Case(RAGGED, 61, 1, 2, 2, 4, seed=rank // 2)
+    lengths = (40, 21)
+    results = []
+    for group in (mesh["sp"], mesh["sp"].get_group()):
+        results.append(attend(case, lengths, rank % 2, group, torch.float64)[0])
+        dist.all_reduce(results[-1]["out"].sum())
+    return results
+
+
+def test_subgroups_with_and_without_a_mesh():
+    ranks = run_ranks(_two_groups, 4)
+    for first in (0, 2):
+        expected = Case(RAGGED, 61, 1, 2, 2, 4, seed=first // 2).expected()
+        for call in range(2):
+            assert_close(whole([ranks[first][call], ranks[first + 1][call]]), expected)
+
+
+# ---- bytes
+
+
+def _count_bytes(rank: int, world: int, problems: list[tuple[Case, tuple[int, ...]]], dtype: torch.dtype):
+    """(counted forward, counted backward, planned forward, planned backward) per problem."""
+    counts = []
+    real = dist.all_to_all_single
+    for case, lengths in problems:
+        received: list[int] = []
+
+        def counting(output, sending, output_splits, input_splits, seen=received, **kwargs):
+            assert output_splits[rank] == 0 and sum(output_splits) == len(output)
+            seen.append(output.numel() * output.element_size())
+            return real(output, sending, output_splits, input_splits, **kwargs)
+
+        dist.all_to_all_single = counting
+        try:
+            _, plan = attend(case, lengths, rank, dist.group.WORLD, dtype, shared_prepared=True)
+        finally:
+            dist.all_to_all_single = real
+        forward, refetch, backward = received if received else (0, 0, 0)
+        assert forward == refetch
+        counts.append((forward, backward, plan.received_bytes(rank), plan.received_bytes(rank, "backward")))
+    return counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_bytes_on_the_wire_are_the_plans(dtype: torch.dtype):
+    problems = problems_for(4)
+    ranks = run_ranks(_count_bytes, 4, problems, dtype)
+    for i, (case, lengths) in enumerate(problems):
+        for rank in range(4):
+            forward, backward, planned_forward, planned_backward = ranks[rank][i]
+            assert (forward, backward) == (planned_forward, planned_backward), (case, lengths, rank)
+            assert planned_forward == crossing_rows(case, lengths, rank) * 2 * case.head_dim * dtype.itemsize
+
+
+def crossing_rows(case: Case, lengths: tuple[int, ...], rank: int) -> int:
+    """By definition: (entry, kv head, row) of other ranks for which a query row of `rank` has multiplicity > 0."""
+    facts = case.facts()
+    positions = facts["positions"] if facts["positions"] is not None else torch.arange(case.seq_len)
+    seen = rh.reference.allowed(case.causal, positions, facts["document_ids"])
+    count = rh.reference.multiplicity(case.pattern, case.seq_len, case.kv_heads)
+    m = (seen[:, None] & (count > 0)).expand(case.batch, -1, -1, -1)  # [B, Hkv, query, key]
+    start = sum(lengths[:rank])
+    mine = torch.zeros(case.seq_len, dtype=torch.bool)
+    mine[start : start + lengths[rank]] = True
+    return int(m[:, :, mine][..., ~mine].any(2).sum())
+
+
+# ---- mistakes of one rank
+
+
+def _mistake(rank: int, world: int, what: str, prepared_first: bool):
+    case = Case(ALIGNED, 64, 2, 4, 2, 4)
+    lengths = (22, 21, 21)
+    x = {name: shard(value, lengths, rank) for name, value in case.tensors().items()}
+    arguments = {"q": x["q"], "k": x["k"], "v": x["v"], "pattern": ALIGNED}
+    facts = {}
+    if rank == 1:
+        changes = {
+            "shape": {"k": x["k"][:, 1:]},
+            "batch": {name: x[name][:1] for name in "qkv"},
+            "pattern": {"pattern": rh.DilatedPattern((16, 32, 64), (1, 2, 5))},
+            "dtype": {name: x[name].float() for name in "qkv"},
+            "scale": {"scale": 0.1},
+        }
+        arguments |= changes.get(what, {})
+        facts = {
+            "positions of floats": {"positions": torch.zeros(21)},
+            "positions too long": {"positions": torch.arange(22)},
+            "positions alone": {"positions": torch.arange(21)},
+            "causal": {"causal": False},
+        }.get(what, {})
+    if prepared_first:
+        facts = {"prepared": rh.prepare(lengths[rank], group=dist.group.WORLD, **facts)}
+    else:
+        facts |= {"group": dist.group.WORLD}
+    return rh.dilated_attention(**arguments, **facts)
+
+
+@pytest.mark.parametrize("prepared_first", [False, True])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("shape", ["rank 1", "k must be [B=2, S=21"]),
+        ("batch", ["rank 1 has 1", "batch size of q"]),
+        ("pattern", ["rank 1 has", "pattern must be the same"]),
+        ("dtype", ["rank 1 has torch.float32", "dtype"]),
+        ("scale", ["rank 1 has 0.1", "scale"]),
+        ("positions of floats", ["rank 1", "positions must be a tensor of integers"]),
+        ("positions too long", ["rank 1", "positions must be [21]"]),
+        ("positions alone", ["rank 1 has True", "positions is given"]),
+        ("causal", ["rank 1 has False", "causal"]),
+    ],
+)
+def test_a_mistake_on_one_rank_is_an_error_on_all(what: str, words: list[str], prepared_first: bool):
+    outcomes = run_ranks_collect(_mistake, 3, what, prepared_first, timeout=30)
+    for outcome in outcomes:
+        assert isinstance(outcome, ValueError), outcome
+        assert all(word in str(outcome) for word in words), str(outcome)
+
+
+def _orders_that_cannot_be(rank: int, world: int, order: rh.TokenOrder):
+    return rh.prepare(32, group=dist.group.WORLD, order=order)
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        (rh.TokenOrder("hilbert", block=24), "must divide the first row of every rank"),
+        (rh.TokenOrder("hilbert", grid=(8, 8)), "use shard_batch"),
+    ],
+)
+def test_orders_that_would_move_rows_between_ranks(order: rh.TokenOrder, words: str):
+    for outcome in run_ranks_collect(_orders_that_cannot_be, 2, order, timeout=30):
+        assert isinstance(outcome, ValueError) and words in str(outcome)
