@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# The main job on this machine, set-up included: pretrain a small byte-level language model on the source files of
+# Python's standard library, with sequence-parallel dilated attention in Hilbert order. It uses every CUDA device (NCCL)
+# if there is one, else two processes on the CPU (Gloo). A few minutes on two cores. Run again, it goes on from its last
+# checkpoint; delete runs/quickstart to begin anew.
+#
+#     bash launch/quickstart.sh [key.sub=value ...]        e.g. train.steps=20 log.dir=/tmp/try
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh train
+
+read -r devices cores < <(python -c '
+import os, torch
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+print(torch.cuda.device_count(), cores)')
+ranks=$((devices > 0 ? devices : 2))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+# Large tensors come back from the heap, without page faults at every step (Linux with glibc; nothing elsewhere).
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296}
+
+exec torchrun --standalone --nproc-per-node "$ranks" -m ring_hilbert.cli \
+    pretrain --config configs/quickstart.yaml "parallel.sp=$ranks" "$@"

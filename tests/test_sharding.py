@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shard_batch`: tokens, labels, positions, documents, and agreement on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ring_hilbert as rh
+from tests.ranks import run_ranks, run_ranks_collect
+
+IDS = torch.arange(100, 126).view(2, 13)
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 4, 4, -1, -1, -1], [2] * 13])
+HILBERT = rh.TokenOrder("hilbert", block=4)
+
+
+def test_one_device_in_natural_order():
+    batch = rh.shard_batch({"input_ids": IDS, "document_ids": DOCUMENTS})
+    assert torch.equal(batch["input_ids"], IDS) and torch.equal(batch["document_ids"], DOCUMENTS)
+    expected = [101, 102, -100, 104, 105, 106, 107, -100, 109, -100, -100, -100, -100]
+    assert batch["shift_labels"][0].tolist() == expected
+    assert batch["shift_labels"][1].tolist() == [*range(114, 126), -100]
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 0, 0, 0]
+    assert batch["ring_hilbert"].rows.tolist() == [list(range(13))]
+
+
+def test_equal_ids_in_separate_runs_are_one_document():
+    batch = rh.shard_batch({"input_ids": IDS[:1, :6], "document_ids": torch.tensor([[7, 7, 3, 3, 7, 3]])})
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 2]]
+    assert batch["shift_labels"].tolist() == [[101, 104, 103, 105, -100, -100]]
+
+
+def test_labels_masks_and_positions_of_the_caller():
+    labels = IDS.clone()
+    labels[:, 5] = -100
+    given = {"input_ids": IDS, "labels": labels, "attention_mask": (DOCUMENTS >= 0).int(), "position_ids": IDS * 2}
+    batch = rh.shard_batch(given)
+    assert batch["shift_labels"][0, 4] == -100 and batch["shift_labels"][0, 3] == 104
+    assert batch["document_ids"][0].tolist() == [0] * 10 + [-1] * 3
+    assert torch.equal(batch["position_ids"], IDS * 2)
+
+
+def test_real_tokens_are_ordered_first_and_padding_follows():
+    batch = rh.shard_batch({"input_ids": IDS, "document_ids": DOCUMENTS}, order=HILBERT)
+    rows = batch["ring_hilbert"].rows
+    assert rows[0, :10].tolist() == HILBERT.permutation(10).tolist() and rows[0, 10:].tolist() == [10, 11, 12]
+    assert rows[1].tolist() == HILBERT.permutation(13).tolist()
+    for name, natural in (("input_ids", IDS), ("document_ids", DOCUMENTS)):
+        assert torch.equal(batch[name], natural.gather(1, rows))
+
+
+def _shard(rank: int, world: int, presharded: bool, lengths: tuple[int, ...] | None):
+    batch = {"input_ids": IDS, "document_ids": DOCUMENTS}
+    if presharded:
+        pieces = (2, 8, 3)
+        batch = {name: value.split(pieces, dim=1)[rank] for name, value in batch.items()}
+    result = rh.shard_batch(batch, dist.group.WORLD, order=HILBERT, presharded=presharded, local_lengths=lengths)
+    return {name: value for name, value in result.items() if name != "ring_hilbert"}
+
+
+@pytest.mark.parametrize("presharded", [False, True])
+@pytest.mark.parametrize("lengths", [None, (13, 0, 0), (4, 8, 1)])
+def test_shards_put_together_are_the_batch(presharded: bool, lengths: tuple[int, ...] | None):
+    ranks = run_ranks(_shard, 3, presharded, lengths)
+    assert [rank["input_ids"].shape[1] for rank in ranks] == list(lengths or (5, 4, 4))
+    whole = rh.shard_batch({"input_ids": IDS, "document_ids": DOCUMENTS}, order=HILBERT)
+    for name in ranks[0]:
+        assert torch.equal(torch.cat([rank[name] for rank in ranks], dim=1), whole[name]), name
+
+
+def _other_batch(rank: int, world: int, what: str):
+    batch = {"input_ids": IDS.clone()}
+    if rank == 1:
+        if what == "ids":
+            batch["input_ids"][0, 3] = 0
+        elif what == "key":
+            batch["labels"] = IDS
+        elif what == "float":
+            batch["input_ids"] = batch["input_ids"].float()
+    return rh.shard_batch(batch, dist.group.WORLD)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("ids", ["batch['input_ids'] must be the same", "rank 1"]),
+        ("key", ["keys of batch", "rank 1"]),
+        ("float", ["rank 1", "tensor of integers"]),
+    ],
+)
+def test_another_batch_on_one_rank_is_an_error_on_all(what: str, words: list[str]):
+    for outcome in run_ranks_collect(_other_batch, 2, what, timeout=30):
+        assert isinstance(outcome, ValueError) and all(word in str(outcome) for word in words), outcome
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"tokens": IDS}, "unknown keys"),
+        ({"labels": IDS}, "needs 'input_ids'"),
+        ({"input_ids": IDS[0]}, r"must be \[B, S\]"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"must be \[2, 13\] like input_ids"),
+        ({"input_ids": IDS, "document_ids": IDS - 103}, "-1 for padding"),
+    ],
+)
+def test_mistakes_are_named(batch: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        rh.shard_batch(batch)
