@@ -50,6 +50,17 @@ def test_real_tokens_are_ordered_first_and_padding_follows():
         assert torch.equal(batch[name], natural.gather(1, rows))
 
 
+def test_a_grid_holds_all_real_tokens_or_none():
+    grid = rh.TokenOrder("hilbert", grid=(2, 5))
+    padding = torch.full((1, 13), -1)
+    rows = rh.shard_batch({"input_ids": IDS, "document_ids": torch.cat((DOCUMENTS[:1], padding))}, order=grid)[
+        "ring_hilbert"
+    ].rows
+    assert rows[0, :10].tolist() == grid.permutation(10).tolist() and rows[1].tolist() == list(range(13))
+    with pytest.raises(ValueError, match="13"):
+        rh.shard_batch({"input_ids": IDS}, order=grid)
+
+
 def _shard(rank: int, world: int, presharded: bool, lengths: tuple[int, ...] | None):
     batch = {"input_ids": IDS, "document_ids": DOCUMENTS}
     if presharded:

@@ -191,7 +191,8 @@ def _token_of_row(documents: np.ndarray, order: TokenOrder | None) -> np.ndarray
     lines = []
     for ids in _shared(documents):
         real = np.flatnonzero(ids != PADDING)
-        lines.append(np.concatenate((real[order.permutation(len(real)).numpy()], np.flatnonzero(ids == PADDING))))
+        ordered = real[order.permutation(len(real)).numpy()] if len(real) else real
+        lines.append(np.concatenate((ordered, np.flatnonzero(ids == PADDING))))
     return _shared(np.stack(lines))
 
 

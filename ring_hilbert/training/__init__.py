@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretraining: config, data, loss, engine, loop, checkpoints, export."""

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sequences a rank reads, and its shard of them: the same global batch whatever the number of ranks and micro-steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.parallel.sharding import shard_batch
+from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.data import PackedDataset
+from ring_hilbert.training.world import World
+
+
+class Batches:
+    """Micro-batches of one dataset for this rank, sharded over its sp group.
+
+    The sequences of a step are numbers `first .. first + count`; round m gives `micro_batch` neighbouring ones of them to each
+    dp rank in turn. Every sp rank of a dp rank reads the same ones and keeps its rows.
+    """
+
+    def __init__(self, dataset: PackedDataset, config: RunConfig, order: TokenOrder | None, world: World) -> None:
+        self.dataset = dataset
+        self.world = world
+        self.micro_batch = config.train.micro_batch
+        self.dp = config.parallel.dp
+        self.seq_len = config.data.seq_len
+        self.layout = config.attention.layout
+        self.strategy = config.attention.strategy
+        self.order = order
+
+    def rounds(self, count: int) -> int:
+        """Micro-batches per rank that cover `count` sequences."""
+        return -(-count // (self.micro_batch * self.dp))
+
+    def load(self, first: int, stop: int, number: int) -> dict[str, Any]:
+        """Micro-batch `number` of this rank among sequences `first .. stop`, on its device, as keywords for the model.
+
+        Sequences at `stop` and beyond are padding, so that all ranks run equally many rounds.
+        """
+        start = first + (number * self.dp + self.world.dp_index) * self.micro_batch
+        numbers = range(start, start + self.micro_batch)
+        samples = [self.dataset[index] if index < stop else self._padding() for index in numbers]
+        keys = ("input_ids", "document_ids")
+        return self.shard({key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in keys})
+
+    def shard(self, full: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """This rank's rows of whole sequences: `input_ids`, `document_ids`, both `[B, S]` int64."""
+        on_device = {key: tensor.to(self.world.device) for key, tensor in full.items()}
+        return shard_batch(on_device, self.world.sp_group, order=self.order, layout=self.layout, strategy=self.strategy)
+
+    def _padding(self) -> dict[str, np.ndarray]:
+        return {
+            "input_ids": np.zeros(self.seq_len, np.int64),
+            "document_ids": np.full(self.seq_len, -1, np.int64),
+        }

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are whole or not there, and exact resume.
+
+A checkpoint is a folder `step_<n>` of `torch.distributed.checkpoint` with a `run.json` (progress, configuration, digest). It is
+written under another name, synced and renamed, so that a crash leaves at most a folder that nothing reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.engine import Engine
+from ring_hilbert.training.world import World
+
+COMPLETE = re.compile(r"step_(\d{8})")
+UNFINISHED = ".unfinished"
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: optimizer steps done, sequences read (the data cursor), target tokens trained on."""
+
+    step: int = 0
+    sequences: int = 0
+    tokens: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one run in `checkpoint.dir`, which exists when one is saved, on a file system that all ranks see."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.folder = Path(config.checkpoint.dir)
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, None if there is none; the same on every rank.
+
+        Raises:
+            ValueError: it was written by a run with another configuration.
+        """
+        return self.world.from_main(self._latest)
+
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Write a checkpoint, then remove all but the newest `checkpoint.keep`.
+
+        Raises:
+            OSError, CheckpointException: it cannot be written; the older ones are still there.
+        """
+        final = self.folder / f"step_{progress.step:08d}"
+        unfinished = final.with_name(final.name + UNFINISHED)
+        self.world.from_main(self._remove_unfinished)
+        state = {**engine.state(), "rng": {str(self.world.rank): _rng_state(self.world.device)}}
+        with _alone_is_fine():
+            save(state, checkpoint_id=unfinished)
+        self.world.from_main(lambda: self._publish(unfinished, final, progress))
+
+    def load(self, path: Path, engine: Engine) -> Progress:
+        """Restore engine and random state from a checkpoint of `latest()`; returns where the run goes on.
+
+        With another number of ranks than it was written by, random state is drawn anew from seed, step and rank.
+        """
+        run = self.world.from_main(lambda: _read_run(path))
+        progress = Progress(**run["progress"])
+        state = engine.state()
+        if run["world_size"] == self.world.size:
+            state["rng"] = {str(self.world.rank): _rng_state(self.world.device)}
+        with _alone_is_fine():
+            load(state, checkpoint_id=path)
+        engine.load_state(state)
+        if "rng" in state:
+            _set_rng_state(state["rng"][str(self.world.rank)], self.world.device)
+        else:
+            seed_rank(self.config, self.world, progress.step)
+        return progress
+
+    def _steps(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        names = (
+            path for path in self.folder.iterdir() if COMPLETE.fullmatch(path.name) and (path / RUN_FILE).is_file()
+        )
+        return sorted(names)
+
+    def _latest(self) -> Path | None:
+        found = self._steps()
+        if not found:
+            return None
+        run = _read_run(found[-1])
+        if run["digest"] != self.config.digest():
+            differences = list(_differences(run["identity"], self.config.identity()))
+            hint = (
+                " (the schedule spans train.steps unless it is set)" if "optim.decay_steps" in str(differences) else ""
+            )
+            raise ValueError(
+                f"checkpoint.dir: {found[-1]} was written by a run with another configuration: {', '.join(differences)}"
+                f"{hint}; to go on with it use its values, to start anew use another checkpoint.dir"
+            )
+        return found[-1]
+
+    def _run(self, progress: Progress) -> dict[str, Any]:
+        return {
+            "progress": asdict(progress),
+            "world_size": self.world.size,
+            "digest": self.config.digest(),
+            "identity": self.config.identity(),
+            "torch": torch.__version__,
+        }
+
+    def _remove_unfinished(self) -> None:
+        for path in self.folder.glob(f"step_*{UNFINISHED}"):
+            shutil.rmtree(path)
+
+    def _publish(self, unfinished: Path, final: Path, progress: Progress) -> None:
+        with (unfinished / RUN_FILE).open("w") as file:
+            json.dump(self._run(progress), file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(final)
+        for old in self._steps()[: -self.config.checkpoint.keep]:
+            shutil.rmtree(old)
+
+
+def seed_rank(config: RunConfig, world: World, step: int) -> None:
+    """Give this rank random numbers of its own (dropout), a function of seed, step and rank."""
+    seeds = np.random.SeedSequence((config.train.seed, step, world.rank))
+    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    return json.loads((path / RUN_FILE).read_text())
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """`key: old, now new` for every leaf of the two configurations that differs."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            yield f"{key}: {before.get(key)}, now {after.get(key)}"
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run configuration: one YAML file, checked in full before anything is built or read.
+
+The models below are the sections of the file, `load_config` is the way in. Unknown keys are refused. Nothing here
+builds a model, a dataset or a process group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ring_hilbert.training.config_errors import describe
+from ring_hilbert.training.config_yaml import read_yaml
+
+
+class Section(BaseModel):
+    """A mapping of the YAML file: unknown keys are refused, types are not coerced, values are fixed after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelConfig(Section):
+    """The Transformers model: a configuration to initialise (`config`, with a `model_type`) or a folder (`path`)."""
+
+    config: dict[str, Any] | None = None
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ModelConfig:
+        if (self.config is None) == (self.path is None):
+            raise ValueError("give exactly one of `config` (a mapping with a model_type) and `path` (a model folder)")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError(f"`config` needs a model_type, e.g. model_type: llama; it has {sorted(self.config)}")
+        return self
+
+
+class OrderConfig(Section):
+    """Token order: a curve over blocks of `block` tokens, or over one `grid` of exactly seq_len cells."""
+
+    curve: Literal["hilbert", "morton", "peano", "snake", "raster"] = "hilbert"
+    block: int | None = Field(default=None, ge=1)
+    grid: list[int] | None = Field(default=None, min_length=2, max_length=3)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> OrderConfig:
+        if (self.block is None) == (self.grid is None):
+            raise ValueError("give exactly one of `block` (1-D data) and `grid` (2 or 3 sides)")
+        if self.grid is not None and min(self.grid) < 1:
+            raise ValueError(f"`grid` needs positive sides, got {self.grid}")
+        return self
+
+
+class LayerConfig(Section):
+    """What one layer does differently: its own shifts, or plain dense attention."""
+
+    dense: bool = False
+    head_shift: int | None = None
+    segment_shift: int | None = None
+
+
+class AttentionConfig(Section):
+    """Pattern, order and execution of the attention: the keys of `config.ring_hilbert` in a Transformers model."""
+
+    segment_lengths: list[int | None] = Field(min_length=1)  # null: the whole sequence
+    dilation_rates: list[int] = Field(min_length=1)
+    offset_rule: Literal["modulo", "block"] = "modulo"
+    head_shift: int | Literal["auto"] = 0
+    segment_shift: int = 0
+    order: OrderConfig | None = None
+    layers: dict[int, LayerConfig] = {}
+    strategy: Literal["exchange", "ring", "ulysses", "auto"] = "auto"
+    backend: Literal["triton", "torch", "auto"] = "auto"
+    layout: Literal["contiguous", "zigzag"] = "contiguous"
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layer_numbers(cls, layers: object) -> object:
+        """Layer numbers arrive as strings from the command line and from JSON."""
+        if isinstance(layers, dict):
+            return {int(n) if isinstance(n, str) and n.isdecimal() else n: layer for n, layer in layers.items()}
+        return layers
+
+    @model_validator(mode="after")
+    def _branches(self) -> AttentionConfig:
+        lengths, rates = self.segment_lengths, self.dilation_rates
+        if len(lengths) != len(rates):
+            raise ValueError(
+                "segment_lengths and dilation_rates are one pair per branch, "
+                f"got {len(lengths)} lengths {lengths} and {len(rates)} rates {rates}"
+            )
+        for branch, (w, r) in enumerate(zip(lengths, rates, strict=True)):
+            if r < 1 or (w is not None and not r <= w):
+                raise ValueError(f"branch {branch} needs 1 <= dilation rate <= segment length, got {r} and {w}")
+        if self.offset_rule == "block" and self.head_shift not in (0, "auto"):
+            raise ValueError(f"offset_rule: block allows only head_shift 0 or auto, got {self.head_shift}; use modulo")
+        return self
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The value of `config.ring_hilbert`: plain lists, dicts, scalars; layer numbers as strings, as in JSON."""
+        mapping = self.model_dump(exclude={"order", "layers"})
+        mapping["order"] = None if self.order is None else self.order.model_dump(exclude_none=True)
+        mapping["layers"] = {str(n): layer.model_dump(exclude_unset=True) for n, layer in sorted(self.layers.items())}
+        return mapping
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class SourceConfig(Section):
+    """Documents to train on: files, folders and globs (a folder means every file below it).
+
+    `exclude` holds globs relative to the folder in `path` (for a glob: to the part before its first wildcard); a
+    match on a folder leaves out all below it. `weight`: the source gives weight / sum of weights of the training
+    tokens, whatever its size. `field`: the column of JSONL and Parquet files that holds a document's text.
+    """
+
+    path: list[str] = Field(min_length=1)  # a single string is also accepted
+    exclude: list[str] = []
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    field: str = "text"
+
+    _path = field_validator("path", mode="before")(_as_list)
+
+
+class EvalConfig(Section):
+    """Documents to evaluate on, every `every` steps; files matched here are never trained on.
+
+    `sequences` caps an evaluation at that many sequences, taken evenly from the whole set (null: all of it).
+    """
+
+    path: list[str] = Field(min_length=1)  # a single string is also accepted
+    exclude: list[str] = []
+    field: str = "text"
+    every: int = Field(default=50, ge=1)
+    sequences: int | None = Field(default=None, ge=1)
+
+    _path = field_validator("path", mode="before")(_as_list)
+
+
+class DataConfig(Section):
+    """Documents, tokenizer and packing.
+
+    `tokenizer`: "bytes" (ByT5's ids: byte + 3), or a folder for AutoTokenizer. `encoding_errors`: a file that is not
+    UTF-8 is refused (strict) or read with U+FFFD in place of the wrong bytes (replace).
+    """
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    tokenizer: str = "bytes"
+    seq_len: int = Field(ge=2)
+    packing: Literal["concat"] = "concat"
+    encoding_errors: Literal["strict", "replace"] = "strict"
+    eval: EvalConfig | None = None
+
+
+class OptimConfig(Section):
+    """AdamW, warm-up and schedule, which spans `decay_steps` (null: train.steps)."""
+
+    lr: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
+    warmup_steps: int = Field(default=20, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    decay_steps: int | None = Field(default=None, ge=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)  # the schedule ends at lr * min_lr_ratio
+    weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    clip_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)  # of the global gradient; null: no clipping
+
+    @model_validator(mode="after")
+    def _betas(self) -> OptimConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas need 0 <= beta < 1, got {self.betas}")
+        return self
+
+
+class TrainConfig(Section):
+    """`global_batch_tokens` per step over all ranks; `micro_batch` sequences go through the model at once."""
+
+    steps: int = Field(ge=1)
+    global_batch_tokens: int = Field(ge=1)
+    micro_batch: int = Field(default=1, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = Field(default=0, ge=0)
+    checkpoint_activations: bool = True
+
+
+class ParallelConfig(Section):
+    """Ranks: a sequence over `sp`, the batch over `dp_shard` (parameters sharded) x `dp_replicate` (replicated)."""
+
+    sp: int = Field(default=1, ge=1)
+    dp_shard: int = Field(default=1, ge=1)
+    dp_replicate: int = Field(default=1, ge=1)
+
+    @property
+    def dp(self) -> int:
+        """Ranks among which the sequences of a step are divided."""
+        return self.dp_shard * self.dp_replicate
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.sp * self.dp
+
+
+class CheckpointConfig(Section):
+    """Where checkpoints go, after how many steps, and how many are kept."""
+
+    dir: str
+    every: int = Field(default=50, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class LogConfig(Section):
+    """Where metrics, plots and TensorBoard events go."""
+
+    dir: str
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """A whole run. See the sections."""
+
+    model: ModelConfig
+    attention: AttentionConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    engine: Literal["torch", "deepspeed"] = "torch"
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of data.seq_len tokens in one optimizer step, over all ranks and micro-steps."""
+        return self.train.global_batch_tokens // self.data.seq_len
+
+    @property
+    def micro_steps(self) -> int:
+        """Forward and backward passes per rank and optimizer step."""
+        return self.sequences_per_step // (self.parallel.dp * self.train.micro_batch)
+
+    @model_validator(mode="after")
+    def _batch(self) -> RunConfig:
+        tokens, length = self.train.global_batch_tokens, self.data.seq_len
+        if tokens % length:
+            near = max(1, round(tokens / length)) * length
+            raise ValueError(
+                f"train.global_batch_tokens {tokens} is not a multiple of data.seq_len {length}; the nearest is {near}"
+            )
+        shard, replicate, micro = self.parallel.dp_shard, self.parallel.dp_replicate, self.train.micro_batch
+        together = shard * replicate * micro
+        if self.sequences_per_step % together:
+            near = math.ceil(self.sequences_per_step / together) * together * length
+            raise ValueError(
+                f"train.global_batch_tokens {tokens} is {self.sequences_per_step} sequences per step, not a multiple "
+                f"of dp_shard * dp_replicate * micro_batch = {shard} * {replicate} * {micro} = {together}; "
+                f"the next that is: {near} tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _grid(self) -> RunConfig:
+        length = self.data.seq_len
+        order = self.attention.order
+        if order is not None and order.grid is not None and math.prod(order.grid) != length:
+            cells = math.prod(order.grid)
+            raise ValueError(
+                f"attention.order.grid {order.grid} has {cells} cells, data.seq_len is {length}: make them equal"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that resumes it must agree on: all that decides the sequence of losses.
+
+        Left out: how the work is spread and executed (parallel, engine, micro_batch, checkpoint_activations, strategy,
+        backend, layout), how long it goes on (steps), how often it is evaluated, and where files are written.
+        `eval.path` is in: what it matches is held out of training.
+        """
+        train = {"global_batch_tokens", "precision", "seed"}
+        include = {"model": True, "attention": True, "data": True, "optim": True, "train": train}
+        exclude = {"attention": {"strategy", "backend", "layout"}, "data": {"eval": {"field", "every", "sequences"}}}
+        return self.model_dump(mode="json", include=include, exclude=exclude)
+
+    def digest(self) -> str:
+        """SHA-256 of `identity()`, hexadecimal: equal on every machine and in every process."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read and validate a YAML file with `key.sub=value` overrides laid over it (`config_yaml.read_yaml` says how).
+
+    Relative paths in the file are relative to the working directory.
+
+    Raises:
+        ValueError: the file or an override cannot be read; a key is unknown (the message names it, the valid keys and
+            the nearest match), is missing or has a wrong value; values contradict each other.
+    """
+    raw = read_yaml(path, overrides or [])
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"config {path} is not valid:\n{describe(error, RunConfig, raw)}") from None

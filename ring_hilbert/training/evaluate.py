@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Held-out loss: the same token-weighted mean on every rank and at every world size, and the unigram model to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ring_hilbert.parallel.sharding import IGNORED
+from ring_hilbert.training.batches import Batches
+from ring_hilbert.training.data import PackedDataset
+from ring_hilbert.training.loss import token_losses
+from ring_hilbert.training.world import World
+
+UNIGRAM_TOKENS = 2**22  # of training data that the unigram model is fitted on, at most
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats per target token, and what it is made of."""
+
+    loss: float
+    tokens: int
+    position_loss: (
+        torch.Tensor
+    )  # [seq_len] float64 CPU: mean loss of the targets that follow token i; NaN where there is none
+    target_counts: torch.Tensor  # [vocab] int64 CPU: how often each token is a target
+
+    def unigram_loss(self, train_counts: torch.Tensor) -> float:
+        """Mean loss on the same targets of a model that knows only token frequencies: `train_counts [vocab]`, add-one smoothed."""
+        smoothed = train_counts.double() + 1
+        log_probabilities = (smoothed / smoothed.sum()).log()
+        return -(self.target_counts * log_probabilities).sum().item() / self.tokens
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, batches: Batches, vocab: int, world: World) -> Evaluation:
+    """Run `model` over the whole dataset of `batches`, all ranks together.
+
+    Raises:
+        ValueError: it holds not one target token.
+    """
+    length = len(batches.dataset)
+    losses = torch.zeros(batches.seq_len, dtype=torch.float64, device=world.device)  # by natural token index
+    counts = torch.zeros(batches.seq_len, dtype=torch.int64, device=world.device)
+    targets = torch.zeros(vocab, dtype=torch.int64, device=world.device)
+    was_training = model.training
+    model.eval()
+    for number in range(batches.rounds(length)):
+        batch = batches.load(0, length, number)
+        labels = batch.pop("shift_labels")
+        per_token = token_losses(model(**batch, use_cache=False).logits, labels)
+        real = labels != IGNORED
+        tokens = batch["ring_hilbert"].rows.to(world.device).expand_as(labels)[real]  # the natural index of each
+        losses.index_add_(0, tokens, per_token[real].double())
+        counts += torch.bincount(tokens, minlength=batches.seq_len)
+        targets += torch.bincount(labels[real], minlength=vocab)
+    model.train(was_training)
+    for total in (losses, counts, targets):
+        world.sum(total)
+    total_count = int(counts.sum())
+    if total_count == 0:
+        raise ValueError("data.eval: the held-out sequences hold no target token")
+    return Evaluation(losses.sum().item() / total_count, total_count, (losses / counts).cpu(), targets.cpu())
+
+
+def count_tokens(dataset: PackedDataset, vocab: int, seq_len: int) -> torch.Tensor:
+    """How often each token occurs in the first training sequences, `UNIGRAM_TOKENS` at most: [vocab] int64."""
+    counts = torch.zeros(vocab, dtype=torch.int64)
+    for index in range(min(len(dataset), max(1, UNIGRAM_TOKENS // seq_len))):
+        sample = dataset[index]
+        tokens = torch.from_numpy(sample["input_ids"][sample["document_ids"] >= 0])
+        counts += torch.bincount(tokens, minlength=vocab)
+    return counts

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretraining from a configuration: check everything, build, resume, train, evaluate, export."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PretrainedConfig
+
+from ring_hilbert.integrations.transformers_config import order_of
+from ring_hilbert.training.batches import Batches
+from ring_hilbert.training.checkpoint import Checkpoints, Progress, seed_rank
+from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.data import PackedDataset, open_dataset
+from ring_hilbert.training.engine import Engine, check_engine, make_engine
+from ring_hilbert.training.evaluate import Evaluation, count_tokens, evaluate
+from ring_hilbert.training.export import export_model
+from ring_hilbert.training.loss import count_targets, token_losses
+from ring_hilbert.training.metrics import Metrics, peak_memory, read_metrics
+from ring_hilbert.training.model import build_model, model_config, vocab_size
+from ring_hilbert.training.plots import plot_loss, plot_loss_by_position
+from ring_hilbert.training.schedule import learning_rate, with_decay_steps
+from ring_hilbert.training.world import World, open_world
+
+EXPORT = "model"  # the folder in checkpoint.dir
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended; the losses are None without data.eval."""
+
+    progress: Progress
+    eval_loss: float | None
+    unigram_loss: float | None
+    model: Path
+
+
+def pretrain(config: RunConfig) -> Summary:
+    """Train until `train.steps`, going on from the newest checkpoint in `checkpoint.dir` if there is one. All ranks call it.
+
+    Nothing is written before the whole configuration, the data and the checkpoint have been found in order.
+
+    Raises:
+        ValueError: the configuration cannot be run; on every rank, naming the rank that found it.
+        FloatingPointError: the loss diverged.
+    """
+    check_engine(config)
+    config = with_decay_steps(config)
+    with open_world(config.parallel) as world:
+        with world.together():
+            hf_config = model_config(config)
+        world.from_main(lambda: _open_data(config, hf_config))  # fills the cache of tokenised documents for the others
+        with world.together():
+            train_set, eval_set = _open_data(config, hf_config)
+        checkpoints = Checkpoints(config, world)
+        found = checkpoints.latest()
+        with world.together():
+            model = build_model(config, hf_config)
+        engine = make_engine(model, config, world)
+        seed_rank(config, world, 0)
+        run = Run(config, world, engine, checkpoints, train_set, eval_set, hf_config)
+        if found is not None:
+            run.progress = checkpoints.load(found, engine)
+        return run.go(None if found is None else run.progress.step)
+
+
+def _open_data(config: RunConfig, hf_config: PretrainedConfig) -> tuple[PackedDataset, PackedDataset | None]:
+    """The training and the held-out sequences, the latter None without data.eval."""
+    splits: list[Literal["train", "eval"]] = ["train"] if config.data.eval is None else ["train", "eval"]
+    vocab = vocab_size(hf_config)
+    opened = [open_dataset(config.data, split, vocab_size=vocab, seed=config.train.seed) for split in splits]
+    return opened[0], opened[1] if len(opened) > 1 else None
+
+
+class Run:
+    """One call of `pretrain`, everything built."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        train_set: PackedDataset,
+        eval_set: PackedDataset | None,
+        hf_config: PretrainedConfig,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.engine = engine
+        self.checkpoints = checkpoints
+        self.vocab = vocab_size(hf_config)
+        self.train_set = train_set
+        order = order_of(hf_config)
+        self.train_batches = Batches(train_set, config, order, world)
+        self.eval_batches = None if eval_set is None else Batches(eval_set, config, order, world)
+        self.progress = Progress()
+
+    def go(self, resumed_from: int | None) -> Summary:
+        """Train the steps that are left, then evaluate, export and draw."""
+        config = self.config
+        self.world.from_main(self._make_folders)
+        with Metrics(config, self.world, resumed_from) as metrics:
+            if resumed_from is not None:
+                metrics.say(f"resumed from step {resumed_from} in {config.checkpoint.dir}")
+            while self.progress.step < config.train.steps:
+                self._timed_step(metrics)
+                step, last = self.progress.step, self.progress.step == config.train.steps
+                if config.data.eval is not None and step % config.data.eval.every == 0 and not last:
+                    self._evaluate(metrics)
+                if step % config.checkpoint.every == 0 or last:
+                    self.checkpoints.save(self.engine, self.progress)
+            metrics.close_bar()
+            return self._finish(metrics)
+
+    def train_step(self) -> tuple[float, float, float]:
+        """One optimizer step: global mean loss, global gradient norm before clipping, learning rate used.
+
+        The denominator is known before the first backward: one sum of counts over ranks and micro-steps. So every rank divides
+        by the same number, and gradients only ever need summing.
+        """
+        config, progress = self.config, self.progress
+        first, stop = progress.sequences, progress.sequences + config.sequences_per_step
+        rounds = range(self.train_batches.rounds(config.sequences_per_step))
+        batches = [self.train_batches.load(first, stop, number) for number in rounds]
+        targets = torch.stack([count_targets(batch["shift_labels"]) for batch in batches]).sum()
+        tokens = int(self.world.sum(targets))
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for batch in batches:
+            labels = batch.pop("shift_labels")
+            loss_sum = token_losses(self.engine.model(**batch, use_cache=False).logits, labels).sum()
+            self.engine.backward(loss_sum / max(tokens, 1))
+            total += loss_sum.detach()
+        rate = learning_rate(config, progress.step)
+        norm = self.engine.step(rate)
+        self.progress = Progress(progress.step + 1, stop, progress.tokens + tokens)
+        return self.world.sum(total).item() / max(tokens, 1), norm, rate
+
+    def _make_folders(self) -> None:
+        for folder in (self.config.checkpoint.dir, self.config.log.dir):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+
+    def _timed_step(self, metrics: Metrics) -> None:
+        start = time.perf_counter()
+        loss, norm, rate = self.train_step()
+        seconds = time.perf_counter() - start
+        speed = self.config.train.global_batch_tokens / seconds
+        metrics.write(
+            "train",
+            self.progress.step,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens=self.progress.tokens,
+            tokens_per_second=speed,
+            memory_bytes=peak_memory(self.world.device),
+        )
+        metrics.advance(loss, speed)
+
+    def _evaluate(self, metrics: Metrics) -> Evaluation:
+        assert self.eval_batches is not None
+        evaluation = evaluate(self.engine.model, self.eval_batches, self.vocab, self.world)
+        metrics.write("eval", self.progress.step, loss=evaluation.loss, tokens=evaluation.tokens)
+        metrics.say(f"step {self.progress.step}: held-out loss {evaluation.loss:.4f}")
+        return evaluation
+
+    def _finish(self, metrics: Metrics) -> Summary:
+        config = self.config
+        folder = Path(config.checkpoint.dir) / EXPORT
+        evaluation = None if self.eval_batches is None else self._evaluate(metrics)
+        unigram = None
+        if evaluation is not None:
+            unigram = evaluation.unigram_loss(count_tokens(self.train_set, self.vocab, config.data.seq_len))
+            metrics.say(
+                f"final held-out loss {evaluation.loss:.4f} nats per token over {evaluation.tokens:,} tokens; "
+                f"unigram model {unigram:.4f}; ratio {evaluation.loss / unigram:.3f}"
+            )
+        export_model(self.engine, config, self.world, folder)
+        self.world.from_main(lambda: self._draw(metrics, evaluation, unigram))
+        metrics.say(f"model: {folder}   metrics and plots: {config.log.dir}")
+        return Summary(self.progress, None if evaluation is None else evaluation.loss, unigram, folder)
+
+    def _draw(self, metrics: Metrics, evaluation: Evaluation | None, unigram: float | None) -> None:
+        logs = Path(self.config.log.dir)
+        plot_loss(read_metrics(metrics.path), unigram, logs / "loss.png")
+        if evaluation is not None:
+            plot_loss_by_position(evaluation, logs / "loss_by_position.png")

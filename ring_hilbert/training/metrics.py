@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells while it runs: a progress bar, one JSON line per step and evaluation, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.tensorboard.writer import SummaryWriter
+from tqdm import tqdm
+
+from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.world import World
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Writes on rank 0, does nothing elsewhere. A context manager; the files are opened on entering it, in log.dir, which exists.
+
+    A resumed run continues `metrics.jsonl` after the step it resumes from, without a line twice; a fresh run moves an older
+    file aside.
+    """
+
+    def __init__(self, config: RunConfig, world: World, resumed_from: int | None) -> None:
+        self.config = config
+        self.world = world
+        self.resumed_from = resumed_from
+        self.path = Path(config.log.dir) / METRICS_FILE
+        self._tensorboard: SummaryWriter | None = None
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> Metrics:
+        if self.world.is_main:
+            start = self.resumed_from or 0
+            self._seen = _continue_file(self.path, self.resumed_from)
+            self._file = self.path.open("a", buffering=1)
+            if self.config.log.tensorboard:
+                self._tensorboard = SummaryWriter(str(self.path.parent), purge_step=start + 1)
+            self._bar = tqdm(
+                total=self.config.train.steps,
+                initial=start,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 10,  # seconds between redraws, each a line in a log file
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.world.is_main:
+            self.close_bar()
+            self._file.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+    def write(self, kind: str, step: int, **values: float) -> None:
+        """Record `values` of `kind` ("train" or "eval") after `step` steps, once."""
+        if not self.world.is_main or (kind, step) in self._seen:
+            return
+        self._seen.add((kind, step))
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def advance(self, loss: float, tokens_per_second: float) -> None:
+        """Move the progress bar by a step."""
+        if self._bar is not None:
+            memory = f"{peak_memory(self.world.device) / 2**30:.2f} GiB"
+            self._bar.set_postfix(
+                loss=f"{loss:.4f}", tokens_per_s=f"{tokens_per_second:,.0f}", memory=memory, refresh=False
+            )
+            self._bar.update()
+
+    def close_bar(self) -> None:
+        """End the progress bar: no more steps will be made."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def say(self, text: str) -> None:
+        """Print a line without disturbing the progress bar."""
+        if self.world.is_main:
+            tqdm.write(text)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of the device's allocator, or resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a crash cut short is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _continue_file(path: Path, resumed_from: int | None) -> set[tuple[str, int]]:
+    """Make `path` end at the step resumed from, or move it aside; returns the (kind, step) that it holds."""
+    if not path.exists():
+        return set()
+    if resumed_from is None:
+        taken = sum(1 for _ in path.parent.glob("metrics.*.jsonl"))
+        path.rename(path.with_name(f"metrics.{taken}.jsonl"))
+        return set()
+    kept = [line for line in read_metrics(path) if line["step"] <= resumed_from]
+    shorter = path.with_suffix(".tmp")
+    shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    shorter.replace(path)
+    return {(line["kind"], line["step"]) for line in kept}

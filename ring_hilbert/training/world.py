@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranks of a run: process group, device, device mesh, and the few collectives that the trainer needs.
+
+Ranks of one sequence are neighbours: `rank = dp_index * sp + sp_index`, so that the exchange stays inside a host where it can.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ring_hilbert.training.config import ParallelConfig
+
+TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for the others' tensors raises, and torchrun ends the job
+PATIENCE = timedelta(hours=3)  # the same where one rank may be tokenising a corpus or writing files
+T = TypeVar("T")
+
+
+class RankError(ValueError):
+    """A user's mistake that every rank knows of and raises; one rank printing it is enough."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Alone, there is no process group: `mesh`, whose axes are dp and sp, and `control`, all ranks on the CPU, are None.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def sp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share this rank's sequences; None if it has them for itself."""
+        if self.mesh is None or self.mesh.size(1) == 1:
+            return None
+        return self.mesh.get_group("sp")
+
+    @property
+    def dp_index(self) -> int:
+        """Which of the groups that read different sequences this rank is in."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank("dp")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes the files of which there is one."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` in place over all ranks, to the same bits on each; returns it."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Overwrite `tensor` on every rank with rank 0's."""
+        if self.mesh is not None:
+            dist.broadcast(tensor, src=0)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A step that every rank takes and any may fail in: an error on one is raised on all. Waits for all ranks.
+
+        Raises:
+            RankError: a ValueError or OSError on some rank; names the first such rank if there are several ranks.
+            Exception: what else was raised in the block, on the rank where it was; the others raise RankError.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        users = isinstance(error, (ValueError, OSError))
+        mine = None if error is None else str(error) if users else f"{type(error).__name__}: {error}"
+        messages: list[str | None] = [mine]
+        if self.control is not None:
+            messages = [None] * self.size
+            dist.all_gather_object(messages, mine, group=self.control)
+        if error is not None and not users:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise RankError(message if self.size == 1 else f"rank {rank}: {message}") from error
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0 and return its value on every rank; an error there is raised on all, as in `together`."""
+        values: list[Any] = [None]
+        with self.together():
+            if self.is_main:
+                values[0] = function()
+        if self.control is not None:
+            dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+
+@contextmanager
+def open_world(parallel: ParallelConfig) -> Iterator[World]:
+    """Join the process group that torchrun describes, or the one already open, or stay alone; and lay the mesh over it.
+
+    Gloo on the CPU; with CUDA devices, NCCL for tensors on them and Gloo for the rest.
+
+    Raises:
+        ValueError: the number of ranks is not dp_shard * dp_replicate * sp, or this rank has no CUDA device.
+    """
+    device = _device()
+    ours = not dist.is_initialized() and "WORLD_SIZE" in os.environ
+    size = int(os.environ["WORLD_SIZE"]) if ours else dist.get_world_size() if dist.is_initialized() else 1
+    if size != parallel.world_size:
+        raise ValueError(
+            f"parallel: dp_shard {parallel.dp_shard} * dp_replicate {parallel.dp_replicate} * sp {parallel.sp} = "
+            f"{parallel.world_size} ranks, but {size} {'is' if size == 1 else 'are'} running; start "
+            f"`torchrun --nproc-per-node {parallel.world_size} -m ring_hilbert.cli pretrain ...`, or give "
+            f"parallel.sp={size} parallel.dp_shard=1 parallel.dp_replicate=1"
+        )
+    if ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if not dist.is_initialized():
+        yield World(0, 1, device)
+        return
+    control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(control, dist.ProcessGroup)
+    yield World(dist.get_rank(), size, device, _mesh(device, parallel), control)
+    if ours:  # not after an error: the other ranks may be waiting inside a collective, which ending this process stops
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"local rank {local_rank} has no CUDA device of its own: this host has {count}; "
+            f"start {count} ranks per host, or hide the devices with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _mesh(device: torch.device, parallel: ParallelConfig) -> DeviceMesh:
+    ranks = torch.arange(parallel.world_size).reshape(parallel.dp, parallel.sp)
+    groups = []
+    for members in (ranks.T, ranks):  # the groups along dp, then those along sp
+        group, _ = dist.new_subgroups_by_enumeration(members.tolist(), timeout=TIMEOUT)
+        assert group is not None  # every rank is in exactly one of them
+        groups.append(group)
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("dp", "sp"))

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, alone and under torchrun: help, one-line errors, exit statuses, and no job that hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ring_hilbert.cli import main
+from ring_hilbert.training.metrics import read_metrics
+from tests.ranks import run_ranks
+from tests.tiny_run import tiny_config, write_texts
+
+ROOT = Path(__file__).parents[1]
+
+
+def config_file(folder: Path) -> Path:
+    """A tiny run of two steps as a file (JSON is YAML)."""
+    write_texts(folder)
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(tiny_config(folder, train__steps=2).model_dump()))
+    return path
+
+
+def torchrun(*arguments: str | Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands, and of `pretrain` the options with an example."""
+    for arguments, words in (
+        (["--help"], ["pretrain"]),
+        (["pretrain", "--help"], ["--config", "torchrun", "key.sub=value"]),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in words)
+
+
+@pytest.mark.parametrize("arguments", [[], ["pretrian"], ["pretrain"]])
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_pretrain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Overrides count; the end prints held-out loss, unigram loss and their ratio."""
+    path = config_file(tmp_path)
+    assert main(["pretrain", "--config", str(path), "train.steps=3"]) == 0
+    assert read_metrics(tmp_path / "logs" / "metrics.jsonl")[-1]["step"] == 3
+    printed = capsys.readouterr().out
+    assert "final held-out loss" in printed
+    assert "unigram model" in printed
+    assert "ratio" in printed
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepps=3", ["stepps", "steps"]),
+        ("train.steps=many", ["train.steps", "many"]),
+        ("data.sources.0.path=/nowhere", ["/nowhere"]),
+        ("model.config.vocab_size=64", ["vocab"]),
+        ("parallel.sp=2", ["torchrun --nproc-per-node 2"]),
+    ],
+)
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, words: list[str]) -> None:
+    """Status 2, a message and no traceback, nothing written."""
+    path = config_file(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert main(["pretrain", "--config", str(path), override]) == 2
+    printed = capsys.readouterr()
+    assert "ring-hilbert pretrain: error: " in printed.err
+    assert all(word in printed.err for word in words)
+    assert "Traceback" not in printed.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    """Two ranks of one sequence; one of them prints."""
+    done = torchrun("-m", "ring_hilbert.cli", "pretrain", "--config", config_file(tmp_path), "parallel.sp=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("final held-out loss") == 1
+    run = json.loads((tmp_path / "checkpoints" / "step_00000002" / "run.json").read_text())
+    assert run["world_size"] == 2
+
+
+def run_main(rank: int, world_size: int, arguments: list[str]) -> tuple[int, str]:
+    """Status of `main` and what it prints to stderr, as under torchrun."""
+    assert world_size == 2
+    printed = io.StringIO()
+    os.environ["RANK"] = str(rank)
+    try:
+        with contextlib.redirect_stderr(printed):
+            return main(arguments), printed.getvalue()
+    finally:
+        del os.environ["RANK"]
+
+
+def test_ranks_tell_a_mistake_once(tmp_path: Path) -> None:
+    """Rank 0 prints what every rank knows; each ends with status 2."""
+    arguments = ["pretrain", "--config", str(config_file(tmp_path)), "parallel.sp=2", "data.sources.0.path=/nowhere"]
+    (status, printed), (other_status, nothing) = run_ranks(run_main, 2, arguments)
+    assert status == other_status == 2
+    assert printed.startswith("ring-hilbert pretrain: error: rank 0: ")
+    assert nothing == ""
+    assert not (tmp_path / "logs").exists()
+
+
+FAILING_RANK = """
+import os, sys
+from ring_hilbert import cli
+from ring_hilbert.training.loop import Run
+step = Run.train_step
+def fail_on_rank_1(self):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("spam on rank 1")
+    return step(self)
+Run.train_step = fail_on_rank_1
+sys.exit(cli.main())
+"""
+
+
+def test_torchrun_ends_when_a_rank_fails(tmp_path: Path) -> None:
+    """The other rank waits in a collective that never comes; the job ends all the same, well before the group's timeout."""
+    script = tmp_path / "failing_rank.py"
+    script.write_text(FAILING_RANK)
+    done = torchrun(script, "pretrain", "--config", config_file(tmp_path), "parallel.sp=2")
+    assert done.returncode != 0
+    assert "spam on rank 1" in done.stderr

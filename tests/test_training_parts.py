@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small parts of the trainer: loss, schedule, unigram model, metrics file, gradient sums, agreement of ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ring_hilbert.training import engine_torch, loss
+from ring_hilbert.training.engine_torch import sum_gradients
+from ring_hilbert.training.evaluate import Evaluation
+from ring_hilbert.training.loss import count_targets, token_losses
+from ring_hilbert.training.metrics import Metrics, read_metrics
+from ring_hilbert.training.plots import plot_loss_by_position
+from ring_hilbert.training.schedule import learning_rate, with_decay_steps
+from ring_hilbert.training.world import RankError, World, open_world
+from tests.ranks import run_ranks, run_ranks_collect
+from tests.tiny_run import tiny_config
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 40, 10**6])
+def test_token_losses(monkeypatch: pytest.MonkeyPatch, chunk_elements: int) -> None:
+    """Chunked or not: the float32 cross-entropy of bfloat16 logits and its gradient; zero where there is no target."""
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_elements)
+    logits = torch.randn(2, 7, 11, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 11, (2, 7))
+    labels[0, 3:], labels[1, 6] = -100, -100
+    losses = token_losses(logits, labels)
+    assert losses.dtype == torch.float32
+    assert losses.shape == (2, 7)
+    assert (losses[labels == -100] == 0).all()
+    assert count_targets(labels) == 9
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    plain = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+    assert losses.sum().item() == pytest.approx(plain.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain, logits)[0])
+
+
+def test_loss_of_padding_alone() -> None:
+    """Zero, with a gradient of zeros."""
+    logits = torch.randn(1, 5, 3, requires_grad=True)
+    total = token_losses(logits, torch.full((1, 5), -100)).sum()
+    total.backward()
+    assert total.item() == 0
+    assert logits.grad is not None
+    assert (logits.grad == 0).all()
+
+
+def test_schedule(tmp_path: Path) -> None:
+    """Linear warm-up that starts above zero, half a cosine to the ratio asked for, and no further."""
+    config = tiny_config(
+        tmp_path, optim={"lr": 1.0, "warmup_steps": 4, "decay_steps": 24, "min_lr_ratio": 0.1}, train__steps=40
+    )
+    rates = [learning_rate(config, step) for step in range(40)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[14] == pytest.approx(0.55)  # halfway
+    assert rates[23] > 0.1
+    assert rates[24:] == pytest.approx([0.1] * 16)
+    assert rates[4:25] == sorted(rates[4:25], reverse=True)
+    constant = tiny_config(tmp_path, optim={"lr": 1.0, "warmup_steps": 1, "schedule": "constant"})
+    assert [learning_rate(constant, step) for step in range(3)] == [0.5, 1.0, 1.0]
+
+
+def test_digest_covers_the_schedule(tmp_path: Path) -> None:
+    """train.steps counts where it shapes the schedule, and only there."""
+
+    def digest(**changes: object) -> str:
+        return with_decay_steps(tiny_config(tmp_path, **changes)).digest()
+
+    assert digest(train__steps=20) != digest(train__steps=30)
+    assert digest(train__steps=20) == digest(train__steps=30, optim__decay_steps=20)
+    constant = {"optim__schedule": "constant"}
+    assert digest(train__steps=20, **constant) == digest(train__steps=30, **constant)
+
+
+def test_unigram_loss() -> None:
+    """The cross-entropy of add-one smoothed frequencies."""
+    targets = torch.tensor([3, 1, 0])
+    evaluation = Evaluation(1.0, 4, torch.zeros(1), targets)
+    expected = -(3 * math.log(6 / 10) + math.log(3 / 10)) / 4
+    assert evaluation.unigram_loss(torch.tensor([5, 2, 0])) == pytest.approx(expected)
+
+
+def test_plot_with_holes(tmp_path: Path) -> None:
+    """Positions without a target are left out."""
+    losses = torch.linspace(3, 1, 100, dtype=torch.float64)
+    losses[::7] = torch.nan
+    losses[60:] = torch.nan
+    plot_loss_by_position(Evaluation(2.0, 50, losses, torch.ones(2)), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_metrics_continue(tmp_path: Path) -> None:
+    """Lines after the step resumed from go, a line cut short goes, none comes twice; a fresh run keeps the old file aside."""
+    config = tiny_config(tmp_path, log__dir=str(tmp_path))
+    world = World(0, 1, torch.device("cpu"))
+    path = tmp_path / "metrics.jsonl"
+    with Metrics(config, world, None) as metrics:
+        for step in (1, 2, 3):
+            metrics.write("train", step, loss=float(step))
+        metrics.write("eval", 2, loss=0.5)
+    with path.open("a") as file:
+        file.write('{"kind": "train", "st')
+    with Metrics(config, world, 2) as metrics:
+        metrics.write("eval", 2, loss=0.7)
+        metrics.write("train", 3, loss=3.5)
+    found = [(line["kind"], line["step"], line["loss"]) for line in read_metrics(path)]
+    assert found == [("train", 1, 1.0), ("train", 2, 2.0), ("eval", 2, 0.5), ("train", 3, 3.5)]
+    before = path.read_bytes()
+    with Metrics(config, world, None) as metrics:
+        metrics.write("train", 1, loss=9.0)
+    assert (tmp_path / "metrics.0.jsonl").read_bytes() == before
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [9.0]
+
+
+def summed(rank: int, world_size: int, folder: Path, bucket: int) -> list[torch.Tensor]:
+    """Gradients rank + 1, rank 1's last one missing."""
+    engine_torch.BUCKET_ELEMENTS, kept = bucket, engine_torch.BUCKET_ELEMENTS
+    try:
+        with open_world(tiny_config(folder, parallel__sp=world_size).parallel) as world:
+            parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 2), (5,))]
+            for parameter in parameters[: 2 if rank == 1 else 3]:
+                parameter.grad = torch.full_like(parameter, rank + 1)
+            sum_gradients(parameters, world)
+            return [parameter.grad for parameter in parameters if parameter.grad is not None]
+    finally:
+        engine_torch.BUCKET_ELEMENTS = kept
+
+
+@pytest.mark.parametrize("bucket", [1, 5, 100])
+def test_sum_gradients(tmp_path: Path, bucket: int) -> None:
+    """The sum, not the mean, whatever the buckets; a rank without a gradient adds nothing."""
+    for gradients in run_ranks(summed, 2, tmp_path, bucket):
+        expected = [torch.full((3,), 3.0), torch.full((2, 2), 3.0), torch.full((5,), 1.0)]
+        assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+
+
+def disagree(rank: int, world_size: int, folder: Path, kind: str) -> None:
+    """Rank 1 fails."""
+    with open_world(tiny_config(folder, parallel__sp=world_size).parallel) as world, world.together():
+        if rank == 1:
+            raise {"user": ValueError, "bug": KeyError}[kind]("spam")
+
+
+def test_together(tmp_path: Path) -> None:
+    """A user's mistake is the same error everywhere; anything else keeps its type where it happened."""
+    mine, theirs = run_ranks_collect(disagree, 2, tmp_path, "user")
+    assert isinstance(mine, RankError)
+    assert isinstance(theirs, RankError)
+    assert str(mine) == str(theirs) == "rank 1: spam"
+    mine, theirs = run_ranks_collect(disagree, 2, tmp_path, "bug")
+    assert isinstance(theirs, KeyError)
+    assert isinstance(mine, RankError)
+    assert str(mine) == "rank 1: KeyError: 'spam'"
+
+
+def places(rank: int, world_size: int, folder: Path) -> tuple[int, list[int]]:
+    """Which data group this rank is in, and who shares its sequences."""
+    assert world_size == 4
+    with open_world(tiny_config(folder, parallel__sp=2, parallel__dp_replicate=2).parallel) as world:
+        assert world.rank == rank
+        assert world.sp_group is not None
+        return world.dp_index, torch.distributed.get_process_group_ranks(world.sp_group)
+
+
+def test_ranks_of_a_sequence_are_neighbours(tmp_path: Path) -> None:
+    """A rank is `dp_index * sp + sp_index`."""
+    assert run_ranks(places, 4, tmp_path) == [(0, [0, 1]), (0, [0, 1]), (1, [2, 3]), (1, [2, 3])]
