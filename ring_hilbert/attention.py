@@ -125,7 +125,7 @@ def dilated_attention(
         q, k, v = (x.index_select(1, permutation[0]) for x in (q, k, v))
     execution = prepared.execution(pattern, shapes, q.device)
     factor = shapes.head_dim**-0.5 if scale is None else float(scale)
-    out, lse, _ = _forward(q, k, v, _handle(execution), factor)
+    out, lse, _ = _forward(q, k, v, _handle(execution), factor, name or "")
     if permutation is not None:
         out = out.index_select(1, permutation[1])
     if not return_lse:
@@ -206,19 +206,28 @@ def _handle(execution: Execution) -> int:
 
 
 @torch.library.custom_op("ring_hilbert::attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, handle: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _executions[handle].forward(q, k, v, scale)
+def _forward(q: Tensor, k: Tensor, v: Tensor, handle: int, scale: float, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _executions[handle].forward(q, k, v, scale, name)
 
 
 @torch.library.custom_op("ring_hilbert::attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, residue: Tensor, handle: int, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    residue: Tensor,
+    handle: int,
+    scale: float,
+    name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _executions[handle].backward(dout, q, k, v, out, lse, residue, scale)
+    return _executions[handle].backward(dout, q, k, v, out, lse, residue, scale, name)
 
 
 @_forward.register_fake
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, handle: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype)
     return q.new_empty(q.shape), lse, torch.empty_like(lse)
@@ -230,14 +239,13 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, handle, scale = inputs
+    q, k, v, *ctx.call = inputs
     ctx.save_for_backward(q, k, v, *output)
-    ctx.handle, ctx.scale = handle, scale
-    ctx.execution = _executions.get(handle)  # keeps it alive until backward; absent only while tracing
+    ctx.execution = _executions.get(ctx.call[0])  # keeps it alive until backward; absent only while tracing
 
 
 def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor, _dresidue: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(dout, *ctx.saved_tensors, ctx.handle, ctx.scale), None, None
+    return *_backward(dout, *ctx.saved_tensors, *ctx.call), None, None, None
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:

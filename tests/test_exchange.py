@@ -295,3 +295,24 @@ def _orders_that_cannot_be(rank: int, world: int, order: rh.TokenOrder):
 def test_orders_that_would_move_rows_between_ranks(order: rh.TokenOrder, words: str):
     for outcome in run_ranks_collect(_orders_that_cannot_be, 2, order, timeout=30):
         assert isinstance(outcome, ValueError) and words in str(outcome)
+
+
+def _peer_goes_missing(rank: int, world: int, phase: str):
+    case, lengths = Case(ALIGNED, 64), (32, 32)
+    x = {name: shard(value, lengths, rank).clone() for name, value in case.tensors().items()}
+    q, k, v = (x[name].requires_grad_() for name in "qkv")
+    prepared = rh.prepare(32, group=dist.group.WORLD)
+    rh.dilated_attention(q, k, v, ALIGNED, prepared=prepared, name="layer 7").sum().backward()
+    if rank == 1 and phase == "forward":
+        return
+    out = rh.dilated_attention(q, k, v, ALIGNED, prepared=prepared, name="layer 7")
+    if rank == 1 and phase == "backward":
+        return
+    out.sum().backward()
+
+
+@pytest.mark.parametrize(("phase", "collective"), [("forward", "exchange of K and V rows"), ("backward", "K and V rows")])
+def test_a_peer_that_goes_missing_is_an_error_that_names_the_layer(phase: str, collective: str):
+    outcome = run_ranks_collect(_peer_goes_missing, 2, phase, timeout=20)[0]
+    assert isinstance(outcome, RuntimeError)
+    assert all(words in str(outcome) for words in ("rank 0", collective, "layer 7", "did not complete")), outcome

@@ -43,24 +43,26 @@ class Exchange:
         rank_plan: whose `sent` and `received` blocks give the rows and their order in the buffers.
         group: the process group.
         device: where K and V live.
-        name: what to call the caller (a layer) in error messages.
     """
 
-    def __init__(self, rank_plan: RankPlan, group: dist.ProcessGroup, device: torch.device, name: str = "") -> None:
-        self.group, self.rank, self.name = group, rank_plan.rank, name
+    def __init__(self, rank_plan: RankPlan, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.rank = group, rank_plan.rank
         self.received = [sum(block.size for block in blocks) for blocks in rank_plan.received]
         self.sent = [sum(block.size for block in blocks) for blocks in rank_plan.sent]
         indices = [_payload_index(blocks, rank_plan) for blocks in rank_plan.sent]
         self.send_index = [tuple(torch.from_numpy(i).to(device) for i in index) for index in indices]
 
-    def fetch(self, k: Tensor, v: Tensor) -> Pending:
-        """Start sending the rows of `k, v [B, S_local, Hkv, D]` that others read; the buffer receives `[rows, 2, D]`."""
-        payload = torch.cat([torch.stack((k[index], v[index]), dim=1) for index in self.send_index])
-        return self._start(payload, self.received, self.sent, "the exchange of K and V rows")
+    def fetch(self, k: Tensor, v: Tensor, name: str = "") -> Pending:
+        """Start sending the rows of `k, v [B, S_local, Hkv, D]` that others read; the buffer receives `[rows, 2, D]`.
 
-    def give_back(self, gradients: Tensor) -> Pending:
+        `name` is what to call the caller, a layer, in an error message.
+        """
+        payload = torch.cat([torch.stack((k[index], v[index]), dim=1) for index in self.send_index])
+        return self._start(payload, self.received, self.sent, f"the exchange of K and V rows{_of(name)}")
+
+    def give_back(self, gradients: Tensor, name: str = "") -> Pending:
         """Start returning `gradients [rows, 2, D]` of received rows to their owners; they receive `[rows, 2, D]`."""
-        return self._start(gradients, self.sent, self.received, "the return of dK and dV rows")
+        return self._start(gradients, self.sent, self.received, f"the return of dK and dV rows{_of(name)}")
 
     def add(self, returned: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Add `returned [rows, 2, D]` onto `dk, dv [B, S_local, Hkv, D]`, rank by rank: always in the same order."""
@@ -70,9 +72,12 @@ class Exchange:
 
     def _start(self, payload: Tensor, received: list[int], sent: list[int], what: str) -> Pending:
         buffer = payload.new_empty((sum(received), *payload.shape[1:]))
-        where = f" of {self.name}" if self.name else ""
         work = dist.all_to_all_single(buffer, payload, received, sent, group=self.group, async_op=True)
-        return Pending(buffer, payload, work, f"rank {self.rank}: {what}{where}")
+        return Pending(buffer, payload, work, f"rank {self.rank}: {what}")
+
+
+def _of(name: str) -> str:
+    return f" of {name}" if name else ""
 
 
 def _payload_index(blocks: list[Block], rank_plan: RankPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -51,9 +51,9 @@ class Execution:
 
     # ---- forward
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, name: str = "") -> tuple[Tensor, Tensor, Tensor]:
         """`out [B, S_local, H, D]` in the dtype of q; `lse` and its rounding `residue` `[B, H, S_local]`, float32 or float64."""
-        pending = self.exchange.fetch(k, v) if self.exchange else None
+        pending = self.exchange.fetch(k, v, name) if self.exchange else None
         dtype = torch_core.compute_dtype(q.dtype)
         q = _grouped(q, k.shape[2])
         state = RunningSoftmax.empty(tuple(q.shape[:-1]), q.shape[-1], dtype, q.device)
@@ -73,10 +73,19 @@ class Execution:
     # ---- backward
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, residue: Tensor, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        residue: Tensor,
+        scale: float,
+        name: str = "",
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`dq, dk, dv` in the dtype and shape of `q, k, v`. K and V rows are fetched again, behind the local visits."""
-        pending = self.exchange.fetch(k, v) if self.exchange else None
+        pending = self.exchange.fetch(k, v, name) if self.exchange else None
         dtype, kv_heads = torch_core.compute_dtype(q.dtype), k.shape[2]
         # every weight is exp(score - lse - residue): the row factor exp(-residue) moves into dout, where it costs nothing
         dout = dout.to(dtype) * residue.neg().exp().transpose(1, 2).unsqueeze(-1)
@@ -105,7 +114,7 @@ class Execution:
                 dkr, dvr = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (kr, vr))
                 visit_backward(visit, visit.mask(self.own), (kr, vr, dkr, dvr))
                 visit.add_to(darena, dkr, dvr)
-            self.exchange.add(self.exchange.give_back(darena[:-1]).wait(), dk, dv)
+            self.exchange.add(self.exchange.give_back(darena[:-1], name).wait(), dk, dv)
         return dq.flatten(2, 3).to(k.dtype), dk.to(k.dtype), dv.to(k.dtype)
 
     def _local_visits(self) -> Iterator[tuple[Visit, VisitMask]]:

@@ -33,9 +33,7 @@ class PackedDataset(Protocol):
     def __getitem__(self, number: int) -> Sequence: ...
 
 
-def open_dataset(
-    config: DataConfig, split: Literal["train", "eval"], vocab_size: int, seed: int = 0
-) -> PackedDataset:
+def open_dataset(config: DataConfig, split: Literal["train", "eval"], vocab_size: int, seed: int = 0) -> PackedDataset:
     """Open the documents of a split, tokenising what is not yet in the cache of `datasets`.
 
     Safe to call on several ranks at once; quicker if one rank calls it before the others. Files that `data.eval.path`
