@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ring_hilbert.training.config import RunConfig, load_config
 
@@ -282,3 +284,6 @@ def test_quickstart_is_what_the_readme_says() -> None:
     assert crossing
     assert config.attention.order is not None
     assert config.attention.order.curve == "hilbert"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(config.model.config or {})))
+    assert model.num_parameters() <= 4_000_000
