@@ -40,8 +40,9 @@ class Problem:
     uneven: bool = False
 
     def lengths(self, world: int) -> tuple[int, ...]:
-        """Rows per rank; uneven ones shift half of each odd rank's rows to the rank before it."""
-        lengths = list(Layout.even(self.seq_len, world).lengths)
+        """Rows per rank, whole blocks of the order; uneven ones shift half of each odd rank's rows to the rank before it."""
+        unit = 1 if self.order is None or self.order.block is None else self.order.block
+        lengths = [unit * count for count in Layout.even(self.seq_len // unit, world).lengths]
         for rank in range(1, world if self.uneven else 0, 2):
             moved = lengths[rank] // 2
             lengths[rank], lengths[rank - 1] = lengths[rank] - moved, lengths[rank - 1] + moved
