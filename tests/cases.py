@@ -61,9 +61,9 @@ class Case:
         }[self.documents]()
         return {"positions": positions, "document_ids": documents}
 
-    def expected(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """out, lse, dq, dk, dv of the reference, by eager autograd in `dtype`."""
-        x = self.tensors(dtype)
+    def expected(self, dtype: torch.dtype = torch.float64, inputs: torch.dtype | None = None) -> dict[str, Tensor]:
+        """out, lse, dq, dk, dv of the reference, by eager autograd in `dtype` on the tensors as `inputs` holds them."""
+        x = {name: value.to(dtype) for name, value in self.tensors(inputs or dtype).items()}
         q, k, v = (x[name].requires_grad_() for name in "qkv")
         out, lse = rh.reference.dilated_attention(
             q, k, v, self.pattern, causal=self.causal, order=self.order, **self.facts()

@@ -134,7 +134,7 @@ def test_any_case_on_any_ranks_at_length(case: Case, world: int, kind: str):
 def test_rounding_does_not_grow_with_the_ranks(dtype: torch.dtype):
     """Against float64 on the same inputs: RMS error at P = 8 at most 1.1x, max at most 2.5x that at P = 1."""
     case = Case(rh.DilatedPattern((64, 256, 512), (1, 2, 4)), 512, 1, 4, 2, 32, logit_scale=4.0)
-    exact = _exact_for(case, dtype)
+    exact = case.expected(torch.float64, inputs=dtype)
     errors = {}
     for world in (1, 8):
         (result,) = run_cases(world, [(case, splits(512, world, "even"))], dtype)
@@ -145,14 +145,6 @@ def test_rounding_does_not_grow_with_the_ranks(dtype: torch.dtype):
         one, eight = one[covered], eight[covered]
         assert eight.square().mean().sqrt() <= 1.1 * one.square().mean().sqrt(), name
         assert eight.max() <= 2.5 * one.max(), name
-
-
-def _exact_for(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    x = {name: value.double() for name, value in case.tensors(dtype).items()}
-    q, k, v = (x[name].requires_grad_() for name in "qkv")
-    out, lse = rh.reference.dilated_attention(q, k, v, case.pattern, causal=case.causal)
-    out.backward(x["dout"])
-    return {"out": out.detach(), "lse": lse.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}  # type: ignore[dict-item]
 
 
 # ---- groups

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import ring_hilbert as rh
+from ring_hilbert.parallel.layout import Layout
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -23,7 +24,7 @@ def draw_mask(axes: Any, pattern: rh.DilatedPattern, length: int, world: int, ca
         count = count.tril()
     axes.imshow(count.numpy(), cmap="viridis", interpolation="nearest")
     for rank in range(1, world):
-        border = rh.plan(pattern, length, world, num_heads=1, head_dim=1, dtype=torch.float32).layout.starts[rank] - 0.5
+        border = Layout.even(length, world).starts[rank] - 0.5
         axes.axhline(border, color="white", linewidth=0.8)
         axes.axvline(border, color="white", linewidth=0.8)
     axes.set(title="pattern: keys of a row, by how many branches", xlabel="key row", ylabel="query row")

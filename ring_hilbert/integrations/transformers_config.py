@@ -69,12 +69,7 @@ def pattern_of(config: Any, layer: int) -> DilatedPattern:
 def order_of(config: Any) -> TokenOrder | None:
     """The token order, or None for rows as given."""
     order = settings_of(config).get("order")
-    if order is None:
-        return None
-    fields = {key: value for key, value in order.items() if value is not None}
-    if fields.get("grid") is not None:
-        fields["grid"] = tuple(fields["grid"])
-    return TokenOrder(**fields)
+    return None if order is None else TokenOrder.from_config(order)
 
 
 def register(module: ModuleType) -> None:

@@ -19,7 +19,7 @@ from ring_hilbert.ops.pattern import Heads
 from ring_hilbert.ops.torch_core import NO_FACTS, RowFacts, VisitMask
 from ring_hilbert.ops.visits import Rows, Visit
 from ring_hilbert.parallel.exchange import Exchange
-from ring_hilbert.parallel.facts import PADDING, Facts
+from ring_hilbert.parallel.facts import PADDING
 from ring_hilbert.parallel.plan import Plan
 from ring_hilbert.parallel.remote import RemoteVisit
 
@@ -91,9 +91,7 @@ class Execution:
         dout = dout.to(dtype) * residue.neg().exp().transpose(1, 2).unsqueeze(-1)
         delta = _grouped((dout * out.to(dtype)).sum(-1), kv_heads)
         lse = _grouped(lse.transpose(1, 2), kv_heads)
-        lse = lse.masked_fill(
-            lse == float("-inf"), float("inf")
-        )  # exp(score - inf) = 0: rows without a key pass nothing on
+        lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # exp(score - inf) = 0: no key, no gradient
         q, dout = _grouped(q, kv_heads), _grouped(dout, kv_heads)
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
 
@@ -160,18 +158,10 @@ def _key_facts(keys: np.ndarray, plan: Plan) -> tuple[np.ndarray | None, np.ndar
     for entry, rows in enumerate(keys):
         real = rows >= 0
         if positions is not None:
-            positions[entry, real] = _positions_of_any(facts, rows[real], entry)
+            positions[entry, real] = facts.positions_of(rows[real], entry)
         if documents is not None:
             documents[entry, real] = facts.documents_of(rows[real], entry)
     return tuple(None if x is None else x[:, None] for x in (positions, documents))  # type: ignore[return-value]
-
-
-def _positions_of_any(facts: Facts, rows: np.ndarray, entry: int) -> np.ndarray:
-    """Positions of rows in any order."""
-    by_row = np.argsort(rows, kind="stable")
-    positions = np.empty(len(rows), np.int64)
-    positions[by_row] = facts.positions_of(rows[by_row], entry)
-    return positions
 
 
 def _tensor(array: np.ndarray | None, device: torch.device) -> Tensor | None:

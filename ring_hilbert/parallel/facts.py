@@ -46,12 +46,12 @@ class Facts:
         return max([1] + [x.shape[0] for x in (self.positions, self.documents) if x is not None])
 
     def positions_of(self, rows: np.ndarray, entry: int = 0) -> np.ndarray:
-        """Positions of ascending `rows` for one batch entry."""
+        """Positions of `rows`, in any order, for one batch entry."""
         if self.positions is not None:
             return self.positions[min(entry, len(self.positions) - 1), rows]
         if self.order is not None and len(rows):
-            first = int(rows[0])
-            return self.order.permutation(self.seq_len, first, int(rows[-1]) + 1).numpy()[rows - first]
+            first = int(rows.min())
+            return self.order.permutation(self.seq_len, first, int(rows.max()) + 1).numpy()[rows - first]
         return rows
 
     def documents_of(self, rows: np.ndarray, entry: int = 0) -> np.ndarray | None:

@@ -240,11 +240,6 @@ class RunConfig(Section):
         """Sequences of data.seq_len tokens in one optimizer step, over all ranks and micro-steps."""
         return self.train.global_batch_tokens // self.data.seq_len
 
-    @property
-    def micro_steps(self) -> int:
-        """Forward and backward passes per rank and optimizer step."""
-        return self.sequences_per_step // (self.parallel.dp * self.train.micro_batch)
-
     @model_validator(mode="after")
     def _batch(self) -> RunConfig:
         tokens, length = self.train.global_batch_tokens, self.data.seq_len
