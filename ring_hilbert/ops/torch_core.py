@@ -1,147 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch core: one partial attention, forward and backward, in tiles of bounded size.
+"""The torch core: one visit, forward and backward, through the dense kernel of the device, in pieces of bounded size.
 
-Works on any device and dtype PyTorch multiplies matrices in. Low precision is computed in float32. Nothing here knows of
-patterns or ranks: a visit arrives as strided views.
+Works on any device and dtype PyTorch multiplies matrices in. Nothing here knows of patterns or ranks: a visit arrives as
+strided views.
 
-Shapes: `B` batch, `n` segments, `h` kv heads, `G` query heads per kv head, `Q` query rows, `K` key rows, `D` head dim.
+Shapes: `B` batch, `n` segments, `c` residues, `h` kv heads, `G` query heads per kv head, `Q` query rows, `K` key rows, `D`
+head dim.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ring_hilbert.ops.dense import DenseKernel, MatrixProducts
 from ring_hilbert.ops.merge import RunningSoftmax
+from ring_hilbert.ops.sight import Part, Sight, Tile
 
-TILE_QUERIES, TILE_KEYS = 256, 1024
-TILE_SCORES = 1 << 20  # scores in flight: 4 MiB of float32, whatever the sequence length
+PIECE = 1 << 20  # elements of a tensor that one kernel call returns, where the rows of a segment allow it
+
+MATRIX_QUERIES, MATRIX_KEYS = 256, 1024  # the tile of a kernel that holds its scores in memory
+
+Index = tuple[int | slice, ...]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64, everything else is computed and merged in float32."""
+    """float64 stays float64, everything else is merged and summed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class RowFacts(NamedTuple):
-    """What masks look at, for one side of a visit: integer `[B or 1, n, rows]` tensors, None where not needed."""
-
-    positions: Tensor | None
-    documents: Tensor | None
-
-
-NO_FACTS = RowFacts(None, None)
-
-
 @dataclass(frozen=True)
-class VisitMask:
-    """Which keys a query of the visit sees.
+class Scope:
+    """How a visit is computed.
 
-    `triangle`: query row `j` sees the key rows `<= j` (a causal self visit in row order). `queries` / `keys`: rows see
-    each other where `key position <= query position` and the documents are equal and not -1, as far as given.
+    Attributes:
+        kernel: the dense kernel.
+        sight: which keys are seen.
+        log_counts: `[K]` in the dtype of the kernel: the logarithm of how often each key counts; None for once each.
+        opens_queries, opens_keys: the results of query rows (key rows) are written for the first time, whatever was there.
     """
 
-    triangle: bool = False
-    queries: RowFacts = NO_FACTS
-    keys: RowFacts = NO_FACTS
-
-    def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
-        """The hidden pairs of a tile as bool `[B or 1, n, 1, 1, Q, K]` (sizes 1 broadcast); None if there are none."""
-        hidden: list[Tensor] = []
-        if self.triangle and tile.keys.stop > tile.queries.start + 1:
-            rows = torch.arange(tile.queries.start, tile.queries.stop, device=device)
-            columns = torch.arange(tile.keys.start, tile.keys.stop, device=device)
-            hidden.append((columns > rows[:, None])[None, None])
-        if self.queries.positions is not None and self.keys.positions is not None:
-            rows, columns = self._cut(tile, self.queries.positions, self.keys.positions)
-            hidden.append(columns > rows)
-        if self.queries.documents is not None and self.keys.documents is not None:
-            rows, columns = self._cut(tile, self.queries.documents, self.keys.documents)
-            hidden.append((columns != rows) | (columns == -1))
-        if not hidden:
-            return None
-        result = hidden[0]
-        for other in hidden[1:]:
-            result = result | other
-        return result[:, :, None, None]
-
-    @staticmethod
-    def _cut(tile: Tile, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        return queries[:, tile.segments, tile.queries, None], keys[:, tile.segments, None, tile.keys]
+    kernel: DenseKernel
+    sight: Sight
+    log_counts: Tensor | None = None
+    opens_queries: bool = False
+    opens_keys: bool = False
 
 
-class Tile(NamedTuple):
-    """A block of segments x kv heads x query rows x key rows."""
-
-    segments: slice
-    heads: slice
-    queries: slice
-    keys: slice
-
-
-def tiles(batch: int, n: int, heads: int, group: int, q_rows: int, k_rows: int, triangle: bool) -> Iterator[Tile]:
-    """Cut a visit into tiles of at most `TILE_SCORES` scores where that is possible, skipping those above the diagonal."""
-    q_step, k_step = min(q_rows, TILE_QUERIES), min(k_rows, TILE_KEYS)
-    room = max(1, TILE_SCORES // (batch * group * q_step * k_step))
-    h_step = min(heads, room)
-    n_step = max(1, room // h_step)
-    for s in range(0, n, n_step):
-        for h in range(0, heads, h_step):
-            for i in range(0, q_rows, q_step):
-                i_stop = min(i + q_step, q_rows)
-                k_stop = min(k_rows, i_stop) if triangle else k_rows
-                for j in range(0, k_stop, k_step):
-                    yield Tile(
-                        slice(s, min(s + n_step, n)),
-                        slice(h, min(h + h_step, heads)),
-                        slice(i, i_stop),
-                        slice(j, min(j + k_step, k_stop)),
-                    )
-
-
-def _fold(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
-    """The tile's query rows of `x [B, n, h, G, Q, D]` as `[B, n, h, G * Q, D]` in `dtype`."""
-    return x[:, tile.segments, tile.heads, :, tile.queries].to(dtype).flatten(3, 4)
-
-
-def _keys(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
-    return x[:, tile.segments, tile.heads, tile.keys].to(dtype)
-
-
-def _scores(q: Tensor, k: Tensor, scale: float, mask: VisitMask, tile: Tile, group: int) -> Tensor:
-    """Scores `[B, n, h, G * Q, K]` of a tile, -inf where hidden."""
-    scores = (q @ k.transpose(-1, -2)).mul_(scale)
-    hidden = mask.hidden(tile, q.device)
-    if hidden is not None:
-        scores.unflatten(3, (group, -1)).masked_fill_(hidden, float("-inf"))
-    return scores
-
-
-def _tiles_of(q: Tensor, k: Tensor, mask: VisitMask) -> Iterator[Tile]:
-    batch, n, heads, group, q_rows, _ = q.shape
-    return tiles(batch, n, heads, group, q_rows, k.shape[3], mask.triangle)
-
-
-def forward(state: RunningSoftmax, q: Tensor, k: Tensor, v: Tensor, mask: VisitMask, scale: float) -> None:
+def forward(state: RunningSoftmax, q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> None:
     """Merge a visit into `state`.
 
     Args:
-        state: views `[B, n, h, G, Q]` (values `[B, n, h, G, Q, D]`) of float32 or float64 tensors, updated in place.
-        q: `[B, n, h, G, Q, D]`.
-        k, v: `[B, n, h, K, D]`.
-        mask: which pairs count.
+        state: views `lse [G, B, n, c, h, Q]`, `out [G, B, n, c, h, Q, D]`, updated in place.
+        q: `[G, B, n, c, h, Q, D]`.
+        k, v: `[B, n, c, h, K, D]`.
+        scope: how.
         scale: factor of the scores.
     """
-    dtype = state.values.dtype
-    for tile in _tiles_of(q, k, mask):
-        group, rows = q.shape[3], (slice(None), tile.segments, tile.heads, slice(None), tile.queries)
-        scores = _scores(_fold(q, tile, dtype), _keys(k, tile, dtype), scale, mask, tile, group)
-        part = RunningSoftmax(state.maximum[rows], state.total[rows], state.values[rows])
-        part.add(scores, _keys(v, tile, dtype))
+    for part, index in _pieces(scope, k.shape, q.shape[-2]):
+        keys, values = (_take(x[index], scope, index) for x in (k, v))
+        for group in range(q.shape[0]):
+            queries = _take(q[group][index], scope, index)
+            piece: RunningSoftmax | None = None
+            for tile, kernel, bias, hidden in _tiles(part, index, queries, keys, scope):
+                out, lse = kernel.forward(
+                    queries[:, :, tile.queries], keys[:, :, tile.keys], values[:, :, tile.keys],
+                    tile.diagonal == 0, bias, scale,
+                )  # fmt: skip
+                if hidden is not None:
+                    lse = lse.masked_fill(hidden, float("-inf"))
+                if tile.whole:
+                    piece = RunningSoftmax(lse, out)
+                    break
+                if piece is None:
+                    piece = RunningSoftmax(
+                        lse.new_empty(queries.shape[:-1], dtype=torch.float64),
+                        torch.empty_like(queries, dtype=state.out.dtype),
+                    )
+                    piece.clear()
+                RunningSoftmax(piece.lse[:, :, tile.queries], piece.out[:, :, tile.queries]).add(lse, out)
+            if piece is not None:
+                rows = RunningSoftmax(state.lse[group][index], state.out[group][index])
+                merge = rows.open if scope.opens_queries else rows.add
+                merge(_put_back(piece.lse.unsqueeze(-1), scope, index).squeeze(-1), _put_back(piece.out, scope, index))
 
 
 def backward(
@@ -150,35 +95,159 @@ def backward(
     k: Tensor,
     v: Tensor,
     dout: Tensor,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
-    mask: VisitMask,
+    scope: Scope,
     scale: float,
 ) -> None:
     """Add a visit's share of the gradient of the *merged* softmax.
 
     Args:
-        grads: `dq [B, n, h, G, Q, D]`, `dk`, `dv [B, n, h, K, D]`: float32 or float64 views, added to in place.
-        q, k, v, mask, scale: as in `forward`.
-        dout: `[B, n, h, G, Q, D]`.
-        lse: merged log-sum-exp `[B, n, h, G, Q]`, +inf (not -inf) for rows without a key.
-        delta: `rowsum(dout * out)` `[B, n, h, G, Q]`.
+        grads: `dq [G, B, n, c, h, Q, D]`, `dk`, `dv [B, n, c, h, K, D]`: float32 or float64 views, added to in place.
+        q, k, v, scope, scale: as in `forward`.
+        dout, out: `[G, B, n, c, h, Q, D]`; out is the merged one.
+        lse: merged log-sum-exp `[G, B, n, c, h, Q]` in float64, +inf (not -inf) for rows without a key.
     """
-    dq, dk, dv = grads
-    group, dtype = q.shape[3], dq.dtype
-    for tile in _tiles_of(q, k, mask):
-        rows = (slice(None), tile.segments, tile.heads, slice(None), tile.queries)
-        keys = (slice(None), tile.segments, tile.heads, tile.keys)
-        qt, kt, vt, dout_t = (
-            _fold(q, tile, dtype),
-            _keys(k, tile, dtype),
-            _keys(v, tile, dtype),
-            _fold(dout, tile, dtype),
-        )
-        weights = _scores(qt, kt, scale, mask, tile, group).sub_(lse[rows].flatten(3, 4).unsqueeze(-1)).exp_()
-        dv[keys].add_(weights.transpose(-1, -2) @ dout_t)
-        dscores = (
-            (dout_t @ vt.transpose(-1, -2)).sub_(delta[rows].flatten(3, 4).unsqueeze(-1)).mul_(weights).mul_(scale)
-        )
-        dk[keys].add_(dscores.transpose(-1, -2) @ qt)
-        dq[rows].add_((dscores @ kt).unflatten(3, (group, -1)))
+    for part, index in _pieces(scope, k.shape, q.shape[-2]):
+        keys, values = (_take(x[index], scope, index) for x in (k, v))
+        for group in range(q.shape[0]):
+            queries, douts, outs = (_take(x[group][index], scope, index) for x in (q, dout, out))
+            logs = _take(lse[group][index].unsqueeze(-1), scope, index, convert=False).squeeze(-1)
+            pieces: list[Tensor] = []
+            for tile, kernel, bias, _ in _tiles(part, index, queries, keys, scope):
+                rows, columns = (slice(None), slice(None), tile.queries), (slice(None), slice(None), tile.keys)
+                results = kernel.backward(
+                    douts[rows], queries[rows], keys[columns], values[columns], outs[rows], logs[rows],
+                    tile.diagonal == 0, bias, scale,
+                )  # fmt: skip
+                if tile.whole:
+                    pieces = list(results)
+                    break
+                if not pieces:
+                    pieces = [torch.zeros_like(x, dtype=grads[0].dtype) for x in (queries, keys, values)]
+                for piece, where, result in zip(pieces, (rows, columns, columns), results, strict=True):
+                    piece[where] += result
+            opens = (scope.opens_queries, scope.opens_keys and group == 0, scope.opens_keys and group == 0)
+            targets = (grads[0][group], grads[1], grads[2])
+            for target, piece, opening in zip(targets, pieces, opens, strict=False):
+                value = _put_back(piece, scope, index)
+                target[index].copy_(value) if opening else target[index].add_(value)
+
+
+# ---- pieces: a visit cut into kernel calls
+
+
+def _pieces(scope: Scope, k_shape: torch.Size, q_rows: int) -> Iterator[tuple[Part, Index]]:
+    """What one kernel call takes: indices into `[B, n, c, h]` that leave two axes, and the part that they lie in."""
+    batch, segments, residues, heads, k_rows, head_dim = k_shape
+    items = max(1, PIECE // (max(q_rows, k_rows) * head_dim))
+    for part in scope.sight.parts:
+        ranges = [range(batch)[part.entries], range(segments)[part.segments], range(residues), range(heads)]
+        inner = sorted(sorted(range(4), key=lambda axis: len(ranges[axis]))[2:])  # a call takes the two longest axes
+        steps = [1, 1, 1, 1]
+        steps[inner[1]] = len(ranges[inner[1]])
+        room = max(items, 2 * torch.get_num_threads())  # the CPU kernel's backward is parallel over these axes alone
+        steps[inner[0]] = max(1, -(-room // steps[inner[1]]))
+        starts = [r[::step] for r, step in zip(ranges, steps, strict=True)]
+        for corner in itertools.product(*starts):
+            yield (
+                part,
+                tuple(
+                    slice(start, min(start + steps[axis], ranges[axis].stop)) if axis in inner else start
+                    for axis, start in enumerate(corner)
+                ),
+            )
+
+
+def _tiles(
+    part: Part, index: Index, queries: Tensor, keys: Tensor, scope: Scope
+) -> Iterator[tuple[Tile, DenseKernel, Tensor | None, Tensor | None]]:
+    """The tiles of a piece, each with its kernel, the bias of its scores, and the query rows that see nothing."""
+    for tile in part.tiles:
+        plain = not tile.masked and scope.log_counts is None and tile.diagonal in (None, 0)
+        kernel = scope.kernel if plain or scope.kernel.takes_bias else MatrixProducts(compute_dtype(queries.dtype))
+        whole = Tile(slice(0, queries.shape[2]), slice(0, keys.shape[2]), tile.masked, tile.diagonal)
+        tile = whole if tile.whole else tile
+        for small in [tile] if kernel.max_scores is None else _cut(tile):
+            bias, hidden = _bias(small, index, scope, kernel.dtype, queries.device)
+            yield small._replace(whole=small[:2] == whole[:2]), kernel, bias, hidden
+
+
+def _cut(tile: Tile) -> Iterator[Tile]:
+    """A tile in smaller ones, without those above its diagonal."""
+    first = tile.queries.start
+    for i in range(first, tile.queries.stop, MATRIX_QUERIES):
+        queries = slice(i, min(i + MATRIX_QUERIES, tile.queries.stop))
+        for j in range(tile.keys.start, tile.keys.stop, MATRIX_KEYS):
+            keys = slice(j, min(j + MATRIX_KEYS, tile.keys.stop))
+            diagonal = None if tile.diagonal is None else tile.diagonal + (i - first) - (j - tile.keys.start)
+            if diagonal is None or diagonal > -(queries.stop - i):
+                yield Tile(queries, keys, tile.masked, diagonal)
+
+
+def _bias(
+    tile: Tile, index: Index, scope: Scope, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    hidden: Tensor | None = None
+    sight = scope.sight
+    if tile.masked:
+        for queries, keys in (
+            (sight.query_positions, sight.key_positions),
+            (sight.query_documents, sight.key_documents),
+        ):
+            if queries is None or keys is None:
+                continue
+            rows = _facts(queries, index)[:, :, tile.queries].unsqueeze(-1)
+            columns = _facts(keys, index)[:, :, tile.keys].unsqueeze(-2)
+            if queries is sight.query_positions:
+                unseen = columns > rows
+            else:
+                unseen = (columns != rows) | (columns == -1)
+            hidden = unseen if hidden is None else hidden | unseen
+    if tile.diagonal:
+        shape = (tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start)
+        hidden = torch.ones(shape, dtype=torch.bool, device=device).triu_(tile.diagonal + 1)[None, None]
+    counts = None if scope.log_counts is None else scope.log_counts[tile.keys].to(dtype)
+    if hidden is None:
+        return (None, None) if counts is None else (counts[None, None, None], None)
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=device) if counts is None else counts.expand(hidden.shape)
+    return bias.masked_fill(hidden, float("-inf")), hidden.all(-1)
+
+
+def _facts(facts: Tensor, index: Index) -> Tensor:
+    """Facts `[B or 1, n, c, rows]` of a piece, as `[.., .., rows]` with sizes 1 where they are the same."""
+    chosen = list(index)
+    for axis in (0, 3) if facts.shape[0] == 1 else (3,):
+        chosen[axis] = slice(0, 1) if isinstance(chosen[axis], slice) else 0
+    return facts.unsqueeze(3)[tuple(chosen)]
+
+
+# ---- rows in the order that makes triangles
+
+
+def _take(x: Tensor, scope: Scope, index: Index, convert: bool = True) -> Tensor:
+    """Rows `[X, Y, rows, D]` of a piece in the order of its sight, in the dtype of its kernel."""
+    if scope.sight.order is not None:
+        x = _reorder(x, _facts(scope.sight.order, index))
+    return x.to(scope.kernel.dtype) if convert else x
+
+
+def _put_back(x: Tensor, scope: Scope, index: Index) -> Tensor:
+    return x if scope.sight.inverse is None else _reorder(x, _facts(scope.sight.inverse, index))
+
+
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    """`x [X, Y, rows, D]` with the rows `order [X or 1, Y or 1, rows]`, each read as one run of memory."""
+    width = x.shape[-1]
+    stride_x, stride_y, stride_rows, unit = x.stride()
+    strides = (stride_x, stride_y, stride_rows)
+    if unit != 1 or any(s % width for s in strides):
+        x = x.contiguous()
+        strides = x.stride()[:3]
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=False)) // width + 1
+    flat = x.as_strided((reach, width), (width, 1))
+    rows = order * (strides[2] // width)
+    for axis in range(2):
+        steps = torch.arange(x.shape[axis], device=x.device) * (strides[axis] // width)
+        rows = rows + steps.view(-1, *[1] * (2 - axis))
+    return flat.index_select(0, rows.reshape(-1)).view(*rows.shape, width)

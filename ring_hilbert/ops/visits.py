@@ -6,8 +6,9 @@ Everything here is plain integers: the same lists are counted by the plan and ex
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -51,32 +52,85 @@ class Rows:
             self.start + self.pitch * np.arange(self.segments)[:, None] + self.stride * np.arange(self.count)[None, :]
         )
 
-    def view(self, x: Tensor) -> Tensor:
-        """These rows of `x [B, S, ...]` as `[B, segments, count, ...]`, without a copy."""
-        batch, _, *rest = x.shape
-        stride_b, stride_s, *strides = x.stride()
-        return x.as_strided(
-            (batch, self.segments, self.count, *rest),
-            (stride_b, self.pitch * stride_s, self.stride * stride_s, *strides),
-            x.storage_offset() + self.start * stride_s,
-        )
+
+class Repeat(NamedTuple):
+    """Every `period`-th key of a segment, from key `first` on."""
+
+    first: int
+    period: int
 
 
 @dataclass(frozen=True)
 class Visit:
-    """Partial attention of `queries` over `keys` (local rows) for the kv heads of one residue of one branch.
+    """Partial attention of `queries` over `keys` (local rows) for the kv heads `heads` of one residue, and its neighbours.
 
-    Segment `i` of the queries sees segment `i` of the keys. `queries is keys` marks a self visit.
+    Segment `i` of the queries sees segment `i` of the keys. The visit stands for `residues` equal ones: number `t` is
+    shifted by `t` rows and `t * head_step` heads.
+
+    Attributes:
+        causal: keys with a larger row index than the query are hidden; else the row index hides nothing.
+        repeats: a key counts once, and once more for each of these that it is in.
+        opening: in the list that this visit is from, the opening visits have every query row of every head exactly once,
+            and come first.
     """
 
     heads: Heads
     queries: Rows
     keys: Rows
+    residues: int = 1
+    head_step: int = 1
+    causal: bool = False
+    repeats: tuple[Repeat, ...] = ()
+    opening: bool = False
 
     @property
     def is_self(self) -> bool:
         """Whether queries and keys are the same rows."""
-        return self.queries is self.keys
+        return self.queries == self.keys
+
+    @property
+    def families(self) -> int:
+        """How many equal pieces of `queries.count x keys.count` pairs the visit has: segments x residues x kv heads."""
+        return self.queries.segments * self.residues * len(self.heads.indices)
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs that are computed, over kv heads: the triangle of a causal self visit, else the rectangle."""
+        q, k = self.queries.count, self.keys.count
+        return self.families * (q * (q + 1) // 2 if self.causal and self.is_self else q * k)
+
+    @property
+    def cost(self) -> int:
+        """How long the visit takes compared to others, in pairs: short rows and every kernel call cost extra (measured on CPUs)."""
+        return self.families * (self.queries.count + 40) * (self.keys.count + 40) + 6000
+
+    def rows(self, which: Rows) -> np.ndarray:
+        """The row of every query or key, int64 `[segments, residues, count]`."""
+        return which.indices()[:, None, :] + np.arange(self.residues)[None, :, None]
+
+    def view(self, x: Tensor, which: Rows) -> Tensor:
+        """The rows `which` (`queries` or `keys`) of `x [B, S, Hkv, ...]` as `[B, segments, residues, heads, count, ...]`."""
+        batch, _, _, *rest = x.shape
+        stride_b, stride_s, stride_h, *strides = x.stride()
+        return x.as_strided(
+            (batch, which.segments, self.residues, len(self.heads.indices), which.count, *rest),
+            (
+                stride_b,
+                which.pitch * stride_s,
+                stride_s + self.head_step * stride_h,
+                self.heads.step * stride_h,
+                which.stride * stride_s,
+                *strides,
+            ),
+            x.storage_offset() + which.start * stride_s + self.heads.start * stride_h,
+        )
+
+    def counts(self) -> np.ndarray:
+        """How often each key of a segment counts, int64 `[keys.count]`."""
+        counts = np.ones(self.keys.count, np.int64)
+        for first, period in self.repeats:
+            counts[first::period] += 1
+        return counts
 
 
 def segments_of(branch: Branch, segment_shift: int, start: int, stop: int) -> Iterator[Segments]:
@@ -142,34 +196,66 @@ def shared_segment(branch: Branch, segment_shift: int, a: Chunk, b: Chunk) -> tu
     return parts[0], parts[1]
 
 
-def local_visits(
-    pattern: DilatedPattern, num_kv_heads: int, chunks: tuple[Chunk, ...], causal_rows: bool
-) -> list[Visit]:
-    """All visits among the rows of one rank.
+def branch_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal_rows: bool) -> list[Visit]:
+    """The visits among the rows of one chunk, branch by branch.
 
-    `causal_rows` says that causality follows the row index (no positions were given), so that a chunk never needs the keys
-    of a later one.
+    `causal_rows` says that causality follows the row index (no positions were given).
     """
     visits: list[Visit] = []
-    shift = pattern.segment_shift
-    for branch in pattern.branches:
-        rate = branch.dilation_rate
-        residues = pattern.residues(branch, num_kv_heads)
-        for a in chunks:
-            for segments in segments_of(branch, shift, a.start, a.stop):
-                for offset, heads in residues:
-                    rows = rows_in(segments, rate, offset, a.start - a.local)
-                    if rows is not None:
-                        visits.append(Visit(heads, rows, rows))
-            for b in chunks:
-                if a is b or (causal_rows and b.start > a.start):
-                    continue
-                parts = shared_segment(branch, shift, a, b)
-                if parts is None:
-                    continue
-                for offset, heads in residues:
-                    queries = rows_in(parts[0], rate, offset, a.start - a.local)
-                    keys = rows_in(parts[1], rate, offset, b.start - b.local)
-                    if queries is not None and keys is not None:
-                        visits.append(Visit(heads, queries, keys))
-    return visits
+    for branch in sorted(pattern.branches, key=lambda branch: branch.dilation_rate):
+        opening = branch.dilation_rate == 1 and not visits
+        for segments in segments_of(branch, pattern.segment_shift, chunk.start, chunk.stop):
+            for offset, heads in pattern.residues(branch, num_kv_heads):
+                rows = rows_in(segments, branch.dilation_rate, offset, chunk.start - chunk.local)
+                if rows is not None:
+                    visits.append(Visit(heads, rows, rows, causal=causal_rows, opening=opening))
+    return merge_residues(visits)
+
+
+def crossing_visits(
+    pattern: DilatedPattern, num_kv_heads: int, chunks: tuple[Chunk, ...], causal_rows: bool
+) -> list[Visit]:
+    """The visits from the rows of one chunk of a rank to those of another; with `causal_rows` never to a later chunk."""
+    visits: list[Visit] = []
+    for branch, (a, b) in itertools.product(pattern.branches, itertools.permutations(chunks, 2)):
+        parts = None if causal_rows and b.start > a.start else shared_segment(branch, pattern.segment_shift, a, b)
+        if parts is None:
+            continue
+        for offset, heads in pattern.residues(branch, num_kv_heads):
+            queries = rows_in(parts[0], branch.dilation_rate, offset, a.start - a.local)
+            keys = rows_in(parts[1], branch.dilation_rate, offset, b.start - b.local)
+            if queries is not None and keys is not None:
+                visits.append(Visit(heads, queries, keys))
+    return merge_residues(visits)
+
+
+def merge_residues(visits: list[Visit]) -> list[Visit]:
+    """The same visits, those that differ by one row and a fixed number of heads put together as one."""
+    alike: dict[tuple, list[Visit]] = {}
+    for visit in visits:
+        size = len(visit.heads.indices)
+        distance = visit.keys.start - visit.queries.start
+        shape = (replace(visit.queries, start=0), replace(visit.keys, start=0), distance, size, visit.heads.step)
+        alike.setdefault((shape, visit.causal, visit.repeats, visit.opening), []).append(visit)
+    merged: list[Visit] = []
+    for group in alike.values():
+        chain: list[Visit] = []
+        for visit in sorted(group, key=lambda visit: (visit.queries.start, visit.heads.start)):
+            if chain and not _continues(chain, visit):
+                merged.append(_chained(chain))
+                chain = []
+            chain.append(visit)
+        merged.append(_chained(chain))
+    return merged
+
+
+def _continues(chain: list[Visit], visit: Visit) -> bool:
+    first, last = chain[0], chain[-1]
+    step = visit.heads.start - last.heads.start
+    known = chain[1].heads.start - first.heads.start if len(chain) > 1 else step
+    return visit.queries.start == last.queries.start + 1 and step == known and step > 0
+
+
+def _chained(chain: list[Visit]) -> Visit:
+    step = chain[1].heads.start - chain[0].heads.start if len(chain) > 1 else 1
+    return replace(chain[0], residues=len(chain), head_step=step)

@@ -6,7 +6,7 @@ Local visits run while remote rows travel; the remote visits follow. Backward is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring_hilbert.ops import torch_core
+from ring_hilbert.ops.dense import DenseKernel, dense_kernel
 from ring_hilbert.ops.merge import RunningSoftmax
-from ring_hilbert.ops.pattern import Heads
-from ring_hilbert.ops.torch_core import NO_FACTS, RowFacts, VisitMask
-from ring_hilbert.ops.visits import Rows, Visit
+from ring_hilbert.ops.sight import RowFacts, clear_sight, sight
+from ring_hilbert.ops.torch_core import Scope
+from ring_hilbert.ops.visits import Visit
 from ring_hilbert.parallel.exchange import Exchange
 from ring_hilbert.parallel.facts import PADDING
 from ring_hilbert.parallel.plan import Plan
@@ -37,38 +38,51 @@ class Execution:
     def __init__(self, plan: Plan, rank: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.plan, self.part = plan, plan.rank(rank)
         self.handle: int | None = None  # its number in the operator registry
-        facts, entries = plan.facts, plan.crossings.entries
-        rows = np.concatenate([np.arange(c.start, c.stop) for c in self.part.chunks] or [np.empty(0, np.int64)])
-        self.own = NO_FACTS
-        if not facts.by_row_alone:
-            positions = np.stack([facts.positions_of(rows, e) for e in entries]) if facts.causal else None
-            documents = None if facts.documents is None else facts.documents[:, rows]
-            self.own = RowFacts(_tensor(positions, device), _tensor(documents, device))
+        kernel = dense_kernel(device, plan.shapes.dtype, plan.shapes.head_dim)
+        own = _own_facts(plan, rank)
+        self.local = [(visit, _local_scope(visit, plan, own, kernel, device)) for visit in self.part.local]
+        opening = [scope for _, scope in self.local if scope.opens_queries]
+        self.opens_queries = bool(opening) and all(scope.sight.covers for scope in opening)
+        self.opens_keys = self.opens_queries and all(scope.opens_keys for scope in opening)
+        self.local = [
+            (
+                visit,
+                replace(
+                    scope,
+                    opens_queries=scope.opens_queries and self.opens_queries,
+                    opens_keys=scope.opens_keys and self.opens_keys,
+                ),
+            )
+            for visit, scope in self.local
+        ]
         self.exchange = (
             Exchange(self.part, group, device) if group is not None and plan.crossings.communicates else None
         )
-        self.remote = [_BoundVisit(visit, plan, device) for visit in self.part.remote]
+        self.remote = [_BoundVisit(visit, plan, own, kernel, device) for visit in self.part.remote]
 
     # ---- forward
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, name: str = "") -> tuple[Tensor, Tensor, Tensor]:
         """`out [B, S_local, H, D]` in the dtype of q; `lse` and its rounding `residue` `[B, H, S_local]`, float32 or float64."""
         pending = self.exchange.fetch(k, v, name) if self.exchange else None
-        dtype = torch_core.compute_dtype(q.dtype)
-        q = _grouped(q, k.shape[2])
-        state = RunningSoftmax.empty(tuple(q.shape[:-1]), q.shape[-1], dtype, q.device)
+        dtype, kv_heads = torch_core.compute_dtype(q.dtype), k.shape[2]
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
+        state = RunningSoftmax(out.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float64), out)
+        if not self.opens_queries:
+            state.clear()
+        q, logs, outs = _grouped(q, kv_heads), _grouped(state.lse.transpose(1, 2), kv_heads), _grouped(out, kv_heads)
 
-        for visit, mask in self._local_visits():
-            torch_core.forward(_state(state, visit), _q(q, visit), _kv(k, visit), _kv(v, visit), mask, scale)
+        for visit, scope in self.local:
+            rows = RunningSoftmax(_queries(logs, visit), _queries(outs, visit))
+            torch_core.forward(
+                rows, _queries(q, visit), visit.view(k, visit.keys), visit.view(v, visit.keys), scope, scale
+            )
         if pending is not None:
             arena = _with_blank_row(pending.wait())
-            for visit in self.remote:
-                kr, vr = visit.rows_of(arena)
-                torch_core.forward(_state(state, visit), _q(q, visit), kr, vr, visit.mask(self.own), scale)
-
-        out, lse, residue = state.finish()
-        lse, residue = (x.flatten(2, 3).transpose(1, 2).contiguous() for x in (lse, residue))
-        return out.flatten(2, 3).to(k.dtype), lse, residue
+            for bound in self.remote:
+                rows = RunningSoftmax(_queries(logs, bound.visit), _queries(outs, bound.visit))
+                torch_core.forward(rows, _queries(q, bound.visit), *bound.rows_of(arena), bound.scope, scale)
+        return out.to(k.dtype), *state.logarithms(dtype)
 
     # ---- backward
 
@@ -87,71 +101,91 @@ class Execution:
         """`dq, dk, dv` in the dtype and shape of `q, k, v`. K and V rows are fetched again, behind the local visits."""
         pending = self.exchange.fetch(k, v, name) if self.exchange else None
         dtype, kv_heads = torch_core.compute_dtype(q.dtype), k.shape[2]
-        # every weight is exp(score - lse - residue): the row factor exp(-residue) moves into dout, where it costs nothing
-        dout = dout.to(dtype) * residue.neg().exp().transpose(1, 2).unsqueeze(-1)
-        delta = _grouped((dout * out.to(dtype)).sum(-1), kv_heads)
-        lse = _grouped(lse.transpose(1, 2), kv_heads)
-        lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # exp(score - inf) = 0: no key, no gradient
-        q, dout = _grouped(q, kv_heads), _grouped(dout, kv_heads)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+        exact = lse.double() + residue
+        exact = exact.masked_fill(lse == float("-inf"), float("inf"))  # no key, no gradient
+        fresh_q = torch.empty if self.opens_queries else torch.zeros
+        fresh_k = torch.empty if self.opens_keys else torch.zeros
+        dq = fresh_q(q.shape, dtype=dtype, device=q.device)
+        # Rows that gather shares from many ranks gather a rounding from each, unless the sum has room for it.
+        sums = torch.float64 if self.exchange and k.dtype == dtype else dtype
+        dk, dv = (fresh_k(k.shape, dtype=sums, device=k.device) for _ in range(2))
+        q, dout, out, dq_grouped, exact = (_grouped(x, kv_heads) for x in (q, dout, out, dq, exact.transpose(1, 2)))
 
-        def visit_backward(visit: Visit | _BoundVisit, mask: VisitMask, keys: tuple[Tensor, ...]) -> None:
-            kt, vt, dkt, dvt = keys
-            grads = _q(dq, visit), dkt, dvt
-            torch_core.backward(
-                grads, _q(q, visit), kt, vt, _q(dout, visit), _q(lse, visit), _q(delta, visit), mask, scale
-            )
+        def add(visit: Visit, scope: Scope, keys: tuple[Tensor, Tensor], dkeys: tuple[Tensor, Tensor]) -> None:
+            q_rows, dout_rows, out_rows, lse_rows = (_queries(x, visit) for x in (q, dout, out, exact))
+            grads = (_queries(dq_grouped, visit), *dkeys)
+            torch_core.backward(grads, q_rows, *keys, dout_rows, out_rows, lse_rows, scope, scale)
 
-        for visit, mask in self._local_visits():
-            visit_backward(visit, mask, (_kv(k, visit), _kv(v, visit), _kv(dk, visit), _kv(dv, visit)))
+        for visit, scope in self.local:
+            k_rows, v_rows, dk_rows, dv_rows = (visit.view(x, visit.keys) for x in (k, v, dk, dv))
+            add(visit, scope, (k_rows, v_rows), (dk_rows, dv_rows))
         if pending is not None and self.exchange is not None:
             arena = _with_blank_row(pending.wait())
-            darena = torch.zeros(arena.shape, dtype=dtype, device=arena.device)
-            for visit in self.remote:
-                kr, vr = visit.rows_of(arena)
-                dkr, dvr = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (kr, vr))
-                visit_backward(visit, visit.mask(self.own), (kr, vr, dkr, dvr))
-                visit.add_to(darena, dkr, dvr)
-            self.exchange.add(self.exchange.give_back(darena[:-1], name).wait(), dk, dv)
-        return dq.flatten(2, 3).to(k.dtype), dk.to(k.dtype), dv.to(k.dtype)
-
-    def _local_visits(self) -> Iterator[tuple[Visit, VisitMask]]:
-        row_causal = self.plan.facts.row_causal
-        for visit in self.part.local:
-            queries, keys = _cut(self.own, visit.queries), _cut(self.own, visit.keys)
-            if row_causal:  # a self visit is a triangle; any other local visit looks back to rows that all come before
-                queries, keys = queries._replace(positions=None), keys._replace(positions=None)
-            yield visit, VisitMask(row_causal and visit.is_self, queries, keys)
+            darena = torch.zeros(arena.shape, dtype=sums, device=arena.device)
+            for bound in self.remote:
+                keys = bound.rows_of(arena)
+                dkr, dvr = (torch.zeros(x.shape, dtype=sums, device=x.device) for x in keys)
+                add(bound.visit, bound.scope, keys, (dkr, dvr))
+                bound.add_to(darena, dkr, dvr)
+            self.exchange.add(self.exchange.give_back(darena[:-1].to(dtype), name).wait(), dk, dv)
+        return dq.to(k.dtype), dk.to(k.dtype), dv.to(k.dtype)
 
 
 class _BoundVisit:
     """A remote visit with its index tensors on a device."""
 
-    def __init__(self, visit: RemoteVisit, plan: Plan, device: torch.device) -> None:
-        self.heads: Heads = visit.heads
-        self.queries: Rows = visit.queries
-        self.arena = torch.from_numpy(visit.arena).to(device)
-        self.keys = NO_FACTS
-        if visit.masked:
-            self.keys = RowFacts(*(_tensor(x, device) for x in _key_facts(visit.keys, plan)))
+    def __init__(
+        self, remote: RemoteVisit, plan: Plan, own: RowFacts, kernel: DenseKernel, device: torch.device
+    ) -> None:
+        self.visit = Visit(remote.heads, remote.queries, remote.queries)
+        self.arena = torch.from_numpy(remote.arena).to(device)
+        seen = clear_sight(remote.queries.count, triangle=False)
+        if remote.masked:
+            seen = sight(_cut(own, self.visit.rows(remote.queries)), _key_facts(remote.keys, plan), False, device)
+        self.scope = Scope(kernel, seen)
 
     def rows_of(self, arena: Tensor) -> tuple[Tensor, Tensor]:
-        """The visit's K and V as `[B, 1, h, K, D]`."""
-        kv = arena[self.arena].unsqueeze(1)
+        """The visit's K and V as `[B, 1, 1, h, K, D]`."""
+        kv = arena[self.arena][:, None, None]
         return kv[..., 0, :], kv[..., 1, :]
 
     def add_to(self, darena: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Add gradients `[B, 1, h, K, D]` to the buffer; its rows are distinct within a visit (padding is the blank row)."""
-        darena[self.arena] += torch.stack((dk, dv), dim=-2).squeeze(1)
-
-    def mask(self, own: RowFacts) -> VisitMask:
-        if self.keys.positions is None and self.keys.documents is None:
-            return VisitMask()
-        return VisitMask(False, _cut(own, self.queries), self.keys)
+        """Add gradients `[B, 1, 1, h, K, D]` to the buffer; its rows are distinct within a visit (padding is the blank row)."""
+        darena[self.arena] += torch.stack((dk, dv), dim=-2)[:, 0, 0]
 
 
-def _key_facts(keys: np.ndarray, plan: Plan) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Positions and documents `[B or 1, 1, K]` of remote keys; columns of -1 get facts that no query sees."""
+def _own_facts(plan: Plan, rank: int) -> RowFacts:
+    """Positions and documents `[B or 1, S_local]` of the rows of `rank`, as far as they decide anything."""
+    facts = plan.facts
+    rows = np.concatenate([np.arange(c.start, c.stop) for c in plan.layout.chunks(rank)] or [np.empty(0, np.int64)])
+    positions = None
+    if facts.causal and not facts.row_causal:
+        positions = np.stack([facts.positions_of(rows, e) for e in plan.crossings.entries])
+    elif facts.causal:  # rows of this rank may also be compared to those of others
+        positions = rows[None]
+    return RowFacts(positions, None if facts.documents is None else facts.documents[:, rows])
+
+
+def _local_scope(visit: Visit, plan: Plan, own: RowFacts, kernel: DenseKernel, device: torch.device) -> Scope:
+    facts = plan.facts
+    if facts.row_causal and not visit.causal:  # all keys come before all queries
+        own = own._replace(positions=None)
+    if facts.by_row_alone and (visit.is_self or not visit.causal):
+        seen = clear_sight(visit.queries.count, visit.causal)
+    else:
+        queries, keys = (_cut(own, visit.rows(rows)) for rows in (visit.queries, visit.keys))
+        seen = sight(queries, keys, visit.is_self, device)
+    counts = torch.from_numpy(visit.counts()).to(kernel.dtype).log().to(device) if visit.repeats else None
+    return Scope(kernel, seen, counts, visit.opening, visit.opening and visit.is_self)
+
+
+def _cut(facts: RowFacts, rows: np.ndarray) -> RowFacts:
+    """Facts `[B or 1, S_local]` of `rows [n, c, rows]`."""
+    return RowFacts(*(None if x is None else x[:, rows] for x in facts))
+
+
+def _key_facts(keys: np.ndarray, plan: Plan) -> RowFacts:
+    """Positions and documents `[B or 1, 1, 1, K]` of remote keys; columns of -1 get facts that no query sees."""
     facts = plan.facts
     positions = np.full(keys.shape, np.iinfo(np.int64).max) if facts.causal else None
     documents = None if facts.documents is None else np.full(keys.shape, PADDING)
@@ -161,15 +195,7 @@ def _key_facts(keys: np.ndarray, plan: Plan) -> tuple[np.ndarray | None, np.ndar
             positions[entry, real] = facts.positions_of(rows[real], entry)
         if documents is not None:
             documents[entry, real] = facts.documents_of(rows[real], entry)
-    return tuple(None if x is None else x[:, None] for x in (positions, documents))  # type: ignore[return-value]
-
-
-def _tensor(array: np.ndarray | None, device: torch.device) -> Tensor | None:
-    return None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-
-def _cut(facts: RowFacts, rows: Rows) -> RowFacts:
-    return RowFacts(*(None if x is None else rows.view(x) for x in facts))
+    return RowFacts(*(None if x is None else x[:, None, None] for x in (positions, documents)))
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
@@ -182,15 +208,6 @@ def _with_blank_row(arena: Tensor) -> Tensor:
     return torch.cat((arena, arena.new_zeros(1, *arena.shape[1:])))
 
 
-def _q(x: Tensor, visit: Visit | _BoundVisit) -> Tensor:
-    """The visit's query rows of `[B, S, Hkv, G, ...]` as `[B, n, h, G, Q, ...]`."""
-    return visit.queries.view(x[:, :, visit.heads.slice]).movedim(2, 4)
-
-
-def _kv(x: Tensor, visit: Visit) -> Tensor:
-    """The visit's key rows of `[B, S, Hkv, D]` as `[B, n, h, K, D]`."""
-    return visit.keys.view(x[:, :, visit.heads.slice]).movedim(2, 3)
-
-
-def _state(state: RunningSoftmax, visit: Visit | _BoundVisit) -> RunningSoftmax:
-    return RunningSoftmax(_q(state.maximum, visit), _q(state.total, visit), _q(state.values, visit))
+def _queries(x: Tensor, visit: Visit) -> Tensor:
+    """The visit's query rows of `[B, S, Hkv, G, ...]` as `[G, B, n, c, h, Q, ...]`."""
+    return visit.view(x, visit.queries).movedim(5, 0)

@@ -17,7 +17,8 @@ import torch
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import Branch, DilatedPattern
-from ring_hilbert.ops.visits import Chunk, Segments, Visit, local_visits, rows_in, segments_of
+from ring_hilbert.ops.rings import ring_visits, rings_pay
+from ring_hilbert.ops.visits import Chunk, Segments, Visit, branch_visits, crossing_visits, rows_in, segments_of
 from ring_hilbert.parallel.crossings import Block, Crossings
 from ring_hilbert.parallel.facts import Facts
 from ring_hilbert.parallel.layout import Layout
@@ -53,13 +54,21 @@ class Plan:
 
     Attributes:
         pattern, layout, facts, shapes, strategy: what it is a plan of.
+        deduplicate: visit every pair of local rows once (True; the pattern must be nested), once per branch (False), or as is
+            faster (None).
     """
 
     def __init__(
-        self, pattern: DilatedPattern, layout: Layout, facts: Facts, shapes: Shapes, strategy: str = "exchange"
+        self,
+        pattern: DilatedPattern,
+        layout: Layout,
+        facts: Facts,
+        shapes: Shapes,
+        strategy: str = "exchange",
+        deduplicate: bool | None = None,
     ) -> None:
         self.pattern, self.layout, self.facts, self.shapes = pattern, layout, facts, shapes
-        self.strategy = check_strategy(strategy)
+        self.strategy, self.deduplicate = check_strategy(strategy), deduplicate
         self.crossings = Crossings(pattern, layout, facts, shapes.num_kv_heads, shapes.batch_size)
         self._ranks: dict[int, RankPlan] = {}
 
@@ -72,10 +81,25 @@ class Plan:
             received = [self.crossings.shipment(rank, other) for other in world]
             sent = [self.crossings.shipment(other, rank) for other in world]
             chunks = self.layout.chunks(rank)
-            local = local_visits(self.pattern, self.shapes.num_kv_heads, chunks, self.facts.row_causal)
+            local = [visit for chunk in chunks for visit in self._visits_within(chunk)]
+            local += crossing_visits(self.pattern, self.shapes.num_kv_heads, chunks, self.facts.row_causal)
             remote = list(remote_visits(self.crossings, rank, received))
             self._ranks[rank] = RankPlan(rank, chunks, local, remote, received, sent)
         return self._ranks[rank]
+
+    def deduplicates(self, chunk: Chunk) -> bool:
+        """Whether the pairs among the rows of `chunk` are visited once instead of once per branch."""
+        if self.deduplicate is not None:
+            return self.deduplicate
+        return (
+            not self.facts.causal
+            and self.facts.documents is None
+            and rings_pay(self.pattern, self.shapes.num_kv_heads, chunk)
+        )
+
+    def _visits_within(self, chunk: Chunk) -> list[Visit]:
+        make = ring_visits if self.deduplicates(chunk) else branch_visits
+        return make(self.pattern, self.shapes.num_kv_heads, chunk, self.facts.row_causal)
 
     # ---- costs
 
@@ -108,6 +132,16 @@ class Plan:
                     for offset, heads in self.pattern.residues(branch, shapes.num_kv_heads):
                         pairs += self._pairs(branch, segments, offset) * repeat * len(heads.indices) * group
         return pairs * 4 * shapes.head_dim
+
+    def executed_flops(self, rank: int) -> int:
+        """Forward FLOPs of the pairs that the visits of `rank` compute, before documents and positions prune whole tiles.
+
+        Below `attention_flops` where pairs are deduplicated.
+        """
+        shapes, part = self.shapes, self.rank(rank)
+        pairs = shapes.batch_size * sum(visit.pairs for visit in part.local)
+        pairs += sum(visit.queries.count * int((visit.arena >= 0).sum()) for visit in part.remote)
+        return pairs * 4 * shapes.head_dim * (shapes.num_heads // shapes.num_kv_heads)
 
     def _pairs(self, branch: Branch, segments: Segments, offset: int) -> int:
         """Allowed pairs of the rows in `segments` with all rows of their segments, for one head; entries summed."""

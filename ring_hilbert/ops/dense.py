@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense kernels: softmax attention of strided `[X, Y, rows, D]` blocks that gives `lse` and takes a merged one in backward.
+
+Everything the torch core computes goes through one of these: the fused kernel of the device where PyTorch has one, matrix
+products in float32 or float64 elsewhere. A row whose keys are all hidden has `out = 0`; its `lse` is the caller's to set.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class DenseKernel(Protocol):
+    """Attention of `q [X, Y, Q, D]` over `k, v [X, Y, K, D]`, any strides with the last one 1.
+
+    `causal` hides key `j` from query `i` where `j > i`; `bias` is added to the scores, `[1 or X, 1 or Y, 1 or Q, K]` or None.
+    """
+
+    dtype: torch.dtype  # what q, k and v must be converted to
+    takes_bias: bool
+    max_scores: int | None  # how many scores it may be asked for at once, if it holds them in memory
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`out [X, Y, Q, D]` and `lse [X, Y, Q]`, as exact as there is."""
+        ...
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
+        bias: Tensor | None, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """`dq, dk, dv` of the share of these keys in the softmax with this `lse`, float64 (+inf: no share), and `out`."""
+        ...
+
+
+class MatrixProducts:
+    """Any device and dtype PyTorch multiplies matrices in."""
+
+    takes_bias: bool = True
+    max_scores: int | None = 1 << 20
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel`."""
+        scores = self._scores(q, k, causal, bias, scale)
+        maximum = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(maximum.masked_fill(maximum == float("-inf"), 0.0)).exp_()  # not exp(-inf - -inf)
+        total = weights.sum(-1)
+        out = (weights @ v) / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
+        return out, maximum.squeeze(-1).double() + total.double().log()
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
+        bias: Tensor | None, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `DenseKernel`."""
+        weights = self._scores(q, k, causal, bias, scale).sub_(lse.unsqueeze(-1)).exp_()
+        dv = weights.mT @ dout
+        delta = (dout * out).sum(-1, keepdim=True)
+        dscores = (dout @ v.mT).sub_(delta).mul_(weights).mul_(scale)
+        return dscores @ k, dscores.mT @ q, dv
+
+    @staticmethod
+    def _scores(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None, scale: float) -> Tensor:
+        scores = (q @ k.mT).mul_(scale)
+        if bias is not None:
+            scores += bias
+        if causal:
+            scores.masked_fill_(
+                torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1), float("-inf")
+            )
+        return scores
+
+
+class CpuFlash:
+    """PyTorch's fused CPU kernel, in float32 or float64: in low precision it would sum dK and dV in low precision.
+
+    Backward multiplies q and k anew, in another order than forward, so that a weight near 1 is off by the rounding of its
+    score: at large scores an error that a softmax does not have. With `careful`, blocks with such rows are computed in float64.
+    """
+
+    takes_bias: bool = True
+    max_scores: int | None = None
+    PEAKED = 3.5  # by so much lse exceeds the logarithm of the number of keys in a row with large scores
+
+    def __init__(self, dtype: torch.dtype, careful: bool = False) -> None:
+        self.dtype, self.careful = dtype, careful
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel`."""
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+        if self._peaked(lse, k):
+            q, k, v = (x.double() for x in (q, k, v))
+            bias = None if bias is None else bias.double()
+            out, lse = CpuFlash(torch.float64).forward(q, k, v, causal, bias, scale)
+        return out.to(self.dtype), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
+        bias: Tensor | None, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `DenseKernel`."""
+        if self._peaked(lse.masked_fill(lse == float("inf"), 0.0), k):
+            dout, q, k, v, out = (x.double() for x in (dout, q, k, v, out))
+            bias = None if bias is None else bias.double()
+        lse, dout = _rounded(lse, dout)
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+        )
+
+    def _peaked(self, lse: Tensor, k: Tensor) -> bool:
+        return self.careful and lse.numel() > 0 and bool(lse.amax() > math.log(k.shape[2]) + self.PEAKED)
+
+
+class CudaFlash:
+    """FlashAttention-2 as PyTorch carries it: fp16 and bf16, head dims that are a multiple of 8 up to 256."""
+
+    takes_bias: bool = False
+    max_scores: int | None = None
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel`."""
+        assert bias is None
+        result = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        return result[0], result[1]
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
+        bias: Tensor | None, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `DenseKernel`."""
+        assert bias is None
+        none = torch.empty(0, dtype=torch.int64, device=q.device)
+        return aten._scaled_dot_product_flash_attention_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            none,
+            none,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            causal,
+            none,
+            none,
+            scale=scale,
+        )
+
+
+class CudaEfficient:
+    """The memory-efficient kernel PyTorch carries: fp32 on CUDA."""
+
+    takes_bias: bool = False
+    max_scores: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel`."""
+        assert bias is None
+        out, lse, _, _ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+        return out, lse[..., : q.shape[2]]
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
+        bias: Tensor | None, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `DenseKernel`."""
+        assert bias is None
+        lse, dout = _rounded(lse, dout)
+        lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))  # the kernel wants whole blocks of 32 rows
+        none = torch.empty(0, dtype=torch.int64, device=q.device)
+        return aten._scaled_dot_product_efficient_attention_backward(
+            dout, q, k, v, None, out, lse, none, none, 0.0, [True, True, True, False], causal, scale=scale
+        )[:3]
+
+
+def _rounded(lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+    """A float64 lse in the dtype of dout, what rounding took from it moved into dout: weights are `exp(score - lse)`."""
+    rounded = lse.to(dout.dtype)
+    if rounded.dtype == lse.dtype:
+        return rounded, dout
+    lost = (lse - rounded).nan_to_num_(0.0)  # of +inf: nothing
+    return rounded, dout * lost.neg_().exp_().to(dout.dtype).unsqueeze(-1)
+
+
+def dense_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> DenseKernel:
+    """The best kernel for attention in `dtype` on `device`."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    if device.type == "cpu":
+        return CpuFlash(exact, careful=dtype == torch.float32)
+    if device.type == "cuda" and exact == torch.float32 and head_dim % 8 == 0 and head_dim <= 256:
+        return CudaEfficient() if dtype == torch.float32 else CudaFlash(dtype)
+    return MatrixProducts(exact)
