@@ -33,7 +33,7 @@ class RunningSoftmax:
         """Merge a partial attention `lse [...]`, `out [..., D]`, in place; an lse of -inf adds nothing."""
         lse = lse.double()
         share = (lse - self.lse).sigmoid_().nan_to_num_(0.0)  # NaN: neither side has seen a key
-        self.out.lerp_(out, share.to(out.dtype).unsqueeze(-1))
+        self.out.lerp_(out.to(self.out.dtype), share.to(self.out.dtype).unsqueeze(-1))
         self.lse.copy_(torch.logaddexp(self.lse, lse))
 
     def logarithms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -67,10 +67,9 @@ def forward(state: RunningSoftmax, q: Tensor, k: Tensor, v: Tensor, scope: Scope
             queries = _take(q[group][index], scope, index)
             piece: RunningSoftmax | None = None
             for tile, kernel, bias, hidden in _tiles(part, index, queries, keys, scope):
-                out, lse = kernel.forward(
-                    queries[:, :, tile.queries], keys[:, :, tile.keys], values[:, :, tile.keys],
-                    tile.diagonal == 0, bias, scale,
-                )  # fmt: skip
+                block = (queries[:, :, tile.queries], keys[:, :, tile.keys], values[:, :, tile.keys])
+                qt, kt, vt = (x.to(kernel.dtype) for x in block)
+                out, lse = kernel.forward(qt, kt, vt, tile.diagonal == 0, bias, scale)
                 if hidden is not None:
                     lse = lse.masked_fill(hidden, float("-inf"))
                 if tile.whole:
@@ -116,10 +115,9 @@ def backward(
             pieces: list[Tensor] = []
             for tile, kernel, bias, _ in _tiles(part, index, queries, keys, scope):
                 rows, columns = (slice(None), slice(None), tile.queries), (slice(None), slice(None), tile.keys)
-                results = kernel.backward(
-                    douts[rows], queries[rows], keys[columns], values[columns], outs[rows], logs[rows],
-                    tile.diagonal == 0, bias, scale,
-                )  # fmt: skip
+                block = (douts[rows], queries[rows], keys[columns], values[columns], outs[rows])
+                dt, qt, kt, vt, ot = (x.to(kernel.dtype) for x in block)
+                results = kernel.backward(dt, qt, kt, vt, ot, logs[rows], tile.diagonal == 0, bias, scale)
                 if tile.whole:
                     pieces = list(results)
                     break
