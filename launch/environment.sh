@@ -10,6 +10,8 @@
 #   PIP_*                pip's own settings. On Linux, PyPI's torch carries the CUDA libraries, some gigabytes; on a machine
 #                        without a GPU, PyTorch's own index of CPU builds avoids them:
 #                        PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+#   GLIBC_TUNABLES       if unset, set so that large CPU tensors come back from the heap instead of from the system, whose
+#                        pages fault at every step (Linux with glibc; nothing elsewhere)
 
 ring_hilbert_find_python() {
     local candidates=${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10} candidate
@@ -44,4 +46,5 @@ ring_hilbert_environment() {
     fi
 }
 
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296}
 ring_hilbert_environment "$1"

@@ -39,37 +39,62 @@ def add_pretrain(commands: Any) -> None:
 
 
 def add_bench(commands: Any) -> None:
-    """`ring-hilbert bench`: measure and keep the rows."""
-    from ring_hilbert.bench.command import MEASUREMENTS
+    """`ring-hilbert bench <measurement>`: measure and keep the rows; each measurement declares its own flags."""
+    from ring_hilbert.bench.command import add_measurements
 
     parser = commands.add_parser(
         "bench",
         help="measure, and append rows to a CSV file",
-        description="\n".join(f"{name}: {what}" for name, what in MEASUREMENTS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Measure, print, and append a row per figure to a CSV file, with date, commit, device and versions.",
     )
-    parser.add_argument("measurement", choices=MEASUREMENTS)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: the measurement's file in bench/results")
+    add_measurements(parser)
     parser.set_defaults(run=_bench)
 
 
+PLOT_EXAMPLES = """\
+pictures (--what):
+  overview   the mask of a row, the curve, and who reads whose rows: the picture of the README
+  mask       how often each key counts for each query: by row, and by natural token
+  order      the curve over one block or grid
+  coverage   the tokens that a token reaches through one layer and through two, and the share of those it may see
+  shards     who owns which tokens, and whose rows each rank reads
+
+examples:
+  ring-hilbert plot idea.png
+  ring-hilbert plot blind.svg --what coverage --kv-heads 2 --head-shift 0 2 --segment-shift 0 32
+  ring-hilbert plot shards.png --what shards --grid 32 32 --length 1024 --ranks 8
+"""
+
+
 def add_plot(commands: Any) -> None:
-    """`ring-hilbert plot`: draw a pattern, its order and its exchange."""
+    """`ring-hilbert plot`: draw a pattern, its order, what it covers and its shards."""
     parser = commands.add_parser(
         "plot",
-        help="draw a pattern, its token order and its exchange",
-        description="Draw which keys a row sees, how the order lays out segments, and who reads whose rows.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="draw a pattern, its token order, what it covers and its shards",
+        description="Draw what a pattern does, as PNG or SVG by the ending of FILE.",
+        epilog=PLOT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("output", type=Path, metavar="FILE", help="a .png or .svg file")
+    parser.add_argument("--what", default="overview", metavar="PICTURE", help="default: overview")
     parser.add_argument(
-        "--segment-lengths", type=_length, nargs="+", default=[64, 128, 256], metavar="W", help="or 'all'"
+        "--segment-lengths", type=_length, nargs="+", default=[64, 128, 256], metavar="W",
+        help="or 'all'; default: 64 128 256",
+    )  # fmt: skip
+    parser.add_argument("--dilation-rates", type=int, nargs="+", default=[1, 2, 8], metavar="R", help="default: 1 2 8")
+    parser.add_argument(
+        "--head-shift", type=int, nargs="+", default=[0], metavar="N", help="of the first layer [and the second]"
     )
-    parser.add_argument("--dilation-rates", type=int, nargs="+", default=[1, 2, 8], metavar="R")
-    parser.add_argument("--length", type=int, default=256, help="rows of the sequence")
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--curve", default="hilbert")
-    parser.add_argument("--block", type=int, default=256, help="tokens that the curve orders at a time")
+    parser.add_argument(
+        "--segment-shift", type=int, nargs="+", default=[0], metavar="N", help="of the first layer [and the second]"
+    )
+    parser.add_argument("--length", type=int, default=256, metavar="S", help="rows of the sequence; default: 256")
+    parser.add_argument("--ranks", type=int, default=4, metavar="P", help="default: 4")
+    parser.add_argument("--kv-heads", type=int, metavar="HKV", help="default: one for each residue")
+    parser.add_argument("--head", type=int, default=0, metavar="G", help="the kv head whose mask is drawn; default: 0")
+    parser.add_argument("--curve", default="hilbert", help="default: hilbert")
+    parser.add_argument("--block", type=int, metavar="N", help="tokens that the curve orders at a time; default: 256")
+    parser.add_argument("--grid", type=int, nargs="+", metavar="N", help="instead of --block: sides H W of a picture")
     parser.add_argument("--full", action="store_true", help="not causal")
     parser.set_defaults(run=_plot)
 
@@ -115,7 +140,11 @@ def _pretrain(chosen: argparse.Namespace) -> int:
 def _bench(chosen: argparse.Namespace) -> int:
     from ring_hilbert.bench.command import run
 
-    run(chosen.measurement, chosen.output)
+    try:
+        run(chosen)
+    except ValueError as error:
+        print(f"ring-hilbert bench {chosen.measurement}: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -125,16 +154,40 @@ def _length(text: str) -> int | None:
 
 def _plot(chosen: argparse.Namespace) -> int:
     import ring_hilbert as rh
-    from ring_hilbert.bench.picture import draw
+    from ring_hilbert.bench.picture import Subject, draw
 
     try:
-        pattern = rh.DilatedPattern(tuple(chosen.segment_lengths), tuple(chosen.dilation_rates))
-        order = rh.TokenOrder(chosen.curve, block=chosen.block)
-        draw(chosen.output, pattern, order, chosen.length, chosen.ranks, causal=not chosen.full)
+        grid = None if chosen.grid is None else tuple(chosen.grid)
+        block = 256 if chosen.block is None and grid is None else chosen.block
+        order = rh.TokenOrder(chosen.curve, block=block, grid=grid)
+        subject = Subject(
+            _layers(chosen), order, chosen.length, chosen.ranks, not chosen.full, chosen.kv_heads, chosen.head
+        )
+        draw(chosen.output, subject, chosen.what)
     except ValueError as error:
         print(f"ring-hilbert plot: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _layers(chosen: argparse.Namespace) -> tuple[Any, ...]:
+    """The pattern of one layer, or of two where a shift differs between them."""
+    import ring_hilbert as rh
+
+    shifts = {"--head-shift": chosen.head_shift, "--segment-shift": chosen.segment_shift}
+    for flag, values in shifts.items():
+        if len(values) > 2:
+            raise ValueError(f"{flag} takes one value, or one for each of two layers, got {len(values)}")
+    layers = max(map(len, shifts.values()))
+    return tuple(
+        rh.DilatedPattern(
+            tuple(chosen.segment_lengths),
+            tuple(chosen.dilation_rates),
+            head_shift=chosen.head_shift[min(i, len(chosen.head_shift) - 1)],
+            segment_shift=chosen.segment_shift[min(i, len(chosen.segment_shift) - 1)],
+        )
+        for i in range(layers)
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ring_hilbert.bench import wire
 from ring_hilbert.cli import main
 from ring_hilbert.training.metrics import read_metrics
 from tests.ranks import run_ranks
@@ -48,6 +49,10 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         (["--help"], ["pretrain"]),
         (["pretrain", "--help"], ["--config", "torchrun", "key.sub=value"]),
+        (["bench", "--help"], ["exactness", "wire", "attention"]),
+        (["bench", "attention", "--help"], ["--lengths", "--no-causal", "--dense-limit", "--output", "floor"]),
+        (["bench", "wire", "--help"], ["--output"]),
+        (["plot", "--help"], ["--what", "coverage", "--grid"]),
     ):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
@@ -56,12 +61,23 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert all(word in text for word in words)
 
 
-@pytest.mark.parametrize("arguments", [[], ["pretrian"], ["pretrain"]])
+@pytest.mark.parametrize("arguments", [[], ["pretrian"], ["pretrain"], ["bench"], ["bench", "wire", "--lengths", "1"]])
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_bench_wire(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows go to the file and to the terminal."""
+    monkeypatch.setattr(wire, "RANKS", 4)
+    output = tmp_path / "wire.csv"
+    assert main(["bench", "wire", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    lines = output.read_text().splitlines()
+    assert len(lines) == 9 and lines[0].startswith("date,commit,device") and "12288.00" in lines[1]
+    assert f"8 rows appended to {output}" in printed
 
 
 def test_pretrain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,39 +3,155 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ring_hilbert.bench import exactness, wire
+from ring_hilbert.bench import attention, attention_report, exactness, wire
 from ring_hilbert.bench.records import RESULTS, append
 
+Record = dict[str, Any]
+Rows = Callable[[argparse.Namespace, torch.device, dist.ProcessGroup | None], Iterable[Record]]
+
+
+def no_options(parser: argparse.ArgumentParser) -> None:
+    """A measurement without flags of its own."""
+
+
+def print_rows(records: list[Record], _chosen: argparse.Namespace) -> None:
+    """Every record on a line."""
+    for record in records:
+        print("  ".join(f"{value}" for value in record.values()))
+
+
+def report_attention(records: list[Record], chosen: argparse.Namespace) -> None:
+    """The table, and the picture if one was asked for."""
+    print(attention_report.table(records))
+    if chosen.plot is not None:
+        attention_report.draw(chosen.plot, records)
+        print(f"drawn: {chosen.plot}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One thing to measure.
+
+    Args:
+        summary: a line for a person.
+        description: what `--help` says above the flags.
+        rows: the records, from the parsed flags, the device and the group of all ranks (None: one process).
+        add_options: declares its own flags; --output is there, and --device if `on_device`.
+        report: prints what was measured.
+        on_device: it computes, rather than plans.
+        over_ranks: it may run under torchrun.
+    """
+
+    summary: str
+    description: str | None
+    rows: Rows
+    add_options: Callable[[argparse.ArgumentParser], None] = no_options
+    report: Callable[[list[Record], argparse.Namespace], None] = print_rows
+    on_device: bool = True
+    over_ranks: bool = False
+
+
 MEASUREMENTS = {
-    "exactness": "errors against the float64 definition, alone or under torchrun",
-    "wire": "bytes received per rank at a million tokens, from the plan",
+    "exactness": Measurement(
+        "errors against the float64 definition, alone or under torchrun",
+        exactness.__doc__,
+        lambda _, device, group: exactness.rows(device, group),
+        over_ranks=True,
+    ),
+    "wire": Measurement(
+        "bytes received per rank at a million tokens, from the plan",
+        wire.__doc__,
+        lambda *_: wire.rows(),
+        on_device=False,
+    ),
+    "attention": Measurement(
+        "time and memory against dense SDPA, published LongNet and FlexAttention",
+        attention.__doc__,
+        lambda chosen, device, _: attention.rows(chosen, device),
+        attention.add_options,
+        report_attention,
+    ),
 }
 
 
-def run(measurement: str, output: Path | None = None) -> None:
-    """Run one of `MEASUREMENTS`, print its rows and append them to `output` (default `results/<measurement>.csv`)."""
-    output = RESULTS / f"{measurement}.csv" if output is None else output
-    device, group = torch.device("cpu"), None
-    if measurement == "wire":
-        records = list(wire.rows())
-    else:
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            group = dist.group.WORLD
-        records = list(exactness.rows(device, group))
-    if group is None or dist.get_rank(group) == 0:
-        for record in records:
-            print("  ".join(f"{value}" for value in record.values()))
-        append(output, records, device)
-        print(f"{len(records)} rows appended to {output}")
-    if group is not None:
-        dist.destroy_process_group()
+def add_measurements(parser: argparse.ArgumentParser) -> None:
+    """A command per measurement, each with its own flags."""
+    commands = parser.add_subparsers(title="measurements", dest="measurement", required=True, metavar="<measurement>")
+    for name, measurement in MEASUREMENTS.items():
+        command = commands.add_parser(
+            name,
+            help=measurement.summary,
+            description=measurement.description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        default = RESULTS / f"{name}.csv"
+        command.add_argument(
+            "--output",
+            type=Path,
+            default=default,
+            metavar="FILE",
+            help=f"CSV to append to; default bench/results/{name}.csv",
+        )
+        if measurement.on_device:
+            command.add_argument("--device", help="cpu, cuda or cuda:N; default cuda if there is one")
+        measurement.add_options(command)
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Run the chosen measurement, append its rows to `chosen.output` as they come, and report them.
+
+    Raises:
+        ValueError: for flags that cannot be, or torchrun where the measurement is of one process.
+    """
+    measurement = MEASUREMENTS[chosen.measurement]
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1 and not measurement.over_ranks:
+        raise ValueError(
+            f"bench {chosen.measurement} runs in one process, but WORLD_SIZE is {ranks}; start it without torchrun"
+        )
+    device = _device(chosen.device) if measurement.on_device else torch.device("cpu")
+    group = None
+    if ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        group = dist.group.WORLD
+    try:
+        records = list(_kept(measurement.rows(chosen, device, group), chosen.output, device))
+        if group is None or dist.get_rank(group) == 0:
+            measurement.report(records, chosen)
+            print(f"{len(records)} rows appended to {chosen.output}")
+    finally:
+        if group is not None:
+            dist.destroy_process_group()
+
+
+def _kept(records: Iterable[Record], output: Path, device: torch.device) -> Iterator[Record]:
+    """The records, each in the file before the next is measured."""
+    for record in records:
+        append(output, [record], device)
+        yield record
+
+
+def _device(name: str | None) -> torch.device:
+    """The device by name, by default a CUDA device if there is one; "cuda" is this rank's own."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r} is unknown: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name!r}, but PyTorch sees no CUDA device here")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise ValueError(f"--device {name!r} is not supported; use cpu or cuda")
+    return device

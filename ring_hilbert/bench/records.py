@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -54,7 +55,10 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]], device: torch.device) 
         writer.writerows(records)
 
 
+@functools.cache
 def _commit() -> str:
+    """Of the code that runs: looked up once."""
+
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent
         return subprocess.run(

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pattern as a FlexAttention mask: what PyTorch's own programmable kernel makes of the same softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from ring_hilbert.ops.pattern import DilatedPattern
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def multiplicity(pattern: DilatedPattern, kv_heads: int, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """How many branches hold rows `a` and `b` in one segment for kv head `g` (int tensors that broadcast): int32."""
+    a, b = a + pattern.segment_shift, b + pattern.segment_shift
+    count = torch.zeros_like(a, dtype=torch.int32)
+    for w, r in pattern.branches:
+        offset = (g + pattern.head_shift) % r if pattern.offset_rule == "modulo" else g // -(-kv_heads // r)
+        within_a, within_b = (a, b) if w is None else (a % w, b % w)
+        held = (within_a % r == offset) & (within_b % r == offset)
+        count = count + (held if w is None else held & (a // w == b // w)).to(torch.int32)
+    return count
+
+
+def attention(
+    pattern: DilatedPattern,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    causal: bool,
+    device: torch.device,
+    compiled: bool = True,
+) -> Attention:
+    """The operator on rows in natural order by FlexAttention, as a function of q, k, v `[B, S, H, D]`.
+
+    A block mask skips what the pattern leaves out in whole 128 x 128 blocks; log multiplicities are added to the scores.
+
+    Args:
+        pattern: the branches.
+        length: rows, S.
+        heads, kv_heads: of q and of k, v.
+        causal: hide keys of later rows.
+        device: where the block mask lives.
+        compiled: without it PyTorch's eager stand-in runs, quadratic in memory: for tests only.
+    """
+    group = heads // kv_heads
+
+    def mask_mod(_b: Tensor, h: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        held = multiplicity(pattern, kv_heads, h // group, a, b) > 0
+        return held & (b <= a) if causal else held
+
+    def score_mod(score: Tensor, _b: Tensor, h: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return score + multiplicity(pattern, kv_heads, h // group, a, b).clamp(min=1).to(score.dtype).log()
+
+    make, kernel = create_block_mask, flex_attention
+    if compiled:
+        make, kernel = torch.compile(make), torch.compile(kernel, dynamic=False)
+    block_mask = make(mask_mod, None, heads, length, length, device=str(device))
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = kernel(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=group > 1)
+        return out.transpose(1, 2)
+
+    return call

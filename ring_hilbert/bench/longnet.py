@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published LongNet algorithm on one device, as a baseline: gather, dense kernel, scatter, mix.
+
+Written from the paper (arXiv 2307.02486, sections 2.2 and 2.3). Every branch gathers its rows into dense segments, runs the
+device's fused kernel on the segments as a batch, and scatters outputs and log-sum-exps back to all rows; the branches are then
+mixed by the softmax of their log-sum-exps. As in the authors' release the mixing weights are detached, so the forward is the
+operator's and the gradients of q and k are not.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ring_hilbert.ops.pattern import DilatedPattern, Residue
+
+
+def check(pattern: DilatedPattern, length: int) -> None:
+    """Raise ValueError unless the algorithm is defined: `w` divides `length`, `r` divides `w`, segments start at row 0."""
+    if pattern.segment_shift:
+        raise ValueError(f"LongNet has no segment_shift, got {pattern.segment_shift}; use 0")
+    for w, r in pattern.branches:
+        w = length if w is None else w
+        if length % w:
+            raise ValueError(f"LongNet needs segment lengths that divide the length, got w={w} and {length} rows")
+        if w % r:
+            raise ValueError(f"LongNet needs dilation rates that divide the segment length, got r={r} and w={w}")
+
+
+def dilated_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, *, causal: bool = True, scale: float | None = None
+) -> Tensor:
+    """LongNet's dilated attention, differentiated by autograd with detached mixing weights.
+
+    Args:
+        q: `[B, S, H, D]`.
+        k, v: `[B, S, Hkv, D]`, `H % Hkv == 0`.
+        pattern: the branches.
+        causal: hide keys of later rows.
+        scale: of the scores; default `D ** -0.5`.
+
+    Returns:
+        `[B, S, H, D]`; rows that no branch holds are 0.
+
+    Raises:
+        ValueError: if lengths do not divide (`check`), or if no fused kernel takes the tensors.
+    """
+    batch, length, kv_heads = q.shape[0], q.shape[1], k.shape[2]
+    check(pattern, length)
+    outs, places, logs = [], [], []
+    for branch in pattern.branches:
+        w, r = length if branch.segment_length is None else branch.segment_length, branch.dilation_rate
+        residues = pattern.residues(branch, kv_heads)
+        qs, ks, vs = (_Gather.apply(_segments(x, w, r, kv_heads), residues) for x in (q, k, v))
+        out, lse = _kernel(qs, ks, vs, causal, scale)
+        outs.append(out)
+        places.append((residues, r))
+        full = _scatter(lse[..., None], residues, r, float("-inf"))
+        logs.append(full.reshape(batch, length, q.shape[2], 1))
+    weights = torch.stack(logs).softmax(0).nan_to_num(0.0)  # NaN: no branch holds the row
+    terms = (
+        _Scatter.apply(out, *place).reshape(q.shape) * weight.to(q.dtype)
+        for out, place, weight in zip(outs, places, weights, strict=True)
+    )
+    return functools.reduce(operator.add, terms)
+
+
+def _segments(x: Tensor, w: int, r: int, kv_heads: int) -> Tensor:
+    """`[B, S, H, D]` as `[B * segments, rows, r, Hkv, G, D]`: a view where the rows of the batch follow each other."""
+    return x.reshape(-1, w // r, r, kv_heads, x.shape[2] // kv_heads, x.shape[3])
+
+
+def _gather(x: Tensor, residues: list[Residue]) -> Tensor:
+    """Each head's own rows of `[N, rows, r, Hkv, G, D]`, as `[N, H, rows, D]`."""
+    if x.shape[2] == 1:
+        return x.squeeze(2).flatten(2, 3).transpose(1, 2)
+    rows = x.new_empty((*x.shape[:2], *x.shape[3:]))
+    for offset, heads in residues:
+        rows[:, :, heads.slice] = x[:, :, offset, heads.slice]
+    return rows.flatten(2, 3).transpose(1, 2)
+
+
+def _scatter(rows: Tensor, residues: list[Residue], r: int, fill: float) -> Tensor:
+    """The inverse of `_gather`: `[N, H, rows, D]` as `[N, rows, r, Hkv, G, D]`, `fill` elsewhere."""
+    kv_heads = sum(len(heads.indices) for _, heads in residues)
+    rows = rows.transpose(1, 2).unflatten(2, (kv_heads, -1))
+    if r == 1:
+        return rows.unsqueeze(2)
+    full = rows.new_full((*rows.shape[:2], r, *rows.shape[2:]), fill)
+    for offset, heads in residues:
+        full[:, :, offset, heads.slice] = rows[:, :, heads.slice]
+    return full
+
+
+class _Gather(torch.autograd.Function):
+    """`_gather`; its gradient scatters. One copy either way, where indexing would take a full-size copy per head class."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residues: list[Residue]) -> Tensor:
+        ctx.place = residues, x.shape[2]
+        return _gather(x, residues)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _scatter(grad, *ctx.place, 0.0), None
+
+
+class _Scatter(torch.autograd.Function):
+    """`_scatter` into zeros; its gradient gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, residues: list[Residue], r: int) -> Tensor:
+        ctx.residues = residues
+        return _scatter(rows, residues, r, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.residues), None, None
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Fused attention of `[N, H, rows, D]`: the output, and lse `[N, H, rows]` outside autograd."""
+    aten, name = torch.ops.aten, kernel_for(q.device, q.dtype, q.shape[3], causal)
+    if name == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    elif name == "cudnn":
+        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+    elif name == "flash":
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+    else:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+        lse = lse[..., : q.shape[2]]  # it rounds the rows up
+    return out, lse.detach().reshape(q.shape[:3])
+
+
+@functools.cache
+def kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool) -> str:
+    """The fastest fused kernel with an lse that PyTorch has: "cpu", on CUDA devices "cudnn", "flash" or "efficient".
+
+    Raises:
+        ValueError: if none takes such tensors (float64 on CUDA, for one).
+    """
+    if device.type == "cpu":
+        return "cpu"
+    cuda, x = torch.backends.cuda, torch.empty(1, 1, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
+    params = cuda.SDPAParams(x, x, x, None, 0.0, causal, False)
+    if cuda.can_use_cudnn_attention(params):
+        return "cudnn"
+    if cuda.can_use_flash_attention(params) and head_dim % 8 == 0:
+        return "flash"
+    if cuda.can_use_efficient_attention(params):
+        return "efficient"
+    raise ValueError(
+        f"LongNet needs a fused kernel, and PyTorch has none for {dtype} with head dim {head_dim} on {device}"
+    )
