@@ -3,6 +3,8 @@
 
 from ring_hilbert import integrations
 from ring_hilbert.attention import dilated_attention
+from ring_hilbert.checkpointing import checkpoint_contexts
+from ring_hilbert.modules import MultiheadDilatedAttention
 from ring_hilbert.ops import reference
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import Branch, DilatedPattern
@@ -13,9 +15,11 @@ from ring_hilbert.parallel.sharding import shard_batch
 __all__ = [
     "Branch",
     "DilatedPattern",
+    "MultiheadDilatedAttention",
     "Plan",
     "Prepared",
     "TokenOrder",
+    "checkpoint_contexts",
     "dilated_attention",
     "plan",
     "prepare",

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public operator: validation, agreement between ranks, and the one autograd node."""
+"""The public operator: what a call may say, and that all ranks say it; `parallel/node.py` runs it."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import weakref
 from typing import Any, Literal, overload
 
 import torch
@@ -13,8 +11,9 @@ from torch import Tensor
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
-from ring_hilbert.parallel.execution import Execution
-from ring_hilbert.parallel.plan import Shapes
+from ring_hilbert.parallel.layout import check_layout
+from ring_hilbert.parallel.node import Call, agreed_fields, attend
+from ring_hilbert.parallel.plan import Shapes, check_strategy
 from ring_hilbert.parallel.prepare import Group, Prepared, prepare_call, resolve_group
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -87,50 +86,45 @@ def dilated_attention(
         ValueError: for arguments that are wrong or differ between ranks; on every rank, naming rank and argument.
     """
     chosen = {"causal": causal, "order": order, "layout": layout, "strategy": strategy}
-    error, shapes = None, None
+    facts = {"positions": positions, "document_ids": document_ids}
+    error, shapes, factor = None, None, scale
     try:
         shapes = _check_tensors(q, k, v)
+        factor = shapes.head_dim**-0.5 if scale is None else float(scale)
         if not isinstance(pattern, DilatedPattern):
             raise ValueError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}")
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} is not supported; use one of {', '.join(map(repr, BACKENDS))}")
-        if scale is not None and not math.isfinite(scale):
+        if not math.isfinite(factor):
             raise ValueError(f"scale must be a finite number, got {scale!r}")
         if prepared is None:
-            _check_facts(q, positions=positions, document_ids=document_ids)
+            _check_facts(q, order, layout, strategy, facts)
         else:
-            _check_prepared(prepared, q, group, chosen, positions, document_ids)
+            _check_prepared(prepared, group, chosen, facts)
     except ValueError as problem:
         error = f"{name}: {problem}" if name else str(problem)
 
-    fields: dict[str, Any] = {"pattern": pattern, "scale": scale}
-    if shapes is not None:
-        fields |= {
-            "B (batch size of q)": shapes.batch_size, "H (heads of q)": shapes.num_heads,
-            "Hkv (heads of k, v)": shapes.num_kv_heads, "D (head dim)": shapes.head_dim, "dtype": shapes.dtype,
-        }  # fmt: skip
-    if prepared is None:
-        defaults = {"causal": True, "order": None, "layout": "contiguous", "strategy": "auto"}
-        options = {key: defaults[key] if value is None else value for key, value in chosen.items()}
-        local_len = q.shape[1] if q.ndim == 4 else 0
+    causal = True if causal is None else causal
+    agreed = agreed_fields(pattern, factor, shapes)
+    if prepared is None and (group is not None or not all(value is None for value in facts.values())):
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "under torch.compile, group, positions and document_ids belong into prepared=rh.prepare(...), made "
+                "outside of the compiled function once per batch"
+            )
         prepared = prepare_call(
-            local_len, fields, error, group=group, positions=positions, document_ids=document_ids, **options
-        )
-    else:
-        prepared.agree(fields, error)
-    assert shapes is not None, "an invalid call has raised on every rank"
+            q.shape[1] if q.ndim == 4 else 0, agreed, error, group=group, causal=causal, order=order,
+            layout=layout or "contiguous", strategy=strategy or "auto", **facts,
+        )  # fmt: skip
+    elif error:
+        if isinstance(prepared, Prepared) and not torch.compiler.is_compiling():
+            prepared.agree(agreed, error)  # raises, on every rank
+        raise ValueError(error)
+    assert shapes is not None and factor is not None, "an invalid call has raised on every rank"
 
-    permutation = prepared.permutation(q.device)
-    if permutation is not None:
-        q, k, v = (x.index_select(1, permutation[0]) for x in (q, k, v))
-    execution = prepared.execution(pattern, shapes, q.device)
-    factor = shapes.head_dim**-0.5 if scale is None else float(scale)
-    out, lse, _ = _forward(q, k, v, _handle(execution), factor, name or "")
-    if permutation is not None:
-        out = out.index_select(1, permutation[1])
-    if not return_lse:
-        return out
-    return out, lse.detach() if permutation is None else lse.detach().index_select(2, permutation[1])
+    call = Call.of(pattern, causal=causal, order=order, scale=factor, name=name)
+    out, lse = attend(q, k, v, prepared, call)
+    return (out, lse) if return_lse else out
 
 
 # ---- validation
@@ -157,102 +151,29 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> Shapes:
     return Shapes(batch, heads, k.shape[2], dim, q.dtype)
 
 
-def _check_facts(q: Tensor, **facts: Tensor | None) -> None:
+def _check_facts(
+    q: Tensor, order: TokenOrder | None, layout: str | None, strategy: str | None, facts: dict[str, Tensor | None]
+) -> None:
+    if order is not None and not isinstance(order, TokenOrder):
+        raise ValueError(f"order must be a TokenOrder, got {type(order).__name__}")
+    check_layout("contiguous" if layout is None else layout)
+    check_strategy("auto" if strategy is None else strategy)
     for name, value in facts.items():
         if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] not in (1, q.shape[0]):
             raise ValueError(f"{name} must be [S] or [B={q.shape[0]}, S={q.shape[1]}], got {list(value.shape)}")
 
 
-def _check_prepared(
-    prepared: Prepared,
-    q: Tensor,
-    group: Group,
-    chosen: dict[str, Any],
-    positions: Tensor | None,
-    document_ids: Tensor | None,
-) -> None:
+def _check_prepared(prepared: Prepared, group: Group, chosen: dict[str, Any], facts: dict[str, Tensor | None]) -> None:
+    """That the call does not contradict `prepared`; whether q fits it is seen when the node runs, for its sizes may vary."""
     if not isinstance(prepared, Prepared):
         raise ValueError(f"prepared must come from prepare() or shard_batch(), got {type(prepared).__name__}")
-    if q.shape[1] != prepared.local_len:
-        raise ValueError(
-            f"q must have the {prepared.local_len} rows that prepared says this rank holds, got {list(q.shape)}"
-        )
-    if prepared.facts.batch_size not in (1, q.shape[0]):
-        raise ValueError(f"q must have the batch size {prepared.facts.batch_size} of prepared, got {list(q.shape)}")
-    if positions is not None or document_ids is not None:
+    if not all(value is None for value in facts.values()):
         raise ValueError("positions and document_ids belong into prepare(); with prepared= leave them out")
     if group is not None and resolve_group(group)[0] is not prepared.group:
         raise ValueError("group is not the one prepared was made for; leave it out or make another prepared")
-    own = {
-        "causal": prepared.causal, "order": prepared.order, "layout": prepared.layout.kind, "strategy": prepared.strategy,
-    }  # fmt: skip
     for key, value in chosen.items():
-        if value is not None and value != own[key] and (key, value) != ("strategy", "auto"):
-            raise ValueError(f"{key}={value!r} disagrees with prepared, which was made with {own[key]!r}")
-
-
-# ---- the autograd node
-
-_executions: weakref.WeakValueDictionary[int, Execution] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
-
-
-def _handle(execution: Execution) -> int:
-    """An integer that stands for `execution` in the operator's schema, for as long as it lives."""
-    if execution.handle is None:
-        execution.handle = next(_numbers)
-        _executions[execution.handle] = execution
-    return execution.handle
-
-
-@torch.library.custom_op("ring_hilbert::attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, handle: int, scale: float, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _executions[handle].forward(q, k, v, scale, name)
-
-
-@torch.library.custom_op("ring_hilbert::attention_backward", mutates_args=())
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    residue: Tensor,
-    handle: int,
-    scale: float,
-    name: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _executions[handle].backward(dout, q, k, v, out, lse, residue, scale, name)
-
-
-@_forward.register_fake
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype)
-    return q.new_empty(q.shape), lse, torch.empty_like(lse)
-
-
-@_backward.register_fake
-def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, *ctx.call = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.execution = _executions.get(ctx.call[0])  # keeps it alive until backward; absent only while tracing
-
-
-def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor, _dresidue: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(dout, *ctx.saved_tensors, *ctx.call), None, None, None
-
-
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "dilated_attention can be differentiated once; for second derivatives use rh.reference.dilated_attention"
-    )
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
-_backward.register_autograd(_no_double_backward)
+        if value is None or (key, value) == ("strategy", "auto"):
+            continue
+        own = prepared.layout.kind if key == "layout" else getattr(prepared, key)
+        if value != own:
+            raise ValueError(f"{key}={value!r} disagrees with prepared, which was made with {own!r}")

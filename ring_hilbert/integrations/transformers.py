@@ -11,7 +11,6 @@ device in natural token order, and a 2-D attention mask or restarting position i
 
 from __future__ import annotations
 
-from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from ring_hilbert.attention import dilated_attention
 from ring_hilbert.integrations.transformers_config import NAME, order_of, pattern_of, settings_of
 from ring_hilbert.ops.order import TokenOrder
-from ring_hilbert.parallel.prepare import Prepared, prepare
+from ring_hilbert.parallel.prepare import Prepared
 from ring_hilbert.parallel.sharding import prepare_tokens
 
 UNSUPPORTED = {
@@ -30,6 +29,14 @@ UNSUPPORTED = {
     "sliding_window": "config.sliding_window = None (and layer_types all 'full_attention')",
     "s_aux": "a model without attention sinks",
 }
+COMPILED_DOCUMENTS = (
+    "a compiled model takes padding and packed documents as model(**rh.shard_batch(batch)), not as attention_mask or "
+    "restarting position_ids"
+)
+WRONG_POSITIONS = (
+    "position_ids are not those of the sharded rows; pass what shard_batch returns: model(**rh.shard_batch(...)). "
+    "Without position_ids a model counts from 0 on every rank"
+)
 
 
 def register(module: ModuleType) -> None:
@@ -95,44 +102,44 @@ def attention_forward(
     }  # fmt: skip
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if ring_hilbert is not None:
-        _check_sharded(ring_hilbert, attention_mask, position_ids, causal)
+        _check_sharded(ring_hilbert, attention_mask, causal)
+        v = _only_if(_has_its_positions(ring_hilbert, position_ids), WRONG_POSITIONS, v)
+        if not torch.compiler.is_compiling():  # there the flag would be one more thing to recompile for
+            ring_hilbert.position_ids_checked = True
         return dilated_attention(q, k, v, **call, prepared=ring_hilbert), None
 
-    documents = _documents(attention_mask, position_ids, q)
-    order = order_of(config)
+    order, documents = order_of(config), None
+    breaks = _breaks(attention_mask, position_ids, q)
+    if breaks is not None and torch.compiler.is_compiling():
+        v = _only_if(~breaks.any(), COMPILED_DOCUMENTS, v)
+    elif breaks is not None and bool(breaks.any()):
+        documents = np.where(breaks.cpu(), -1, 0) if attention_mask is not None else breaks.cpu().numpy().cumsum(axis=1)
     if documents is None:
-        return dilated_attention(q, k, v, **call, prepared=_natural(q.shape[1], order, causal)), None
+        return dilated_attention(q, k, v, **call, order=order, causal=causal), None
+    documents = np.broadcast_to(documents, tuple(q.shape[:2]))
     prepared = prepare_tokens(documents, order or TokenOrder("raster", block=1), causal=causal)
     rows = prepared.rows.to(q.device).expand(q.shape[0], -1)[..., None, None]
     out = dilated_attention(*(torch.take_along_dim(x, rows, 1) for x in (q, k, v)), **call, prepared=prepared)
     return torch.take_along_dim(out, rows.argsort(1), 1), None
 
 
-@lru_cache(maxsize=64)
-def _natural(rows: int, order: TokenOrder | None, causal: bool) -> Prepared:
-    """One device, natural token order, one document."""
-    return prepare(rows, order=order, causal=causal)
-
-
-def _documents(mask: Tensor | None, position_ids: Tensor | None, q: Tensor) -> np.ndarray | None:
-    """Document ids `[B, S]` of natural-order tokens, or None if all are one document."""
+def _breaks(mask: Tensor | None, position_ids: Tensor | None, q: Tensor) -> Tensor | None:
+    """What keeps natural-order tokens from being one document, bool `[1 or B, S]`, or None: with a mask the padding, without
+    one the first tokens of further documents, where position ids jump (Transformers' convention for packed sequences).
+    """
     batch, rows = q.shape[:2]
     if mask is not None:
         if mask.ndim != 2 or mask.shape != (batch, rows):
             raise ValueError(
                 f"attention_mask must be 2-D [B={batch}, S={rows}] for 'ring_hilbert', got {list(mask.shape)}"
             )
-        return None if bool(mask.all()) else np.where(mask.cpu().numpy() != 0, 0, -1)
+        return mask == 0
     if position_ids is None or rows < 2:
         return None
-    starts = (position_ids.diff(dim=-1) != 1).cpu().numpy()  # Transformers' convention for packed sequences
-    if not starts.any():
-        return None
-    documents = np.concatenate((np.zeros_like(starts[:, :1]), starts), axis=1).cumsum(axis=1)
-    return np.broadcast_to(documents, (batch, rows))
+    return position_ids.diff(dim=-1, prepend=position_ids[..., :1] - 1) != 1
 
 
-def _check_sharded(prepared: Prepared, mask: Tensor | None, position_ids: Tensor | None, causal: bool) -> None:
+def _check_sharded(prepared: Prepared, mask: Tensor | None, causal: bool) -> None:
     if mask is not None:
         raise ValueError(
             "with ring_hilbert= the mask belongs into shard_batch({'attention_mask': ...}), not into the model call"
@@ -141,19 +148,46 @@ def _check_sharded(prepared: Prepared, mask: Tensor | None, position_ids: Tensor
         raise ValueError(
             f"the layer is {'' if causal else 'not '}causal but ring_hilbert was prepared with causal={prepared.causal}"
         )
-    if position_ids is prepared.position_ids or prepared.position_ids_checked:
-        return
+
+
+def _has_its_positions(prepared: Prepared, position_ids: Tensor | None) -> Tensor | bool:
+    """Whether the model was given the position ids of the sharded rows; a tensor where their values must be compared."""
     expected = prepared.position_ids
-    if expected is None:  # made by prepare(): only the default that Transformers fills in can be recognised
-        start = prepared.layout.starts[prepared.rank]
-        wrong = start > 0 and prepared.local_len > 1 and prepared.facts.documents is None and (
-            position_ids is None or bool((position_ids.flatten()[:2].cpu() == torch.arange(2)).all())
-        )  # fmt: skip
-    else:
-        wrong = position_ids is None or not bool((position_ids == expected).all())
-    if wrong:
-        raise ValueError(
-            "position_ids are not those of the sharded rows; pass what shard_batch returns: model(**rh.shard_batch(...)). "
-            "Without position_ids a model counts from 0 on every rank"
-        )
-    prepared.position_ids_checked = True
+    if position_ids is expected or (prepared.position_ids_checked and not torch.compiler.is_compiling()):
+        return True
+    if expected is not None:
+        return position_ids is not None and (position_ids == expected).all()
+    # Made by prepare(): only the default that Transformers fills in can be recognised.
+    if prepared.layout.starts[prepared.rank] == 0 or prepared.local_len < 2 or prepared.facts.documents is not None:
+        return True
+    if position_ids is None:
+        return False
+    return (position_ids.flatten()[:2] != torch.arange(2, device=position_ids.device)).any()
+
+
+def _only_if(condition: Tensor | bool, otherwise: str, x: Tensor) -> Tensor:
+    """`x`, or a ValueError that says `otherwise`. Compiled code cannot branch on a tensor: there the error comes as it runs."""
+    if isinstance(condition, Tensor) and torch.compiler.is_compiling():
+        return _passed(x, condition, otherwise)
+    if not condition:
+        raise ValueError(otherwise)
+    return x
+
+
+@torch.library.custom_op("ring_hilbert::passed", mutates_args=())
+def _passed(x: Tensor, condition: Tensor, otherwise: str) -> Tensor:
+    if not condition:
+        raise ValueError(otherwise)
+    return x.clone()
+
+
+@_passed.register_fake
+def _passed_fake(x: Tensor, condition: Tensor, otherwise: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _passed_gradients(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+    return dx, None, None
+
+
+_passed.register_autograd(_passed_gradients)

@@ -37,7 +37,6 @@ class Execution:
 
     def __init__(self, plan: Plan, rank: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.plan, self.part = plan, plan.rank(rank)
-        self.handle: int | None = None  # its number in the operator registry
         kernel = dense_kernel(device, plan.shapes.dtype, plan.shapes.head_dim)
         own = _own_facts(plan, rank)
         self.local = [(visit, _local_scope(visit, plan, own, kernel, device)) for visit in self.part.local]

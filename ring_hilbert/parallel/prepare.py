@@ -17,6 +17,7 @@ from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
 from ring_hilbert.parallel.execution import Execution
 from ring_hilbert.parallel.facts import Facts
+from ring_hilbert.parallel.handles import new_handle
 from ring_hilbert.parallel.layout import Layout, check_layout
 from ring_hilbert.parallel.plan import Plan, Shapes, check_strategy
 
@@ -37,9 +38,13 @@ class Prepared:
         group: the process group, or None.
         facts: positions and documents of the whole sequence.
         order: the order of a caller with natural-order tensors (`dilated_attention(order=...)`), else None.
+        strategy: how rows reach other ranks.
         rows: int64 `[1 or B, S_local]` on the CPU: the natural token index of every local row.
         position_ids: what `shard_batch` returned as such, or None; integrations check that the model was given them.
         position_ids_checked: whether that was done for this batch.
+        handle: int64 `[]` on the CPU, what compiled graphs and autograd hold of these facts, and keep them alive by. So
+            nobody needs to keep this object until backward, but for one case: compiled code under hooks that save copies
+            of tensors (`torch.autograd.graph.save_on_cpu`).
     """
 
     def __init__(
@@ -58,9 +63,23 @@ class Prepared:
         self.order, self.strategy = order, strategy
         self.position_ids, self.position_ids_checked = position_ids, False
         start = layout.starts[rank]
-        self.rows = torch.arange(start, start + self.local_len)[None] if rows is None else rows
+        self.rows = torch.arange(start, start + self.local_len, device="cpu")[None] if rows is None else rows
         self._executions: dict[tuple[DilatedPattern, Shapes, torch.device], Execution] = {}
         self._permutations: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.handle = self._new_handle()
+
+    def _new_handle(self) -> Tensor:
+        """A handle of another object with the same contents, which share all caches; the handle of `self` were a cycle."""
+        contents = object.__new__(Prepared)
+        contents.__dict__.update(self.__getstate__())
+        return new_handle(contents)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = self._new_handle()  # the original's number may mean something else in this process
 
     @property
     def local_len(self) -> int:
@@ -93,6 +112,14 @@ class Prepared:
             rows = self.order.permutation(self.layout.seq_len, start, start + self.local_len) - start
             self._permutations[device] = rows.to(device), rows.argsort().to(device)
         return self._permutations[device]
+
+    def misfit(self, q: Tensor) -> str | None:
+        """Why `q [B, S, H, D]` cannot be the rows of this batch on this rank, or None if it can."""
+        if q.shape[1] != self.local_len:
+            return f"q must have the {self.local_len} rows that prepared says this rank holds, got {list(q.shape)}"
+        if self.facts.batch_size not in (1, q.shape[0]):
+            return f"q must have the batch size {self.facts.batch_size} of prepared, got {list(q.shape)}"
+        return None
 
     def agree(self, fields: dict[str, Any], error: str | None) -> None:
         """Make sure, on all ranks together, that a call with `fields` (hashable values) is everybody's and is valid.
@@ -197,7 +224,7 @@ def prepare(
 
 def prepare_call(
     local_len: int,
-    fields: dict[str, Any],
+    call_fields: dict[str, Any],
     error: str | None,
     *,
     group: Group,
@@ -208,7 +235,7 @@ def prepare_call(
     causal: bool,
     strategy: str,
 ) -> Prepared:
-    """`prepare`, with further `fields` that must be the same on all ranks, and an `error` this rank already knows of."""
+    """`prepare` that is also `agree` on the fields of a call, or on the `error` this rank already knows of."""
     process_group, rank, _ = resolve_group(group)
     local = {"positions": positions, "document_ids": document_ids}
     arrays: dict[str, np.ndarray | None] = {}
@@ -221,7 +248,7 @@ def prepare_call(
             arrays = {name: _fact(name, value, local_len) for name, value in local.items()}
     except ValueError as problem:
         error = str(problem)
-    fields = fields | {"layout": layout, "order": order, "causal": causal, "strategy": strategy}
+    fields = call_fields | {"layout": layout, "order": order, "causal": causal, "strategy": strategy}
     fields |= {f"{name} is given": value is not None for name, value in local.items()}
     fields |= {f"batch size of {name}": len(a) for name, a in arrays.items() if a is not None}
     record = {"fields": fields, "error": error, "local_len": local_len, "arrays": arrays}
@@ -229,6 +256,8 @@ def prepare_call(
     if process_group is None and error:
         raise ValueError(error)
     raise_disagreement(records)
+    if process_group is not None and call_fields:
+        _agreed.setdefault(process_group, set()).add(tuple(call_fields.items()))
 
     rows = Layout(tuple(r["local_len"] for r in records), layout)
     whole = {name: _assemble([r["arrays"][name] for r in records]) for name in local}

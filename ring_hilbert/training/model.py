@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ring_hilbert.checkpointing import checkpoint_contexts
 from ring_hilbert.integrations.transformers_config import NAME
 from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.config import RunConfig
@@ -80,7 +81,7 @@ def build_model(config: RunConfig, hf_config: PretrainedConfig) -> PreTrainedMod
     if config.train.checkpoint_activations:
         # The name of Transformers 5.2x; gradient_checkpointing_enable is the older one, deprecated there.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     return model
 
 

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head dilated self-attention as a module: projections around the operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ring_hilbert.attention import dilated_attention
+from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.parallel.prepare import Prepared
+
+
+class MultiheadDilatedAttention(nn.Module):
+    """Exact dilated self-attention (LongNet, arXiv 2307.02486) with its projections, on one device or sharded over ranks.
+
+    `out_proj(dilated_attention(q_proj(x), k_proj(x), v_proj(x)))`, without dropout, position encoding or cache. Parameters
+    are those of four `nn.Linear` named `q_proj`, `k_proj`, `v_proj`, `out_proj`, initialised as torch initialises them.
+    Works under `torch.compile(fullgraph=True)`; a new batch of the same shape recompiles nothing.
+
+    Args:
+        embed_dim: size of the last axis of the input and the output.
+        num_heads: query heads H.
+        pattern: segment lengths and dilation rates.
+        num_kv_heads: key and value heads, a divisor of `num_heads`; default `num_heads`.
+        head_dim: D; default `embed_dim / num_heads`.
+        order: the order in which the pattern cuts the tokens of a call without `prepared`; tokens go in and come out in
+            natural order all the same. None cuts them as they come.
+        causal: hide keys with a larger position.
+        bias: whether the projections have one.
+        device, dtype: of the parameters; float16, bfloat16, float32 or float64.
+
+    Raises:
+        ValueError: for sizes that are not positive or do not divide each other, for another type of pattern or order.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        pattern: DilatedPattern,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        order: TokenOrder | None = None,
+        causal: bool = True,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, size in sizes.items():
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}, or head_dim must be given"
+            )
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
+        if not isinstance(pattern, DilatedPattern):
+            raise ValueError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}")
+        if order is not None and not isinstance(order, TokenOrder):
+            raise ValueError(f"order must be a TokenOrder or None, got {type(order).__name__}")
+        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        self.pattern, self.order, self.causal = pattern, order, causal
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+
+        self.q_proj = linear(embed_dim, num_heads * self.head_dim)
+        self.k_proj = linear(embed_dim, num_kv_heads * self.head_dim)
+        self.v_proj = linear(embed_dim, num_kv_heads * self.head_dim)
+        self.out_proj = linear(num_heads * self.head_dim, embed_dim)
+
+    def forward(self, x: Tensor, *, prepared: Prepared | None = None) -> Tensor:
+        """Attend among the rows of `x`.
+
+        Without `prepared`, `x` is one device's whole sequence in natural token order, one document. With it, the rows of `x`
+        are what `prepared` says they are: rows of `shard_batch` are in curve order already and are not permuted again,
+        whatever the module's `order`; only rows prepared with `prepare(order=...)` are in natural order, and then that order
+        must be the module's, if it has one.
+
+        Args:
+            x: `[B, S, embed_dim]`, the rows of this rank, in the dtype of the parameters.
+            prepared: the facts of the batch, from `prepare` or `shard_batch`.
+
+        Returns:
+            `[B, S, embed_dim]`, rows as in `x`.
+
+        Raises:
+            ValueError: for another shape; for a `prepared` that was made for other rows, or is causal where the module is
+                not, or the reverse, or has another order.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x must be [B, S, embed_dim={self.embed_dim}], got {list(x.shape)}")
+        order = self.order if prepared is None or prepared.order is not None else None
+        q, k, v = (
+            projection(x).unflatten(-1, (heads, self.head_dim))
+            for projection, heads in (
+                (self.q_proj, self.num_heads), (self.k_proj, self.num_kv_heads), (self.v_proj, self.num_kv_heads),
+            )
+        )  # fmt: skip
+        out = dilated_attention(q, k, v, self.pattern, causal=self.causal, order=order, prepared=prepared)
+        return self.out_proj(out.flatten(2))
+
+    def extra_repr(self) -> str:
+        """What `print` shows besides the projections."""
+        order = "" if self.order is None else f", order={self.order}"
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, causal={self.causal}, {self.pattern}{order}"
+        )

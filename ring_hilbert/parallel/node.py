@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one autograd node: `ring_hilbert::attention`, an opaque operator for autograd, torch.compile and checkpointing.
+
+What a compiled graph knows of a call is q, k, v, a `Call` (constants) and the *handle* of the batch's `Prepared`, an integer in
+a tensor on the CPU. Everything that differs between batches is behind the handle and looked up when the operator runs, so
+that a new batch recompiles nothing, and a handle is read without waiting for a device. What the node keeps for backward is
+q, k, v, out, lse, residue, and the handle, which keeps the facts alive.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.parallel.handles import held_by
+from ring_hilbert.parallel.plan import Shapes
+from ring_hilbert.parallel.prepare import Prepared, prepare
+
+
+class Call(NamedTuple):
+    """A call besides its tensors and facts, in the types that an operator's schema has.
+
+    Attributes:
+        segment_lengths, dilation_rates, offset_rule: of the pattern; a segment length of 0 is the whole sequence.
+        shifts: `(head_shift, segment_shift)` of the pattern.
+        causal: without a handle, whether keys at later rows (with an order, later tokens) are hidden.
+        curve, sides: without a handle, the token order: no curve is no order, one side a block, more a grid.
+        scale: of the scores.
+        name: of the layer, for errors.
+    """
+
+    segment_lengths: list[int]
+    dilation_rates: list[int]
+    offset_rule: str
+    shifts: list[int]
+    causal: bool
+    curve: str
+    sides: list[int]
+    scale: float
+    name: str
+
+    @classmethod
+    def of(
+        cls, pattern: DilatedPattern, *, causal: bool, order: TokenOrder | None, scale: float, name: str | None
+    ) -> Call:
+        """The call with `pattern`; torch.compile traces through this."""
+        lengths = [0 if length is None else length for length in pattern.segment_lengths]
+        curve: str = ""
+        sides: list[int] = []
+        if order is not None:
+            curve, sides = order.curve, list(order.grid or (order.block or 0,))
+        return cls(
+            lengths, list(pattern.dilation_rates), pattern.offset_rule, [pattern.head_shift, pattern.segment_shift],
+            causal, curve, sides, scale, name or "",
+        )  # fmt: skip
+
+    @property
+    def pattern(self) -> DilatedPattern:
+        """The pattern that `of` was given."""
+        return _pattern(tuple(self.segment_lengths), tuple(self.dilation_rates), self.offset_rule, *self.shifts)
+
+    def default_facts(self, rows: int) -> Prepared:
+        """The `Prepared` of a call without a handle: one device, one document, positions by default."""
+        return _default_facts(rows, self.causal, self.curve, tuple(self.sides))
+
+
+@lru_cache(maxsize=1024)
+def _pattern(
+    lengths: tuple[int, ...], rates: tuple[int, ...], rule: Any, head_shift: int, segment_shift: int
+) -> DilatedPattern:
+    return DilatedPattern(tuple(w or None for w in lengths), rates, rule, head_shift, segment_shift)
+
+
+@lru_cache(maxsize=16)
+def _default_facts(rows: int, causal: bool, curve: str, sides: tuple[int, ...]) -> Prepared:
+    order = None
+    if curve:
+        order = TokenOrder(curve, block=sides[0]) if len(sides) == 1 else TokenOrder(curve, grid=sides)
+    return prepare(rows, causal=causal, order=order)
+
+
+def agreed_fields(pattern: DilatedPattern, scale: float | None, shapes: Shapes | None) -> dict[str, Any]:
+    """What all ranks must say alike of a call, by the names that errors use."""
+    fields: dict[str, Any] = {"pattern": pattern, "scale": scale}
+    if shapes is not None:
+        fields |= {
+            "B (batch size of q)": shapes.batch_size, "H (heads of q)": shapes.num_heads,
+            "Hkv (heads of k, v)": shapes.num_kv_heads, "D (head dim)": shapes.head_dim, "dtype": shapes.dtype,
+        }  # fmt: skip
+    return fields
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared | None, call: Call) -> tuple[Tensor, Tensor]:
+    """`out [B, S, H, D]` and `lse [B, H, S]` of checked `q [B, S, H, D]`, `k, v [B, S, Hkv, D]`, rows as the caller has them.
+
+    Raises:
+        ValueError: on every rank, if a rank's q does not fit `prepared` or a rank's call is another one.
+        RuntimeError: backward ran after every trace of the batch was gone (see `Prepared.handle`).
+    """
+    out, lse, _ = _forward(q, k, v, None if prepared is None else prepared.handle, *call)
+    return out, lse.detach()
+
+
+_CALL = (
+    "SymInt[] segment_lengths, SymInt[] dilation_rates, str offset_rule, SymInt[] shifts, "
+    "bool causal, str curve, SymInt[] sides, float scale, str name"
+)
+_OPTIONS: dict[str, Any] = {
+    "mutates_args": (),
+    "tags": (torch.Tag.cudagraph_unsafe,),
+}  # collectives; tensors made on first use
+
+
+@torch.library.custom_op(
+    "ring_hilbert::attention",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? handle, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    **_OPTIONS,
+)
+def _forward(q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, prepared, shapes = _resolve(q, k, handle, args)
+    misfit = prepared.misfit(q)
+    if misfit and call.name:
+        misfit = f"{call.name}: {misfit}"
+    prepared.agree(agreed_fields(call.pattern, call.scale, shapes), misfit)
+    execution = prepared.execution(call.pattern, shapes, q.device)
+    permutation = prepared.permutation(q.device)
+    if permutation is None:
+        return execution.forward(q, k, v, call.scale, call.name)
+    row, token = permutation
+    q, k, v = (x.index_select(1, row) for x in (q, k, v))
+    out, lse, residue = execution.forward(q, k, v, call.scale, call.name)
+    return out.index_select(1, token), lse.index_select(2, token), residue.index_select(2, token)
+
+
+@torch.library.custom_op(
+    "ring_hilbert::attention_backward",
+    schema=(
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor residue, Tensor? handle, "
+        f"{_CALL}) -> (Tensor, Tensor, Tensor)"
+    ),
+    **_OPTIONS,
+)
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    residue: Tensor,
+    handle: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    call, prepared, shapes = _resolve(q, k, handle, args)
+    execution = prepared.execution(call.pattern, shapes, q.device)
+    permutation = prepared.permutation(q.device)
+    if permutation is None:
+        return execution.backward(dout, q, k, v, out, lse, residue, call.scale, call.name)
+    row, token = permutation
+    dout, q, k, v, out = (x.index_select(1, row) for x in (dout, q, k, v, out))
+    lse, residue = (x.index_select(2, row) for x in (lse, residue))
+    dq, dk, dv = execution.backward(dout, q, k, v, out, lse, residue, call.scale, call.name)
+    return dq.index_select(1, token), dk.index_select(1, token), dv.index_select(1, token)
+
+
+def _resolve(q: Tensor, k: Tensor, handle: Tensor | None, args: tuple[Any, ...]) -> tuple[Call, Prepared, Shapes]:
+    call, (batch, rows, heads, dim) = Call(*args), q.shape
+    prepared = call.default_facts(rows) if handle is None else held_by(handle)
+    return call, prepared, Shapes(batch, heads, k.shape[2], dim, q.dtype)
+
+
+@_forward.register_fake
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype)
+    return q.new_empty(q.shape), lse, torch.empty_like(lse)
+
+
+@_backward.register_fake
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, handle, *ctx.call = inputs
+    ctx.save_for_backward(q, k, v, *output, handle)
+    # What hooks on saved tensors make of the handle need not keep the batch alive. A tensor that is being traced has none.
+    ctx.prepared = getattr(handle, "held", None)
+
+
+def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor, _dresidue: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _backward(dout, *ctx.saved_tensors, *ctx.call)
+    return *gradients, *[None] * (1 + len(ctx.call))
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "dilated_attention can be differentiated once; for second derivatives use rh.reference.dilated_attention"
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+_backward.register_autograd(_no_double_backward)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`help()` is enough: every public name says what it takes, returns and raises."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import ring_hilbert as rh
+
+
+def exported() -> Iterator[tuple[str, Any]]:
+    """Every name of `rh.__all__`, and every public function, method and property of those that are modules or classes."""
+    for name in rh.__all__:
+        thing = getattr(rh, name)
+        yield name, thing
+        if isinstance(thing, ModuleType):
+            members = {key: x for key, x in vars(thing).items() if getattr(x, "__module__", None) == thing.__name__}
+        elif inspect.isclass(thing):
+            members = {key: x for key, x in vars(thing).items() if inspect.isroutine(x) or isinstance(x, property)}
+        else:
+            continue
+        yield from ((f"{name}.{key}", x) for key, x in members.items() if not key.startswith("_"))
+
+
+EXPORTED = dict(exported())
+CALLED = {name: EXPORTED[name] for name in rh.__all__ if callable(EXPORTED[name])}
+
+
+def documentation(thing: Any) -> str:
+    """The docstring as it stands in the source: torch's and NamedTuple's own do not count."""
+    return inspect.cleandoc(vars(thing).get("__doc__") or "" if inspect.isclass(thing) else thing.__doc__ or "")
+
+
+def parameters(thing: Any) -> list[str]:
+    return [name for name in inspect.signature(thing).parameters if name not in ("self", "cls")]
+
+
+def test_all_is_sorted_and_there():
+    assert sorted(rh.__all__) == rh.__all__ and all(hasattr(rh, name) for name in rh.__all__)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_every_public_name_has_a_docstring(name: str):
+    assert len(documentation(EXPORTED[name])) > 15
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_docstrings_name_every_argument(name: str):
+    text = documentation(CALLED[name])
+    missing = [p for p in parameters(CALLED[name]) if not re.search(rf"\b{p}\b", text)]
+    assert not missing, f"{name} says nothing of {missing}"
+
+
+@pytest.mark.parametrize("name", [n for n in CALLED if n not in ("Branch", "Prepared", "Plan")])
+def test_what_is_called_says_what_it_returns_or_raises(name: str):
+    text = documentation(CALLED[name])
+    assert "Returns:" in text or "Raises:" in text
+    if inspect.isfunction(CALLED[name]):
+        assert "Returns:" in text
+
+
+def test_help_of_the_operator():
+    text = pydoc.render_doc(rh.dilated_attention, renderer=pydoc.plaintext)
+    for name in parameters(rh.dilated_attention):
+        assert re.search(rf"^ +([\w, ]+, )?{name}(, [\w, ]+)?: ", text, re.MULTILINE), name
+    for words in (
+        "[B, S, H, D]",
+        "[B, H, S]",
+        "fp16, bf16, fp32 or fp64",
+        "float32",
+        "Raises",
+        "ValueError",
+        "2307.02486",
+    ):
+        assert words in text, words
