@@ -2,9 +2,12 @@
 """Rings: the visits of a nested pattern with every pair computed once.
 
 In a nested pattern a row that is in branch `i` is in all branches before it, and so are the near keys of a branch: the keys
-of its segment that lie in the inner branch's segment are keys of the inner branch too. So a query of depth `c` (in the
-branches `0 .. c`, sorted by segment length) looks at the keys of branch 0 in its segment `w_0`, then at those of branch 1 in
-`w_1` without `w_0`, and so on; in ring `j` a key of depth `d` counts `min(c, d) - j + 1` times.
+of its segment that lie in the inner branch's segment are keys of the inner branch too. So the rows of branch 0 look at each
+other within their segment `w_0`, those of branch 1 at each other within `w_1` but not `w_0`, and so on; in ring `j` a pair of
+rows that are in the branches up to `c` and up to `d` counts `min(c, d) - j + 1` times.
+
+Rings are as regular as branches: ring 0 is a square or a triangle, and every other ring is made of rectangles, causal or not,
+for the near keys are in front of the query or behind it as a whole.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from ring_hilbert.ops.visits import (
     merge_residues,
     segments_of,
 )
+
+MOST_WEIGHTS = 1 << 22  # pairs of a piece: the weights of one are held in memory
 
 
 def nested(pattern: DilatedPattern) -> tuple[Branch, ...] | None:
@@ -70,10 +75,11 @@ def ring_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal
     return merge_residues([replace(v, queries=_moved(v.queries, move), keys=_moved(v.keys, move)) for v in visits])
 
 
-def rings_pay(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk) -> bool:
-    """Whether ring visits are faster than branch visits, where the row index hides nothing.
+def rings_pay(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal: bool) -> bool:
+    """Whether ring visits are faster than branch visits.
 
-    (Where it does, branch visits are triangles, for which there are fused kernels, and ring visits are staircases.)
+    `causal`: the keys of earlier segments are seen and those of later ones are not, of whichever branch, and within a
+    segment of the innermost one rows have an order that is the same in all.
     """
     branches = nested(pattern)
     if branches is None or len(branches) == 1:
@@ -81,7 +87,9 @@ def rings_pay(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk) -> bool:
     lengths = [chunk.stop - chunk.start if w is None else w for w, _ in branches]
     if any(outer > 8 * inner for inner, outer in itertools.pairwise(lengths)):
         return False  # little to save, and many visits
-    rings, plain = (make(pattern, num_kv_heads, chunk, False) for make in (ring_visits, branch_visits))
+    rings, plain = (make(pattern, num_kv_heads, chunk, causal) for make in (ring_visits, branch_visits))
+    if any(visit.repeats and visit.queries.count * visit.keys.count > MOST_WEIGHTS for visit in rings):
+        return False
     return sum(visit.cost for visit in rings) < sum(visit.cost for visit in plain)
 
 
@@ -101,14 +109,11 @@ class _Piece:
         self.start, self.stop, self.origin = start, stop, origin
 
     def visits(self, causal_rows: bool) -> Iterator[Visit]:
-        last = len(self.branches) - 1
-        for depth in range(last + 1):
-            finest = self.branches[min(depth + 1, last)]
-            for _, heads in self.pattern.residues(finest, self.num_kv_heads):
-                for ring in range(depth + 1):
-                    for queries, keys, inside in self._ring(ring):
-                        if not (causal_rows and keys.start >= queries.stop):
-                            yield from self._visits(depth, ring, heads, queries, keys, causal_rows and inside)
+        for _, heads in self.pattern.residues(self.branches[-1], self.num_kv_heads):
+            for ring in range(len(self.branches)):
+                for queries, keys, inside in self._ring(ring):
+                    if not (causal_rows and keys.start >= queries.stop):
+                        yield from self._visits(ring, heads, queries, keys, causal_rows and inside)
 
     def _ring(self, ring: int) -> Iterator[tuple[Segments, Segments, bool]]:
         """(queries, keys, whether they are the same rows) of every part of a ring."""
@@ -126,43 +131,32 @@ class _Piece:
                     if b < outer.stop:
                         yield queries, replace(outer, start=b), False
 
-    def _visits(
-        self, depth: int, ring: int, heads: Heads, queries: Segments, keys: Segments, causal: bool
-    ) -> Iterator[Visit]:
-        """The visits of the queries of one depth; the segments regrouped so that all of a visit begin at the same residue."""
-        head, last = heads.start, len(self.branches) - 1
-        period = self.branches[min(depth + 1, last)].dilation_rate
-        stride = self.branches[depth].dilation_rate
-        first = self._phase(min(depth + 1, last), head)
-        # the rows of depth or more at this stride, without those of depth + 1
-        phases = [first] if depth == last else [first + m * stride for m in range(1, period // stride)]
+    def _visits(self, ring: int, heads: Heads, queries: Segments, keys: Segments, causal: bool) -> Iterator[Visit]:
+        """The visits of a part of a ring; the segments regrouped so that all of a visit begin at the same residue."""
+        stride, phase = self.branches[ring].dilation_rate, self._phase(ring, heads.start)
+        period = self.branches[-1].dilation_rate
         regroup = period // math.gcd(period, queries.pitch) if queries.count > 1 else 1
         for i in range(min(regroup, queries.count)):
             move, count = i * queries.pitch, -(-(queries.count - i) // regroup)
             pitch = regroup * queries.pitch if count > 1 else 0
-            key_rows = _progression(
-                keys, move, self._phase(ring, head), self.branches[ring].dilation_rate, count, pitch
-            )
-            if key_rows is None:
+            query_rows, key_rows = (_progression(x, move, phase, stride, count, pitch) for x in (queries, keys))
+            if query_rows is None or key_rows is None:
                 continue
-            repeats = tuple(self._repeats(key_rows, ring, depth, head))
-            for phase in phases:
-                rows = _progression(queries, move, phase, period, count, pitch)
-                if rows is not None:
-                    opening = ring == 0 and self.branches[0].dilation_rate == 1
-                    yield Visit(heads, rows, key_rows, causal=causal, repeats=repeats, opening=opening)
+            repeats = tuple(self._repeats(query_rows, key_rows, ring, heads.start))
+            opening = ring == 0 and stride == 1
+            yield Visit(heads, query_rows, key_rows, causal=causal, repeats=repeats, opening=opening)
 
     def _phase(self, level: int, head: int) -> int:
         """A row, modulo the dilation rate, of branch `level` for kv head `head`."""
         base = self.origin if level == len(self.branches) - 1 else 0
         return base - self.pattern.segment_shift + self.pattern.offset(self.branches[level], head, self.num_kv_heads)
 
-    def _repeats(self, keys: Rows, ring: int, depth: int, head: int) -> Iterator[Repeat]:
-        for level in range(ring + 1, depth + 1):
-            period = self.branches[level].dilation_rate // keys.stride
-            first = (self._phase(level, head) - keys.start) // keys.stride % period
-            if first < keys.count:
-                yield Repeat(first, period)
+    def _repeats(self, queries: Rows, keys: Rows, ring: int, head: int) -> Iterator[Repeat]:
+        for level in range(ring + 1, len(self.branches)):
+            period, phase = self.branches[level].dilation_rate // keys.stride, self._phase(level, head)
+            query, key = ((phase - rows.start) // keys.stride % period for rows in (queries, keys))
+            if query < queries.count and key < keys.count:
+                yield Repeat(query, key, period)
 
 
 def _progression(segments: Segments, move: int, phase: int, stride: int, count: int, pitch: int) -> Rows | None:

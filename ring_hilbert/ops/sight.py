@@ -47,8 +47,8 @@ class Sight:
 
     Attributes:
         parts: the tiles to compute.
-        order, inverse: int64 `[B or 1, segments, residues, rows]`: the rows are to be taken in this order (queries and keys
-            alike), and how to undo it; None if they are in it.
+        order, inverse: int64 `[B or 1, segments or 1, residues or 1, rows]`: the rows are to be taken in this order (queries
+            and keys alike), and how to undo it; None if they are in it.
         query_positions, ...: the facts that the masked tiles compare, in this order, on the device; None where not needed.
     """
 
@@ -59,6 +59,13 @@ class Sight:
     query_documents: Tensor | None = None
     key_positions: Tensor | None = None
     key_documents: Tensor | None = None
+
+    def arrange(self, values: np.ndarray, device: torch.device) -> Tensor:
+        """What the rows of every segment have, `[..., rows]`, in this order: `[B or 1, n or 1, c or 1, ..., rows]`."""
+        tensor = torch.from_numpy(values).to(device)
+        return (
+            tensor[None, None, None] if self.order is None else tensor[..., self.order].movedim((-4, -3, -2), (0, 1, 2))
+        )
 
     @property
     def covers(self) -> bool:
@@ -99,9 +106,11 @@ def sight(queries: RowFacts, keys: RowFacts, is_self: bool, device: torch.device
         if documents[0] is not None:
             ordered_documents = np.take_along_axis(documents[0], order, -1)
             documents = (ordered_documents, ordered_documents)
-        inverse = np.argsort(order, axis=-1, kind="stable")
         if (order == np.arange(count)).all():
-            order = inverse = None
+            order = None
+        elif (order == order[:1, :1, :1]).all():  # blocks of a curve
+            order = order[:1, :1, :1]
+        inverse = None if order is None else np.argsort(order, axis=-1, kind="stable")
         if documents[0] is None and (ordered[..., 1:] > ordered[..., :-1]).all():
             return Sight(clear_sight(count, triangle=True).parts, _tensor(order, device), _tensor(inverse, device))
     facts = (positions[0], documents[0], positions[1], documents[1])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class Weights(NamedTuple):
+    """How often the pairs of a visit count: query `i` over key `j` as `logs[..., levels[..., i], j]` says, in the sight's order.
+
+    Attributes:
+        levels: int64 `[B or 1, n or 1, c or 1, Q]`.
+        logs: logarithms in the dtype of the kernel, `[B or 1, n or 1, c or 1, L, K]`.
+    """
+
+    levels: Tensor
+    logs: Tensor
+
+
 @dataclass(frozen=True)
 class Scope:
     """How a visit is computed.
@@ -40,13 +53,13 @@ class Scope:
     Attributes:
         kernel: the dense kernel.
         sight: which keys are seen.
-        log_counts: `[K]` in the dtype of the kernel: the logarithm of how often each key counts; None for once each.
+        weights: how often the pairs count; None for once each.
         opens_queries, opens_keys: the results of query rows (key rows) are written for the first time, whatever was there.
     """
 
     kernel: DenseKernel
     sight: Sight
-    log_counts: Tensor | None = None
+    weights: Weights | None = None
     opens_queries: bool = False
     opens_keys: bool = False
 
@@ -61,12 +74,13 @@ def forward(state: RunningSoftmax, q: Tensor, k: Tensor, v: Tensor, scope: Scope
         scope: how.
         scale: factor of the scores.
     """
+    made: dict[tuple[int, ...], Tensor] = {}
     for part, index in _pieces(scope, k.shape, q.shape[-2]):
         keys, values = (_take(x[index], scope, index) for x in (k, v))
         for group in range(q.shape[0]):
             queries = _take(q[group][index], scope, index)
             piece: RunningSoftmax | None = None
-            for tile, kernel, bias, hidden in _tiles(part, index, queries, keys, scope):
+            for tile, kernel, bias, hidden in _tiles(part, index, queries, keys, scope, made):
                 block = (queries[:, :, tile.queries], keys[:, :, tile.keys], values[:, :, tile.keys])
                 qt, kt, vt = (x.to(kernel.dtype) for x in block)
                 out, lse = kernel.forward(qt, kt, vt, tile.diagonal == 0, bias, scale)
@@ -107,13 +121,14 @@ def backward(
         dout, out: `[G, B, n, c, h, Q, D]`; out is the merged one.
         lse: merged log-sum-exp `[G, B, n, c, h, Q]` in float64, +inf (not -inf) for rows without a key.
     """
+    made: dict[tuple[int, ...], Tensor] = {}
     for part, index in _pieces(scope, k.shape, q.shape[-2]):
         keys, values = (_take(x[index], scope, index) for x in (k, v))
         for group in range(q.shape[0]):
             queries, douts, outs = (_take(x[group][index], scope, index) for x in (q, dout, out))
             logs = _take(lse[group][index].unsqueeze(-1), scope, index, convert=False).squeeze(-1)
             pieces: list[Tensor] = []
-            for tile, kernel, bias, _ in _tiles(part, index, queries, keys, scope):
+            for tile, kernel, bias, _ in _tiles(part, index, queries, keys, scope, made):
                 rows, columns = (slice(None), slice(None), tile.queries), (slice(None), slice(None), tile.keys)
                 block = (douts[rows], queries[rows], keys[columns], values[columns], outs[rows])
                 dt, qt, kt, vt, ot = (x.to(kernel.dtype) for x in block)
@@ -158,16 +173,16 @@ def _pieces(scope: Scope, k_shape: torch.Size, q_rows: int) -> Iterator[tuple[Pa
 
 
 def _tiles(
-    part: Part, index: Index, queries: Tensor, keys: Tensor, scope: Scope
+    part: Part, index: Index, queries: Tensor, keys: Tensor, scope: Scope, made: dict[tuple[int, ...], Tensor]
 ) -> Iterator[tuple[Tile, DenseKernel, Tensor | None, Tensor | None]]:
     """The tiles of a piece, each with its kernel, the bias of its scores, and the query rows that see nothing."""
     for tile in part.tiles:
-        plain = not tile.masked and scope.log_counts is None and tile.diagonal in (None, 0)
+        plain = not tile.masked and scope.weights is None and tile.diagonal in (None, 0)
         kernel = scope.kernel if plain or scope.kernel.takes_bias else MatrixProducts(compute_dtype(queries.dtype))
         whole = Tile(slice(0, queries.shape[2]), slice(0, keys.shape[2]), tile.masked, tile.diagonal)
         tile = whole if tile.whole else tile
         for small in [tile] if kernel.max_scores is None else _cut(tile):
-            bias, hidden = _bias(small, index, scope, kernel.dtype, queries.device)
+            bias, hidden = _bias(small, index, scope, kernel.dtype, queries.device, made)
             yield small._replace(whole=small[:2] == whole[:2]), kernel, bias, hidden
 
 
@@ -184,7 +199,12 @@ def _cut(tile: Tile) -> Iterator[Tile]:
 
 
 def _bias(
-    tile: Tile, index: Index, scope: Scope, dtype: torch.dtype, device: torch.device
+    tile: Tile,
+    index: Index,
+    scope: Scope,
+    dtype: torch.dtype,
+    device: torch.device,
+    made: dict[tuple[int, ...], Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
     hidden: Tensor | None = None
     sight = scope.sight
@@ -205,17 +225,35 @@ def _bias(
     if tile.diagonal:
         shape = (tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start)
         hidden = torch.ones(shape, dtype=torch.bool, device=device).triu_(tile.diagonal + 1)[None, None]
-    counts = None if scope.log_counts is None else scope.log_counts[tile.keys].to(dtype)
+    counts = None if scope.weights is None else _log_counts(scope.weights, tile, index, dtype, made)
     if hidden is None:
-        return (None, None) if counts is None else (counts[None, None, None], None)
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=device) if counts is None else counts.expand(hidden.shape)
+        return counts, None
+    shape = torch.broadcast_shapes(hidden.shape, () if counts is None else counts.shape)
+    bias = torch.zeros(shape, dtype=dtype, device=device) if counts is None else counts.expand(shape)
     return bias.masked_fill(hidden, float("-inf")), hidden.all(-1)
+
+
+def _log_counts(
+    weights: Weights, tile: Tile, index: Index, dtype: torch.dtype, made: dict[tuple[int, ...], Tensor]
+) -> Tensor:
+    """`[X or 1, Y or 1, Q, K]` of the pairs of a tile; kept in `made` where it is the same for all pieces."""
+    place = (tile.queries.start, tile.queries.stop, tile.keys.start, tile.keys.stop)
+    if place in made:
+        return made[place]
+    levels = _facts(weights.levels, index)[:, :, tile.queries]
+    logs = _facts(weights.logs, index)[..., tile.keys].to(dtype)
+    x, y, depth, keys = logs.shape
+    start = torch.arange(0, x * y * depth, depth, device=logs.device).view(x, y, 1)
+    result = logs.reshape(-1, keys).index_select(0, (levels + start).flatten()).view(x, y, -1, keys)
+    if weights.levels.shape[:3] == (1, 1, 1):
+        made[place] = result
+    return result
 
 
 def _facts(facts: Tensor, index: Index) -> Tensor:
     """Facts `[B or 1, n, c, rows]` of a piece, as `[.., .., rows]` with sizes 1 where they are the same."""
     chosen = list(index)
-    for axis in (0, 3) if facts.shape[0] == 1 else (3,):
+    for axis in (axis for axis in range(4) if axis == 3 or facts.shape[axis] == 1):
         chosen[axis] = slice(0, 1) if isinstance(chosen[axis], slice) else 0
     return facts.unsqueeze(3)[tuple(chosen)]
 

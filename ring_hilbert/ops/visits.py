@@ -7,6 +7,7 @@ Everything here is plain integers: the same lists are counted by the plan and ex
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -54,9 +55,10 @@ class Rows:
 
 
 class Repeat(NamedTuple):
-    """Every `period`-th key of a segment, from key `first` on."""
+    """Rows that a further branch holds too: every `period`-th of a segment, from `query` on and from `key` on."""
 
-    first: int
+    query: int
+    key: int
     period: int
 
 
@@ -69,7 +71,7 @@ class Visit:
 
     Attributes:
         causal: keys with a larger row index than the query are hidden; else the row index hides nothing.
-        repeats: a key counts once, and once more for each of these that it is in.
+        repeats: a pair counts once, and once more for each of these that both its rows are in; each is within the one before.
         opening: in the list that this visit is from, the opening visits have every query row of every head exactly once,
             and come first.
     """
@@ -100,9 +102,17 @@ class Visit:
         return self.families * (q * (q + 1) // 2 if self.causal and self.is_self else q * k)
 
     @property
-    def cost(self) -> int:
-        """How long the visit takes compared to others, in pairs: short rows and every kernel call cost extra (measured on CPUs)."""
-        return self.families * (self.queries.count + 40) * (self.keys.count + 40) + 6000
+    def cost(self) -> float:
+        """How long the visit takes compared to others, in pairs (measured on CPUs).
+
+        Short rows and every kernel call cost extra, triangles are computed in strips of 512 keys, weights are a mask that is
+        made once, and backward is parallel over two axes of equal pieces.
+        """
+        q, k = self.queries.count + 40, self.keys.count + 40
+        pairs = q * min(q, (q + 512) / 2) if self.causal and self.is_self else q * k
+        longest = sorted((self.queries.segments, self.residues, len(self.heads.indices)))[1:]
+        threads = min(2, math.prod(longest)) / 2
+        return self.families * pairs / threads + (q * k if self.repeats else 0) + 6000
 
     def rows(self, which: Rows) -> np.ndarray:
         """The row of every query or key, int64 `[segments, residues, count]`."""
@@ -125,12 +135,16 @@ class Visit:
             x.storage_offset() + which.start * stride_s + self.heads.start * stride_h,
         )
 
-    def counts(self) -> np.ndarray:
-        """How often each key of a segment counts, int64 `[keys.count]`."""
-        counts = np.ones(self.keys.count, np.int64)
-        for first, period in self.repeats:
-            counts[first::period] += 1
-        return counts
+    def depths(self) -> tuple[np.ndarray, np.ndarray]:
+        """In how many `repeats` each query and each key is, int64 `[queries.count]` and `[keys.count]`.
+
+        A pair counts once more than the smaller of its two depths.
+        """
+        queries, keys = np.zeros(self.queries.count, np.int64), np.zeros(self.keys.count, np.int64)
+        for query, key, period in self.repeats:
+            queries[query::period] += 1
+            keys[key::period] += 1
+        return queries, keys
 
 
 def segments_of(branch: Branch, segment_shift: int, start: int, stop: int) -> Iterator[Segments]:

@@ -17,7 +17,7 @@ from ring_hilbert.ops import torch_core
 from ring_hilbert.ops.dense import DenseKernel, dense_kernel
 from ring_hilbert.ops.merge import RunningSoftmax
 from ring_hilbert.ops.sight import RowFacts, clear_sight, sight
-from ring_hilbert.ops.torch_core import Scope
+from ring_hilbert.ops.torch_core import Scope, Weights
 from ring_hilbert.ops.visits import Visit
 from ring_hilbert.parallel.exchange import Exchange
 from ring_hilbert.parallel.facts import PADDING
@@ -174,8 +174,12 @@ def _local_scope(visit: Visit, plan: Plan, own: RowFacts, kernel: DenseKernel, d
     else:
         queries, keys = (_cut(own, visit.rows(rows)) for rows in (visit.queries, visit.keys))
         seen = sight(queries, keys, visit.is_self, device)
-    counts = torch.from_numpy(visit.counts()).to(kernel.dtype).log().to(device) if visit.repeats else None
-    return Scope(kernel, seen, counts, visit.opening, visit.opening and visit.is_self)
+    weights = None
+    if visit.repeats:
+        queries_in, keys_in = visit.depths()
+        times = 1 + np.minimum.outer(np.arange(len(visit.repeats) + 1), keys_in)
+        weights = Weights(seen.arrange(queries_in, device), seen.arrange(np.log(times), device).to(kernel.dtype))
+    return Scope(kernel, seen, weights, visit.opening, visit.opening and visit.is_self)
 
 
 def _cut(facts: RowFacts, rows: np.ndarray) -> RowFacts:

@@ -91,11 +91,16 @@ class Plan:
         """Whether the pairs among the rows of `chunk` are visited once instead of once per branch."""
         if self.deduplicate is not None:
             return self.deduplicate
-        return (
-            not self.facts.causal
-            and self.facts.documents is None
-            and rings_pay(self.pattern, self.shapes.num_kv_heads, chunk)
-        )
+        regular = self.facts.by_row_alone or (self.facts.documents is None and self._in_blocks())
+        return regular and rings_pay(self.pattern, self.shapes.num_kv_heads, chunk, self.facts.causal)
+
+    def _in_blocks(self) -> bool:
+        """Whether causality follows an order of blocks that no segment cuts: a segment is before or after another one."""
+        order, shift = self.facts.order, self.pattern.segment_shift
+        if order is None or order.block is None or self.facts.positions is not None:
+            return False
+        lengths = (w for w, _ in self.pattern.branches if w is not None)
+        return all(edge % order.block == 0 for edge in (shift, *lengths))
 
     def _visits_within(self, chunk: Chunk) -> list[Visit]:
         make = ring_visits if self.deduplicates(chunk) else branch_visits
