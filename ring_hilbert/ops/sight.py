@@ -92,7 +92,7 @@ def sight(queries: RowFacts, keys: RowFacts, is_self: bool, device: torch.device
         one = documents[0].flat[0]
         if one != -1 and (documents[0] == one).all() and (documents[1] == one).all():
             documents = (None, None)
-    if positions[0] is not None and positions[1] is not None and positions[1].max() <= positions[0].min():
+    if positions[0] is not None and positions[1] is not None and (positions[1].max(-1) <= positions[0].min(-1)).all():
         positions = (None, None)
     count = next((x.shape[-1] for x in (*positions, *documents) if x is not None), 0)
     if count == 0:
