@@ -6,6 +6,7 @@ The operator executes the object that is counted here: what a plan predicts is w
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import torch
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import Branch, DilatedPattern
-from ring_hilbert.ops.rings import ring_visits, rings_pay
-from ring_hilbert.ops.visits import Chunk, Segments, Visit, branch_visits, crossing_visits, rows_in, segments_of
+from ring_hilbert.ops.rings import nested, ring_visits, rings_pay
+from ring_hilbert.ops.visits import Chunk, Rows, Segments, Visit, branch_visits, crossing_visits, rows_in, segments_of
 from ring_hilbert.parallel.crossings import Block, Crossings
 from ring_hilbert.parallel.facts import Facts
 from ring_hilbert.parallel.layout import Layout
@@ -91,16 +92,26 @@ class Plan:
         """Whether the pairs among the rows of `chunk` are visited once instead of once per branch."""
         if self.deduplicate is not None:
             return self.deduplicate
-        regular = self.facts.by_row_alone or (self.facts.documents is None and self._in_blocks())
+        if self.facts.documents is not None or nested(self.pattern) is None:
+            return False
+        regular = self.facts.by_row_alone or self._in_equal_blocks(chunk)
         return regular and rings_pay(self.pattern, self.shapes.num_kv_heads, chunk, self.facts.causal)
 
-    def _in_blocks(self) -> bool:
-        """Whether causality follows an order of blocks that no segment cuts: a segment is before or after another one."""
-        order, shift = self.facts.order, self.pattern.segment_shift
-        if order is None or order.block is None or self.facts.positions is not None:
+    def _in_equal_blocks(self, chunk: Chunk) -> bool:
+        """Whether the innermost segments of `chunk` follow each other in position, and all are in one order within."""
+        if len(self.crossings.entries) > 1:
             return False
-        lengths = (w for w, _ in self.pattern.branches if w is not None)
-        return all(edge % order.block == 0 for edge in (shift, *lengths))
+        innermost = min(self.pattern.branches, key=lambda branch: branch.segment_length or math.inf)
+        latest = -math.inf
+        for segments in segments_of(innermost, self.pattern.segment_shift, chunk.start, chunk.stop):
+            rows = Rows(segments.start, 1, segments.stop - segments.start, segments.count, segments.pitch).indices()
+            positions = self.facts.positions_of(rows.ravel()).reshape(rows.shape)
+            first, last = positions.min(1), positions.max(1)
+            order = positions.argsort(axis=1, kind="stable")
+            if first[0] <= latest or (first[1:] <= last[:-1]).any() or (order != order[:1]).any():
+                return False
+            latest = last[-1]
+        return True
 
     def _visits_within(self, chunk: Chunk) -> list[Visit]:
         make = ring_visits if self.deduplicates(chunk) else branch_visits
