@@ -87,11 +87,13 @@ class CpuFlash:
     """PyTorch's fused CPU kernel, in float32 or float64: in low precision it would sum dK and dV in low precision.
 
     Backward multiplies q and k anew, in another order than forward, so that a weight near 1 is off by the rounding of its
-    score: at large scores an error that a softmax does not have. With `careful`, blocks with such rows are computed in float64.
+    score: at large scores an error that a softmax does not have. With `careful`, blocks with such rows are computed in float64,
+    and so are the first rows of a triangle, which have few keys.
     """
 
     takes_bias: bool = True
     max_scores: int | None = None
+    FEW = 32  # rows of a triangle that may have a weight near 1 whatever the scores
     PEAKED = 3.5  # by so much lse exceeds the logarithm of the number of keys in a row with large scores
 
     def __init__(self, dtype: torch.dtype, careful: bool = False) -> None:
@@ -116,10 +118,23 @@ class CpuFlash:
         if self._peaked(lse.masked_fill(lse == float("inf"), 0.0), k):
             dout, q, k, v, out = (x.double() for x in (dout, q, k, v, out))
             bias = None if bias is None else bias.double()
+        exact = lse, dout
         lse, dout = _rounded(lse, dout)
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        corner = slice(0, self.FEW if causal and self.careful and dout.dtype == torch.float32 else 0)
+        if corner.stop:
+            dout = dout.clone() if dout is exact[1] else dout
+            dout[:, :, corner] = 0
+        results = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
+        if corner.stop:
+            rows = (exact[1], q, k, v, out)
+            few = (x[:, :, corner].double() for x in rows)
+            bias = None if bias is None else bias[..., corner, corner].double()
+            parts = CpuFlash(torch.float64).backward(*few, exact[0][:, :, corner], causal, bias, scale)
+            for whole, part in zip(results, parts, strict=True):
+                whole[:, :, corner] += part
+        return results
 
     def _peaked(self, lse: Tensor, k: Tensor) -> bool:
         return self.careful and lse.numel() > 0 and bool(lse.amax() > math.log(k.shape[2]) + self.PEAKED)
