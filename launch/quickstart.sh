@@ -16,8 +16,6 @@ cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 print(torch.cuda.device_count(), cores)')
 ranks=$((devices > 0 ? devices : 2))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
-# Large tensors come back from the heap, without page faults at every step (Linux with glibc; nothing elsewhere).
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296}
 
 exec torchrun --standalone --nproc-per-node "$ranks" -m ring_hilbert.cli \
     pretrain --config configs/quickstart.yaml "parallel.sp=$ranks" "$@"

@@ -33,6 +33,7 @@ def config_file(folder: Path) -> Path:
 def torchrun(*arguments: str | Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # ranks would need a device each
     return subprocess.run(
         [*command, *map(str, arguments)],
         env=environment,

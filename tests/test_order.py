@@ -300,6 +300,7 @@ def test_compiled_code_takes_a_permutation_as_a_constant():
     assert torch.equal(compiled(torch.arange(16)), order.permutation(16) + 1)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 cannot take a symbolic length for a constant")
 def test_compiled_code_with_changing_lengths():
     order = TokenOrder("hilbert", block=16)
     compiled = torch.compile(lambda x: x[order.permutation(x.shape[0])] + 1, backend="eager", dynamic=True)

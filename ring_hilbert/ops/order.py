@@ -70,7 +70,8 @@ class TokenOrder:
         """The tokens that stand at rows `start` to `stop` (default `length`): row `s` holds token `permutation[s]`.
 
         With `block`, only the runs that rows `[start, stop)` touch are built: O(stop - start + block). Recent results
-        are cached; writing to what is returned never reaches the cache.
+        are cached; writing to what is returned never reaches the cache. In compiled code the result is a constant of the
+        graph (`length` must be static there with torch 2.11).
 
         Returns:
             int64 `[stop - start]` on the CPU; over all rows, each of `0 .. length - 1` once.
