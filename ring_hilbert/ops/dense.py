@@ -128,10 +128,9 @@ class CpuFlash:
             dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
         if corner.stop:
-            rows = (exact[1], q, k, v, out)
-            few = (x[:, :, corner].double() for x in rows)
+            dout, q, k, v, out = (x[:, :, corner].double() for x in (exact[1], q, k, v, out))
             bias = None if bias is None else bias[..., corner, corner].double()
-            parts = CpuFlash(torch.float64).backward(*few, exact[0][:, :, corner], causal, bias, scale)
+            parts = CpuFlash(torch.float64).backward(dout, q, k, v, out, exact[0][:, :, corner], causal, bias, scale)
             for whole, part in zip(results, parts, strict=True):
                 whole[:, :, corner] += part
         return results
