@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.ops.triton_core import choose
 from ring_hilbert.parallel.layout import check_layout
 from ring_hilbert.parallel.node import Call, agreed_fields, attend
 from ring_hilbert.parallel.plan import Shapes, check_strategy
 from ring_hilbert.parallel.prepare import Group, Prepared, prepare_call, resolve_group
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BACKENDS = ("torch", "auto")
 
 
 @overload
@@ -71,7 +71,7 @@ def dilated_attention(
         group: process group or 1-D DeviceMesh the sequence is sharded over; None is one device, never the world.
         layout: "contiguous" (default).
         strategy: "exchange" or "auto" (default).
-        backend: "torch" or "auto".
+        backend: "triton", "torch" or "auto" (default): Triton on CUDA devices where it is installed, for fp16, bf16 and fp32.
         scale: of the scores; default `D ** -0.5`.
         prepared: the facts of this batch from `prepare` or `shard_batch`; then causal, order, positions, document_ids,
             group, layout and strategy are its own, and saying something else here is an error.
@@ -93,8 +93,8 @@ def dilated_attention(
         factor = shapes.head_dim**-0.5 if scale is None else float(scale)
         if not isinstance(pattern, DilatedPattern):
             raise ValueError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r} is not supported; use one of {', '.join(map(repr, BACKENDS))}")
+        if backend != "auto":
+            choose(backend, q.device, shapes.dtype, shapes.head_dim)
         if not math.isfinite(factor):
             raise ValueError(f"scale must be a finite number, got {scale!r}")
         if prepared is None:
@@ -122,7 +122,7 @@ def dilated_attention(
         raise ValueError(error)
     assert shapes is not None and factor is not None, "an invalid call has raised on every rank"
 
-    call = Call.of(pattern, causal=causal, order=order, scale=factor, name=name)
+    call = Call.of(pattern, causal=causal, order=order, scale=factor, backend=backend, name=name)
     out, lse = attend(q, k, v, prepared, call)
     return (out, lse) if return_lse else out
 

@@ -6,6 +6,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; spawned ranks and commands inherit it
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
 from hypothesis import HealthCheck, settings
 
 # The first example of a process pays for imports and spawned ranks, so neither deadlines nor slowness say anything.

@@ -26,7 +26,15 @@ def shard(tensor: torch.Tensor, lengths: tuple[int, ...], rank: int) -> torch.Te
     return tensor.split(list(lengths), dim=1 if tensor.ndim > 2 else -1)[rank]
 
 
-def attend(case: Case, lengths: tuple[int, ...], rank: int, group, dtype: torch.dtype, shared_prepared: bool = False):
+def attend(
+    case: Case,
+    lengths: tuple[int, ...],
+    rank: int,
+    group,
+    dtype: torch.dtype,
+    shared_prepared: bool = False,
+    backend: str = "auto",
+):
     """One rank's out, lse, dq, dk, dv, and the plan it ran."""
     x = {name: shard(value, lengths, rank).clone() for name, value in case.tensors(dtype).items()}
     facts = {name: None if value is None else shard(value, lengths, rank) for name, value in case.facts().items()}
@@ -34,7 +42,7 @@ def attend(case: Case, lengths: tuple[int, ...], rank: int, group, dtype: torch.
     options = {"causal": case.causal, "order": case.order, "group": group, **facts}
     prepared = rh.prepare(lengths[rank], **options)
     call = {"prepared": prepared} if shared_prepared else options
-    out, lse = rh.dilated_attention(q, k, v, case.pattern, return_lse=True, **call)
+    out, lse = rh.dilated_attention(q, k, v, case.pattern, return_lse=True, backend=backend, **call)
     out.backward(x["dout"])
     shapes = next(iter(prepared._executions))[1] if prepared._executions else None
     result = {"out": out.detach(), "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}

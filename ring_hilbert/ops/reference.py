@@ -7,6 +7,9 @@ for what plain eager autograd makes of the same definition. Nothing optimised im
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -90,3 +93,61 @@ def dilated_attention(
     weights = torch.where(covered, safe.softmax(-1), 0.0)
     out = (weights.to(q.dtype) @ vh).transpose(1, 2)
     return out, lse
+
+
+class Comparison(NamedTuple):
+    """Errors of one quantity against float64, over the rows that see a key: those of a path and of eager autograd."""
+
+    max_error: float
+    mean_error: float
+    eager_max_error: float
+    eager_mean_error: float
+    same_rows_uncovered: bool
+
+
+def compare(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilatedPattern,
+    *,
+    dout: Tensor | None = None,
+    backend: str = "auto",
+    **facts: Any,
+) -> dict[str, Comparison]:
+    """The switch for debugging: run a call on its path, and by the definition with autograd in float64 and in the dtype of q.
+
+        rh.reference.compare(rh.dilated_attention, q, k, v, pattern, backend="triton", document_ids=ids)
+
+    Args:
+        attend: `rh.dilated_attention`, or what takes its arguments.
+        q, k, v, pattern: of the call, on one device; quadratic memory.
+        dout: gradient of out; default random.
+        backend: of `attend`.
+        facts: causal, order, positions, document_ids and scale of the call.
+
+    Returns:
+        For "out", "lse", "dq", "dk" and "dv" the errors.
+    """
+    if dout is None:
+        dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).to(q)
+
+    def run(call: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+        x = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        out, lse = call(*x, pattern, **facts, **options)
+        gradients = torch.autograd.grad(out, x, dout.to(out.dtype))
+        return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *gradients), strict=True))
+
+    exact, eager = run(dilated_attention, torch.float64), run(dilated_attention, q.dtype)
+    ours = run(attend, q.dtype, backend=backend, return_lse=True)
+    result = {}
+    for name, truth in exact.items():
+        seen = truth != float("-inf")
+        errors = [(x[name].double() - truth)[seen].abs() for x in (ours, eager)]
+        (most, mean), (eager_most, eager_mean) = (
+            (float(e.max()), float(e.mean())) if len(e) else (0.0, 0.0) for e in errors
+        )
+        alike = bool(torch.equal(ours[name] != float("-inf"), seen))
+        result[name] = Comparison(most, mean, eager_most, eager_mean, alike)
+    return result

@@ -6,6 +6,7 @@ Local visits run while remote rows travel; the remote visits follow. Backward is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -18,11 +19,15 @@ from ring_hilbert.ops.dense import DenseKernel, dense_kernel
 from ring_hilbert.ops.merge import RunningSoftmax
 from ring_hilbert.ops.sight import RowFacts, clear_sight, sight
 from ring_hilbert.ops.torch_core import Scope, Weights
+from ring_hilbert.ops.triton_core import Facts as WalkFacts
+from ring_hilbert.ops.triton_core import Remote, RemoteVisit, TritonCore
 from ring_hilbert.ops.visits import Visit
 from ring_hilbert.parallel.exchange import Exchange
 from ring_hilbert.parallel.facts import PADDING
-from ring_hilbert.parallel.plan import Plan
-from ring_hilbert.parallel.remote import RemoteVisit
+from ring_hilbert.parallel.plan import Plan, RankPlan
+from ring_hilbert.parallel.remote import RemoteVisit as ReceivedVisit
+
+Buffer = Callable[[], Tensor] | None
 
 
 class Execution:
@@ -33,13 +38,61 @@ class Execution:
         rank: this rank within `group`.
         group: the process group; None if there is one rank.
         device: of q, k, v.
+        backend: "torch" or "triton", one that can run the plan's shapes on `device`.
     """
 
-    def __init__(self, plan: Plan, rank: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, rank: int, group: dist.ProcessGroup | None, device: torch.device, backend: str = "torch"
+    ) -> None:
         self.plan, self.part = plan, plan.rank(rank)
-        kernel = dense_kernel(device, plan.shapes.dtype, plan.shapes.head_dim)
+        self.exchange = (
+            Exchange(self.part, group, device) if group is not None and plan.crossings.communicates else None
+        )
         own = _own_facts(plan, rank)
-        self.local = [(visit, _local_scope(visit, plan, own, kernel, device)) for visit in self.part.local]
+        self.core: TorchVisits | TritonCore
+        if backend == "triton":
+            self.core = _triton_core(self.part, plan, own, device)
+        else:
+            self.core = TorchVisits(self.part, plan, own, device)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, name: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        """`out [B, S_local, H, D]` in the dtype of q; `lse` and its rounding `residue` `[B, H, S_local]`, float32 or float64."""
+        pending = self.exchange.fetch(k, v, name) if self.exchange else None
+        return self.core.forward(q, k, v, scale, pending and pending.wait)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        residue: Tensor,
+        scale: float,
+        name: str = "",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`dq, dk, dv` in the dtype and shape of `q, k, v`. K and V rows are fetched again, behind the local visits."""
+        pending = self.exchange.fetch(k, v, name) if self.exchange else None
+        sums = k.dtype
+        if (
+            self.exchange
+        ):  # rows that gather shares from many ranks gather a rounding from each, unless the sum has room
+            sums = torch.float64 if k.dtype in (torch.float32, torch.float64) else torch.float32
+        dq, dk, dv, returned = self.core.backward(
+            dout, q, k, v, out, lse, residue, scale, sums, pending and pending.wait
+        )
+        if self.exchange is not None and returned is not None:
+            self.exchange.add(self.exchange.give_back(returned, name).wait(), dk, dv)
+        return dq.to(k.dtype), dk.to(k.dtype), dv.to(k.dtype)
+
+
+class TorchVisits:
+    """The visits of a rank through the torch core, one after the other."""
+
+    def __init__(self, part: RankPlan, plan: Plan, own: RowFacts, device: torch.device) -> None:
+        kernel = dense_kernel(device, plan.shapes.dtype, plan.shapes.head_dim)
+        self.local = [(visit, _local_scope(visit, plan, own, kernel, device)) for visit in part.local]
         opening = [scope for _, scope in self.local if scope.opens_queries]
         self.opens_queries = bool(opening) and all(scope.sight.covers for scope in opening)
         self.opens_keys = self.opens_queries and all(scope.opens_keys for scope in opening)
@@ -54,16 +107,12 @@ class Execution:
             )
             for visit, scope in self.local
         ]
-        self.exchange = (
-            Exchange(self.part, group, device) if group is not None and plan.crossings.communicates else None
-        )
-        self.remote = [_BoundVisit(visit, plan, own, kernel, device) for visit in self.part.remote]
+        self.remote = [_BoundVisit(visit, plan, own, kernel, device) for visit in part.remote]
 
     # ---- forward
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, name: str = "") -> tuple[Tensor, Tensor, Tensor]:
-        """`out [B, S_local, H, D]` in the dtype of q; `lse` and its rounding `residue` `[B, H, S_local]`, float32 or float64."""
-        pending = self.exchange.fetch(k, v, name) if self.exchange else None
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, buffer: Buffer) -> tuple[Tensor, Tensor, Tensor]:
+        """`out`, `lse` and `residue`; `buffer` waits for the received rows and is asked after the local visits."""
         dtype, kv_heads = torch_core.compute_dtype(q.dtype), k.shape[2]
         out = torch.empty(q.shape, dtype=dtype, device=q.device)
         state = RunningSoftmax(out.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float64), out)
@@ -76,8 +125,8 @@ class Execution:
             torch_core.forward(
                 rows, _queries(q, visit), visit.view(k, visit.keys), visit.view(v, visit.keys), scope, scale
             )
-        if pending is not None:
-            arena = _with_blank_row(pending.wait())
+        if buffer is not None:
+            arena = _with_blank_row(buffer())
             for bound in self.remote:
                 rows = RunningSoftmax(_queries(logs, bound.visit), _queries(outs, bound.visit))
                 torch_core.forward(rows, _queries(q, bound.visit), *bound.rows_of(arena), bound.scope, scale)
@@ -95,18 +144,17 @@ class Execution:
         lse: Tensor,
         residue: Tensor,
         scale: float,
-        name: str = "",
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`dq, dk, dv` in the dtype and shape of `q, k, v`. K and V rows are fetched again, behind the local visits."""
-        pending = self.exchange.fetch(k, v, name) if self.exchange else None
+        sums: torch.dtype,
+        buffer: Buffer,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`dq, dk, dv` and the gradient of the received rows `[rows, 2, D]`, all in float32 or float64."""
         dtype, kv_heads = torch_core.compute_dtype(q.dtype), k.shape[2]
         exact = lse.double() + residue
         exact = exact.masked_fill(lse == float("-inf"), float("inf"))  # no key, no gradient
         fresh_q = torch.empty if self.opens_queries else torch.zeros
         fresh_k = torch.empty if self.opens_keys else torch.zeros
         dq = fresh_q(q.shape, dtype=dtype, device=q.device)
-        # Rows that gather shares from many ranks gather a rounding from each, unless the sum has room for it.
-        sums = torch.float64 if self.exchange and k.dtype == dtype else dtype
+        sums = torch_core.compute_dtype(sums)
         dk, dv = (fresh_k(k.shape, dtype=sums, device=k.device) for _ in range(2))
         q, dout, out, dq_grouped, exact = (_grouped(x, kv_heads) for x in (q, dout, out, dq, exact.transpose(1, 2)))
 
@@ -118,23 +166,24 @@ class Execution:
         for visit, scope in self.local:
             k_rows, v_rows, dk_rows, dv_rows = (visit.view(x, visit.keys) for x in (k, v, dk, dv))
             add(visit, scope, (k_rows, v_rows), (dk_rows, dv_rows))
-        if pending is not None and self.exchange is not None:
-            arena = _with_blank_row(pending.wait())
+        returned: Tensor | None = None
+        if buffer is not None:
+            arena = _with_blank_row(buffer())
             darena = torch.zeros(arena.shape, dtype=sums, device=arena.device)
             for bound in self.remote:
                 keys = bound.rows_of(arena)
                 dkr, dvr = (torch.zeros(x.shape, dtype=sums, device=x.device) for x in keys)
                 add(bound.visit, bound.scope, keys, (dkr, dvr))
                 bound.add_to(darena, dkr, dvr)
-            self.exchange.add(self.exchange.give_back(darena[:-1].to(dtype), name).wait(), dk, dv)
-        return dq.to(k.dtype), dk.to(k.dtype), dv.to(k.dtype)
+            returned = darena[:-1].to(dtype)
+        return dq, dk, dv, returned
 
 
 class _BoundVisit:
     """A remote visit with its index tensors on a device."""
 
     def __init__(
-        self, remote: RemoteVisit, plan: Plan, own: RowFacts, kernel: DenseKernel, device: torch.device
+        self, remote: ReceivedVisit, plan: Plan, own: RowFacts, kernel: DenseKernel, device: torch.device
     ) -> None:
         self.visit = Visit(remote.heads, remote.queries, remote.queries)
         self.arena = torch.from_numpy(remote.arena).to(device)
@@ -151,6 +200,36 @@ class _BoundVisit:
     def add_to(self, darena: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Add gradients `[B, 1, 1, h, K, D]` to the buffer; its rows are distinct within a visit (padding is the blank row)."""
         darena[self.arena] += torch.stack((dk, dv), dim=-2)[:, 0, 0]
+
+
+def _triton_core(part: RankPlan, plan: Plan, own: RowFacts, device: torch.device) -> TritonCore:
+    """The kernels for the rows of a rank."""
+    shapes, facts = plan.shapes, plan.facts
+    rows = np.concatenate([np.arange(c.start, c.stop) for c in part.chunks] or [np.empty(0, np.int64)])
+    received = sum(block.size for blocks in part.received for block in blocks)
+    keys = WalkFacts(
+        np.zeros((1, received), np.int64) if facts.causal else None,
+        None if facts.documents is None else np.full((1, received), PADDING),
+    )
+    visits = []
+    for visit in part.remote:
+        heads = visit.heads.indices
+        visits.append(RemoteVisit(heads, visit.queries.indices()[0], visit.arena))
+        known = _key_facts(visit.keys, plan)
+        for entry, places in enumerate(visit.arena):
+            for values, found in zip(keys, known, strict=True):
+                if values is not None and found is not None:
+                    column = found[min(entry, len(found) - 1), 0, 0]
+                    there = places >= 0
+                    values[0, places[there]] = np.broadcast_to(column, places.shape)[there]
+    queries = WalkFacts(*own)
+    if facts.by_row_alone:
+        queries = keys = WalkFacts()
+    local = queries._replace(positions=None) if facts.row_causal else queries
+    return TritonCore(
+        plan.pattern, shapes.num_kv_heads, rows, local, facts.causal, shapes.head_dim, shapes.dtype, device,
+        Remote(visits, queries, keys),
+    )  # fmt: skip
 
 
 def _own_facts(plan: Plan, rank: int) -> RowFacts:

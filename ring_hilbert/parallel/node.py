@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.ops.triton_core import choose
 from ring_hilbert.parallel.handles import held_by
 from ring_hilbert.parallel.plan import Shapes
 from ring_hilbert.parallel.prepare import Prepared, prepare
@@ -31,6 +32,7 @@ class Call(NamedTuple):
         causal: without a handle, whether keys at later rows (with an order, later tokens) are hidden.
         curve, sides: without a handle, the token order: no curve is no order, one side a block, more a grid.
         scale: of the scores.
+        backend: "triton", "torch" or "auto".
         name: of the layer, for errors.
     """
 
@@ -42,11 +44,19 @@ class Call(NamedTuple):
     curve: str
     sides: list[int]
     scale: float
+    backend: str
     name: str
 
     @classmethod
     def of(
-        cls, pattern: DilatedPattern, *, causal: bool, order: TokenOrder | None, scale: float, name: str | None
+        cls,
+        pattern: DilatedPattern,
+        *,
+        causal: bool,
+        order: TokenOrder | None,
+        scale: float,
+        name: str | None,
+        backend: str = "auto",
     ) -> Call:
         """The call with `pattern`; torch.compile traces through this."""
         lengths = [0 if length is None else length for length in pattern.segment_lengths]
@@ -56,7 +66,7 @@ class Call(NamedTuple):
             curve, sides = order.curve, list(order.grid or (order.block or 0,))
         return cls(
             lengths, list(pattern.dilation_rates), pattern.offset_rule, [pattern.head_shift, pattern.segment_shift],
-            causal, curve, sides, scale, name or "",
+            causal, curve, sides, scale, backend, name or "",
         )  # fmt: skip
 
     @property
@@ -108,7 +118,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared | None, call: Cal
 
 _CALL = (
     "SymInt[] segment_lengths, SymInt[] dilation_rates, str offset_rule, SymInt[] shifts, "
-    "bool causal, str curve, SymInt[] sides, float scale, str name"
+    "bool causal, str curve, SymInt[] sides, float scale, str backend, str name"
 )
 _OPTIONS: dict[str, Any] = {
     "mutates_args": (),
@@ -127,7 +137,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, *args: Any)
     if misfit and call.name:
         misfit = f"{call.name}: {misfit}"
     prepared.agree(agreed_fields(call.pattern, call.scale, shapes), misfit)
-    execution = prepared.execution(call.pattern, shapes, q.device)
+    backend = choose(call.backend, q.device, shapes.dtype, shapes.head_dim)
+    execution = prepared.execution(call.pattern, shapes, q.device, backend)
     permutation = prepared.permutation(q.device)
     if permutation is None:
         return execution.forward(q, k, v, call.scale, call.name)
@@ -157,7 +168,8 @@ def _backward(
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call, prepared, shapes = _resolve(q, k, handle, args)
-    execution = prepared.execution(call.pattern, shapes, q.device)
+    backend = choose(call.backend, q.device, shapes.dtype, shapes.head_dim)
+    execution = prepared.execution(call.pattern, shapes, q.device, backend)
     permutation = prepared.permutation(q.device)
     if permutation is None:
         return execution.backward(dout, q, k, v, out, lse, residue, call.scale, call.name)

@@ -64,7 +64,7 @@ class Prepared:
         self.position_ids, self.position_ids_checked = position_ids, False
         start = layout.starts[rank]
         self.rows = torch.arange(start, start + self.local_len, device="cpu")[None] if rows is None else rows
-        self._executions: dict[tuple[DilatedPattern, Shapes, torch.device], Execution] = {}
+        self._executions: dict[tuple[DilatedPattern, Shapes, torch.device, str], Execution] = {}
         self._permutations: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.handle = self._new_handle()
 
@@ -95,12 +95,16 @@ class Prepared:
         """The plan of `pattern` on this batch: the very object that is executed."""
         return self.execution(pattern, shapes, torch.device("cpu")).plan
 
-    def execution(self, pattern: DilatedPattern, shapes: Shapes, device: torch.device) -> Execution:
-        """The plan of `pattern` bound to this rank and `device`, made on first use."""
-        key = (pattern, shapes, device)
+    def execution(
+        self, pattern: DilatedPattern, shapes: Shapes, device: torch.device, backend: str = "torch"
+    ) -> Execution:
+        """The plan of `pattern` bound to this rank, `device` and `backend`, made on first use."""
+        key = (pattern, shapes, device, backend)
         if key not in self._executions:
-            plan = Plan(pattern, self.layout, self.facts, shapes, self.strategy)
-            self._executions[key] = Execution(plan, self.rank, self.group, device)
+            # Fused kernels of other devices take no weights, and the Triton core deduplicates by itself.
+            deduplicate = None if device.type == "cpu" else False
+            plan = Plan(pattern, self.layout, self.facts, shapes, self.strategy, deduplicate)
+            self._executions[key] = Execution(plan, self.rank, self.group, device, backend)
         return self._executions[key]
 
     def permutation(self, device: torch.device) -> tuple[Tensor, Tensor] | None:

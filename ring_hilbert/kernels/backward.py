@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backward of the merged softmax: delta, then dQ over the walk of the queries, then dK and dV over that of the keys.
+
+Every row of a gradient is written by one program, so results repeat to the bit (FlashAttention-2, arXiv 2307.08691, with the
+two passes apart).
+"""
+
+import triton
+import triton.language as tl
+
+from ring_hilbert.kernels.steps import (
+    VARIES,
+    above,
+    counts,
+    load_rows,
+    next_step,
+    row_facts,
+    start_walk,
+    step_rows,
+    store_rows,
+    tile_of,
+)
+
+
+@triton.jit(do_not_specialize=["num_rows", "lse_strides"])
+def delta_kernel(
+    out, dout, lse, delta, lse2, out_strides, dout_strides, lse_strides, num_rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """`delta = rowsum(dout * out)` and `lse2 = lse * log2(e)`, +inf for rows without a key: exp2(score - inf) = 0.
+
+    Grid `(row blocks, H, B)`; strides are of `(batch, row, head)`; `delta` and `lse2` have the strides of `lse`.
+    """
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = rows < num_rows
+    o = load_rows(out + batch * out_strides[0] + head * out_strides[2], out_strides[1], rows, exists, columns, D, True)
+    do = load_rows(
+        dout + batch * dout_strides[0] + head * dout_strides[2], dout_strides[1], rows, exists, columns, D, True
+    )
+    at = batch * lse_strides[0] + head * lse_strides[2] + rows.to(tl.int64) * lse_strides[1]
+    log = tl.load(lse + at, mask=exists, other=0.0)
+    tl.store(delta + at, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), mask=exists)
+    tl.store(lse2 + at, tl.where(log == float("-inf"), float("inf"), log * 1.4426950408889634), mask=exists)
+
+
+@triton.jit
+def add_keys(
+    dq, q, do, log, delta, k, v, k_stride, v_stride, number, runs, index, at,
+    outer, outer_facts, positions, documents, batch, fact_strides, columns, scale2,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    INDEXED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to `dq [M, D]` what `number` blocks of keys, from `at` on, give it, without the scale."""
+    for _ in tl.range(0, number):
+        inner, exists, weight = step_rows(at, BLOCK_N, INDEXED)
+        keys = load_rows(k, k_stride, inner, exists, columns, D, MASKED)
+        vals = load_rows(v, v_stride, inner, exists, columns, D, MASKED)
+        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+        if q.dtype == tl.float32:
+            p = tl.math.exp2(above(scores, scale2, (log - weight)[:, None]))
+        else:
+            p = tl.math.exp2(scores * scale2[0] - (log - weight)[:, None])
+        if MASKED:
+            inner_facts = row_facts(positions, documents, batch, fact_strides, inner, exists, CAUSAL, DOCUMENTS)
+            visible = counts(
+                runs, at, outer, outer_facts, inner, inner_facts, exists, CAUSAL, DOCUMENTS, SEGMENTS, False
+            )
+            p = tl.where(visible, p, 0.0)
+        dp = tl.dot(do, tl.trans(vals), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+        at = next_step(runs, index, at, BLOCK_N, INDEXED)
+    return dq, at
+
+
+@triton.jit(do_not_specialize=VARIES)
+def dq_kernel(
+    q, k, v, dout, lse2, delta, dq, slots, s_values,
+    q_strides, k_strides, v_strides, dout_strides, lse_strides, dq_strides, slot_strides, values_strides,
+    tables, tiles, rows, runs, index, outer_positions, outer_documents, inner_positions, inner_documents,
+    table_stride, num_tiles, outer_strides, inner_strides, scale, scale2,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr, INDEXED: tl.constexpr,
+    STAGED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid `(tiles, H, B)`: the outer rows are queries. STAGED as in the forward kernel, of sums."""
+    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    kv_head = head // GROUP
+    tile, outer, run, full, masked = tile_of(tables, tiles, rows, table_stride, num_tiles, batch, kv_head, BLOCK_M)
+    if tile == 0:
+        return
+    exists = outer >= 0
+    columns = tl.arange(0, BLOCK_D)
+    q += batch * q_strides[0] + head * q_strides[2]
+    dout += batch * dout_strides[0] + head * dout_strides[2]
+    k += batch * k_strides[0] + kv_head * k_strides[2]
+    v += batch * v_strides[0] + kv_head * v_strides[2]
+    queries = load_rows(q, q_strides[1], outer, exists, columns, D, True)
+    do = load_rows(dout, dout_strides[1], outer, exists, columns, D, True)
+    wide = outer.to(tl.int64)
+    row = batch * lse_strides[0] + head * lse_strides[2] + wide * lse_strides[1]
+    log = tl.load(lse2 + row, mask=exists, other=float("inf"))
+    shift = tl.load(delta + row, mask=exists, other=0.0)
+    outer_facts = row_facts(outer_positions, outer_documents, batch, outer_strides, outer, exists, CAUSAL, DOCUMENTS)
+
+    if STAGED:
+        slots += batch * slot_strides[0] + kv_head * slot_strides[2]
+        slot = tl.load(slots + wide * slot_strides[1], mask=exists, other=-1)
+        in_slot = slot >= 0
+        s_values += batch * values_strides[0] + head * values_strides[2]
+    if STAGED == 2:
+        gradient = load_rows(s_values, values_strides[1], slot, in_slot, columns, D, True)
+    else:
+        gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    at = start_walk(runs, index, run, BLOCK_N, INDEXED)
+    gradient, at = add_keys(
+        gradient, queries, do, log, shift, k, v, k_strides[1], v_strides[1], full, runs, index, at,
+        outer, outer_facts, inner_positions, inner_documents, batch, inner_strides, columns, scale2,
+        D, BLOCK_N, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, False, PRECISION,
+    )  # fmt: skip
+    gradient, at = add_keys(
+        gradient, queries, do, log, shift, k, v, k_strides[1], v_strides[1], masked, runs, index, at,
+        outer, outer_facts, inner_positions, inner_documents, batch, inner_strides, columns, scale2,
+        D, BLOCK_N, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, True, PRECISION,
+    )  # fmt: skip
+
+    if STAGED == 1:
+        store_rows(s_values, values_strides[1], slot, in_slot, columns, gradient, D)
+        exists = exists & (slot < 0)
+    dq += batch * dq_strides[0] + head * dq_strides[2]
+    store_rows(dq, dq_strides[1], outer, exists, columns, gradient * scale, D)
+
+
+@triton.jit
+def add_queries(
+    dk, dv, k, v, q, dout, lse2, delta, q_stride, dout_stride, row_stride, number, runs, index, at,
+    outer, outer_facts, positions, documents, batch, fact_strides, columns, scale2,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    INDEXED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to `dk, dv [N, D]` what `number` blocks of queries, from `at` on, give them; dk without the scale."""
+    for _ in tl.range(0, number):
+        inner, exists, weight = step_rows(at, BLOCK_M, INDEXED)
+        queries = load_rows(q, q_stride, inner, exists, columns, D, MASKED)
+        do = load_rows(dout, dout_stride, inner, exists, columns, D, MASKED)
+        places = inner * row_stride  # within the rows of one head
+        if MASKED:
+            log = tl.load(lse2 + places, mask=exists, other=float("inf"))
+            shift = tl.load(delta + places, mask=exists, other=0.0)
+        else:
+            log = tl.load(lse2 + places)
+            shift = tl.load(delta + places)
+        scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
+        if k.dtype == tl.float32:
+            p = tl.math.exp2(above(scores, scale2, (log - weight)[None, :]))
+        else:
+            p = tl.math.exp2(scores * scale2[0] - (log - weight)[None, :])
+        if MASKED:
+            inner_facts = row_facts(positions, documents, batch, fact_strides, inner, exists, CAUSAL, DOCUMENTS)
+            visible = counts(
+                runs, at, outer, outer_facts, inner, inner_facts, exists, CAUSAL, DOCUMENTS, SEGMENTS, True
+            )
+            p = tl.where(visible, p, 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - shift[None, :])
+        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
+        at = next_step(runs, index, at, BLOCK_M, INDEXED)
+    return dk, dv, at
+
+
+@triton.jit(do_not_specialize=VARIES)
+def dkdv_kernel(
+    q, k, v, dout, lse2, delta, dk, dv,
+    q_strides, k_strides, v_strides, dout_strides, lse_strides, dk_strides, dv_strides,
+    tables, tiles, rows, runs, index, outer_positions, outer_documents, inner_positions, inner_documents,
+    table_stride, num_tiles, outer_strides, inner_strides, scale, scale2,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr, INDEXED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid `(tiles, Hkv, B)`: the outer rows are keys."""
+    batch, kv_head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    tile, outer, first, full, masked = tile_of(tables, tiles, rows, table_stride, num_tiles, batch, kv_head, BLOCK_N)
+    if tile == 0:
+        return
+    exists = outer >= 0
+    columns = tl.arange(0, BLOCK_D)
+    k += batch * k_strides[0] + kv_head * k_strides[2]
+    v += batch * v_strides[0] + kv_head * v_strides[2]
+    keys = load_rows(k, k_strides[1], outer, exists, columns, D, True)
+    vals = load_rows(v, v_strides[1], outer, exists, columns, D, True)
+    outer_facts = row_facts(outer_positions, outer_documents, batch, outer_strides, outer, exists, CAUSAL, DOCUMENTS)
+    key_gradient = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    value_gradient = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        queries = q + batch * q_strides[0] + head * q_strides[2]
+        douts = dout + batch * dout_strides[0] + head * dout_strides[2]
+        row = batch * lse_strides[0] + head * lse_strides[2]
+        key_gradient, value_gradient, at = add_queries(
+            key_gradient, value_gradient, keys, vals, queries, douts, lse2 + row, delta + row,
+            q_strides[1], dout_strides[1], lse_strides[1], full, runs, index, start_walk(runs, index, first, BLOCK_M, INDEXED),
+            outer, outer_facts, inner_positions, inner_documents, batch, inner_strides, columns, scale2,
+            D, BLOCK_M, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, False, PRECISION,
+        )  # fmt: skip
+        key_gradient, value_gradient, at = add_queries(
+            key_gradient, value_gradient, keys, vals, queries, douts, lse2 + row, delta + row,
+            q_strides[1], dout_strides[1], lse_strides[1], masked, runs, index, at,
+            outer, outer_facts, inner_positions, inner_documents, batch, inner_strides, columns, scale2,
+            D, BLOCK_M, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, True, PRECISION,
+        )  # fmt: skip
+
+    dk += batch * dk_strides[0] + kv_head * dk_strides[2]
+    dv += batch * dv_strides[0] + kv_head * dv_strides[2]
+    store_rows(dk, dk_strides[1], outer, exists, columns, key_gradient * scale, D)
+    store_rows(dv, dv_strides[1], outer, exists, columns, value_gradient, D)

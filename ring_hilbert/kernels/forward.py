@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward: one launch walks everything a query tile visits and writes out and lse once, from registers.
+
+Online softmax (Milakov and Gimelshein, arXiv 1805.02867) in tiles (FlashAttention-2, arXiv 2307.08691), in powers of two.
+"""
+
+import triton
+import triton.language as tl
+
+from ring_hilbert.kernels.steps import (
+    VARIES,
+    above,
+    counts,
+    load_rows,
+    next_step,
+    row_facts,
+    start_walk,
+    step_rows,
+    store_rows,
+    tile_of,
+)
+
+
+@triton.jit
+def attend(
+    values, maximum, total, q, k, v, k_stride, v_stride, number, runs, index, at,
+    outer, outer_facts, positions, documents, batch, fact_strides, columns, scale2,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    INDEXED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Merge `number` blocks of keys, from `at` on, into the running softmax `(values, maximum, total)`."""
+    for _ in tl.range(0, number):
+        inner, exists, weight = step_rows(at, BLOCK_N, INDEXED)
+        keys = load_rows(k, k_stride, inner, exists, columns, D, MASKED)
+        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+        if MASKED:
+            inner_facts = row_facts(positions, documents, batch, fact_strides, inner, exists, CAUSAL, DOCUMENTS)
+            visible = counts(
+                runs, at, outer, outer_facts, inner, inner_facts, exists, CAUSAL, DOCUMENTS, SEGMENTS, False
+            )
+            powers = tl.where(visible, scores * scale2[0], float("-inf"))
+            higher = tl.maximum(maximum, tl.max(powers, 1))
+            finite = tl.where(higher == float("-inf"), 0.0, higher)
+            if q.dtype == tl.float32:  # to the last bit as in backward
+                p = tl.where(visible, tl.math.exp2(above(scores, scale2, (finite - weight)[:, None])), 0.0)
+            else:
+                p = tl.math.exp2(powers - (finite - weight)[:, None])
+        else:
+            higher = tl.maximum(maximum, tl.max(scores, 1) * scale2[0])
+            finite = higher
+            if q.dtype == tl.float32:
+                p = tl.math.exp2(above(scores, scale2, (finite - weight)[:, None]))
+            else:
+                p = tl.math.exp2(scores * scale2[0] - (finite - weight)[:, None])
+        decay = tl.math.exp2(maximum - finite)
+        maximum = higher
+        total = total * decay + tl.sum(p, 1)
+        values = values * decay[:, None]
+        vals = load_rows(v, v_stride, inner, exists, columns, D, MASKED)
+        values = tl.dot(p.to(vals.dtype), vals, values, input_precision=PRECISION)
+        at = next_step(runs, index, at, BLOCK_N, INDEXED)
+    return values, maximum, total, at
+
+
+@triton.jit(do_not_specialize=VARIES)
+def forward_kernel(
+    q, k, v, out, lse, residue, slots, s_maximum, s_total, s_values,
+    q_strides, k_strides, v_strides, out_strides, lse_strides, slot_strides, row_strides, values_strides,
+    tables, tiles, rows, runs, index, outer_positions, outer_documents, inner_positions, inner_documents,
+    table_stride, num_tiles, outer_strides, inner_strides, scale2,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr, INDEXED: tl.constexpr,
+    STAGED: tl.constexpr, RESIDUE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid `(tiles, H, B)`. See `launch.forward` for the tensors; strides are of `(batch, row, head)`, in elements.
+
+    STAGED 1: the running softmax of rows with a slot is left in it, instead of a result; 2: it is taken up again from there.
+    """
+    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    kv_head = head // GROUP
+    tile, outer, run, full, masked = tile_of(tables, tiles, rows, table_stride, num_tiles, batch, kv_head, BLOCK_M)
+    if tile == 0:
+        return
+    exists = outer >= 0
+    columns = tl.arange(0, BLOCK_D)
+    q += batch * q_strides[0] + head * q_strides[2]
+    k += batch * k_strides[0] + kv_head * k_strides[2]
+    v += batch * v_strides[0] + kv_head * v_strides[2]
+    queries = load_rows(q, q_strides[1], outer, exists, columns, D, True)
+    outer_facts = row_facts(outer_positions, outer_documents, batch, outer_strides, outer, exists, CAUSAL, DOCUMENTS)
+
+    wide = outer.to(tl.int64)
+    if STAGED:
+        slots += batch * slot_strides[0] + kv_head * slot_strides[2]
+        slot = tl.load(slots + wide * slot_strides[1], mask=exists, other=-1)
+        in_slot = slot >= 0
+        s_row = batch * row_strides[0] + head * row_strides[2] + slot.to(tl.int64) * row_strides[1]
+        s_values += batch * values_strides[0] + head * values_strides[2]
+    if STAGED == 2:
+        maximum = tl.load(s_maximum + s_row, mask=in_slot, other=float("-inf"))
+        total = tl.load(s_total + s_row, mask=in_slot, other=0.0)
+        values = load_rows(s_values, values_strides[1], slot, in_slot, columns, D, True)
+    else:
+        maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        values = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    at = start_walk(runs, index, run, BLOCK_N, INDEXED)
+    values, maximum, total, at = attend(
+        values, maximum, total, queries, k, v, k_strides[1], v_strides[1], full, runs, index, at,
+        outer, outer_facts, inner_positions, inner_documents, batch, inner_strides, columns, scale2,
+        D, BLOCK_N, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, False, PRECISION,
+    )  # fmt: skip
+    values, maximum, total, at = attend(
+        values, maximum, total, queries, k, v, k_strides[1], v_strides[1], masked, runs, index, at,
+        outer, outer_facts, inner_positions, inner_documents, batch, inner_strides, columns, scale2,
+        D, BLOCK_N, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, True, PRECISION,
+    )  # fmt: skip
+
+    if STAGED == 1:
+        tl.store(s_maximum + s_row, maximum, mask=in_slot)
+        tl.store(s_total + s_row, total, mask=in_slot)
+        store_rows(s_values, values_strides[1], slot, in_slot, columns, values, D)
+        exists = exists & (slot < 0)
+    some = total > 0
+    values = values / tl.where(some, total, 1.0)[:, None]
+    store_rows(out + batch * out_strides[0] + head * out_strides[2], out_strides[1], outer, exists, columns, values, D)
+    row = batch * lse_strides[0] + head * lse_strides[2] + wide * lse_strides[1]
+    ln2: tl.constexpr = 0.6931471805599453
+    if RESIDUE:
+        highest = tl.where(some, maximum, 0.0).to(tl.float64)
+        exact = (highest + tl.math.log2(tl.where(some, total, 1.0).to(tl.float64))) * ln2
+        rounded = exact.to(tl.float32)
+        tl.store(residue + row, tl.where(some, (exact - rounded.to(tl.float64)).to(tl.float32), 0.0), mask=exists)
+    else:
+        rounded = (maximum + tl.math.log2(tl.where(some, total, 1.0))) * ln2
+    tl.store(lse + row, tl.where(some, rounded, float("-inf")), mask=exists)

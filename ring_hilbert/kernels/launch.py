@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches of the kernels on whole tensors. Imports Triton: import this module only where it is installed.
+
+Shapes: `B` batch, `S` outer or inner rows, `H` query heads, `Hkv` kv heads, `D` head dim. Rows may lie at any stride, 0 as well;
+`D` is contiguous. A walk's outer rows are q's in forward and dQ, k's in dK and dV.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ring_hilbert.kernels.backward import delta_kernel, dkdv_kernel, dq_kernel
+from ring_hilbert.kernels.forward import forward_kernel
+from ring_hilbert.kernels.tiles import Tile, padded_head_dim
+from ring_hilbert.kernels.walk import Walk
+
+LOG2E = 1.4426950408889634
+DELTA_ROWS = 64
+
+
+class Staging(NamedTuple):
+    """What two launches share of rows that both work on, float32.
+
+    `slots [B or 1, Hkv, S]` int32: the place of a row, -1 for rows that one launch finishes. Row maximum (in powers of two) and
+    total `[B, H, places]`, values (of the softmax, or of the gradient without the scale) `[B, places, H, D]`.
+    """
+
+    slots: Tensor
+    maximum: Tensor
+    total: Tensor
+    values: Tensor
+
+    @classmethod
+    def allocate(cls, q: Tensor, slots: Tensor, places: int) -> Staging:
+        """Uninitialised, for `q [B, S, H, D]`."""
+        batch, _, heads, dim = q.shape
+        row = torch.empty((batch, heads, places), dtype=torch.float32, device=q.device)
+        return cls(slots, row, torch.empty_like(row), row.new_empty((batch, places, heads, dim)))
+
+
+class Output(NamedTuple):
+    """`out [B, S, H, D]`, `lse [B, H, S]` float32 and, where asked for, `residue` of its shape: what rounding took from lse."""
+
+    out: Tensor
+    lse: Tensor
+    residue: Tensor | None
+
+    @classmethod
+    def allocate(cls, q: Tensor, residue: bool) -> Output:
+        """Uninitialised, for `q [B, S, H, D]`."""
+        lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+        return cls(
+            torch.empty(q.shape, dtype=q.dtype, device=q.device), lse, torch.empty_like(lse) if residue else None
+        )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tile: Tile,
+    walk: Walk,
+    scale: float,
+    output: Output,
+    staging: Staging | None = None,
+    *,
+    resume: bool = False,
+    precision: str = "ieee",
+) -> None:
+    """Attend the walk's rows.
+
+    Args:
+        q: `[B, S, H, D]`, fp16, bf16 or fp32.
+        k, v: `[B, S, Hkv, D]`.
+        tile: of the blocks that the walk was planned for.
+        walk: its outer rows are q's.
+        scale: of the scores.
+        output: where finished rows go.
+        staging: the running softmax of its rows is left there instead, or, with `resume`, taken up again and finished.
+        resume: see staging; rows without a place begin anew.
+        precision: of fp32 products, "ieee" or "tf32".
+    """
+    q, k, v, positive = _operands(q, k, v, scale)
+    slots, maximum, total, values = staging if staging is not None else (walk.tables, q, q, q)
+    residue = output.lse if output.residue is None else output.residue
+    forward_kernel[_grid(walk, q, q.shape[2])](
+        q, k, v, output.out, output.lse, residue, slots, maximum, total, values,
+        _strides(q), _strides(k), _strides(v), _strides(output.out), _row_strides(output.lse), _slot_strides(staging),
+        (0, 0, 0) if staging is None else _row_strides(maximum), _strides(values),
+        *_tables(walk), _in_twos(positive),
+        BLOCK_M=walk.block_outer, BLOCK_N=walk.block_inner, RESIDUE=output.residue is not None,
+        STAGED=0 if staging is None else 2 if resume else 1, **_options(q, k, walk, tile, precision),
+    )  # fmt: skip
+
+
+class RowTerms(NamedTuple):
+    """What backward needs of every query row: dout, lse in powers of two and delta, both float32 `[B, H, S]`."""
+
+    dout: Tensor
+    lse2: Tensor
+    delta: Tensor
+
+
+def row_terms(dout: Tensor, out: Tensor, lse: Tensor, residue: Tensor | None) -> RowTerms:
+    """The terms of the merged softmax. With `residue` weights are exact to float32: its factor moves into dout."""
+    if residue is not None:
+        exact = (lse.double() + residue.double()) * LOG2E
+        lse2 = exact.float()
+        factor = (lse2.double() - exact).nan_to_num(0.0).exp2().float()
+        dout = dout.float() * factor.transpose(1, 2).unsqueeze(-1)
+        delta = (dout * out.float()).sum(-1).transpose(1, 2).contiguous()
+        return RowTerms(dout, lse2.masked_fill(lse == float("-inf"), float("inf")), delta)
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    batch, rows, heads, dim = out.shape
+    delta_kernel[(-(-rows // DELTA_ROWS), heads, batch)](
+        out, dout, lse, delta, lse2, _strides(out), _strides(dout), _row_strides(lse), rows,
+        D=dim, BLOCK_D=padded_head_dim(dim), BLOCK_M=DELTA_ROWS,
+    )  # fmt: skip
+    return RowTerms(dout, lse2, delta)
+
+
+def dq(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: RowTerms,
+    gradient: Tensor,
+    tile: Tile,
+    walk: Walk,
+    scale: float,
+    staging: Staging | None = None,
+    *,
+    resume: bool = False,
+    precision: str = "ieee",
+) -> None:
+    """Write the walk's rows of `gradient [B, S, H, D]`, in its dtype; arguments as in `forward`."""
+    q, k, v, positive = _operands(q, k, v, scale)
+    slots, _, _, values = staging if staging is not None else (walk.tables, q, q, q)
+    dq_kernel[_grid(walk, q, q.shape[2])](
+        q, k, v, *terms, gradient, slots, values,
+        _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2), _strides(gradient),
+        _slot_strides(staging), _strides(values), *_tables(walk), scale, _in_twos(positive),
+        BLOCK_M=walk.block_outer, BLOCK_N=walk.block_inner,
+        STAGED=0 if staging is None else 2 if resume else 1, **_options(q, k, walk, tile, precision),
+    )  # fmt: skip
+
+
+def dkdv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: RowTerms,
+    gradients: tuple[Tensor, Tensor],
+    tile: Tile,
+    walk: Walk,
+    scale: float,
+    *,
+    precision: str = "ieee",
+) -> None:
+    """Write the walk's rows of `gradients`, of k's shape, in their dtype; the walk's outer rows are k's."""
+    q, k, v, positive = _operands(q, k, v, scale)
+    dkdv_kernel[_grid(walk, q, k.shape[2])](
+        q, k, v, *terms, *gradients,
+        _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2),
+        _strides(gradients[0]), _strides(gradients[1]), *_tables(walk), positive, _in_twos(positive),
+        BLOCK_N=walk.block_outer, BLOCK_M=walk.block_inner, **_options(q, k, walk, tile, precision),
+    )  # fmt: skip
+
+
+def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Operands as the kernels take them: rows contiguous, the scale not negative."""
+    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    return (q, k, v, scale) if scale >= 0 else (-q, k, v, -scale)
+
+
+def _in_twos(scale: float) -> tuple[float, float]:
+    """The scale of scores in powers of two as two float32 numbers that add up to it."""
+    exact = scale * LOG2E
+    high = float(np.float32(exact))
+    return high, exact - high
+
+
+def _grid(walk: Walk, q: Tensor, heads: int) -> tuple[int, int, int]:
+    return walk.tiles.shape[1], heads, q.shape[0]
+
+
+def _options(q: Tensor, k: Tensor, walk: Walk, tile: Tile, precision: str) -> dict[str, Any]:
+    assert (tile.block_outer, tile.block_inner) == (walk.block_outer, walk.block_inner)
+    return {
+        "GROUP": q.shape[2] // k.shape[2], "D": q.shape[3], "BLOCK_D": padded_head_dim(q.shape[3]),
+        "CAUSAL": walk.causal, "DOCUMENTS": walk.documents, "SEGMENTS": walk.segments, "INDEXED": walk.indexed,
+        "PRECISION": precision, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+def _tables(walk: Walk) -> tuple[Any, ...]:
+    """The walk's tensors, and the strides of the batch in those that have one."""
+    strides = [x.stride(0) if len(x) > 1 else 0 for x in walk.facts]
+    return (
+        walk.tables, walk.tiles, walk.rows, walk.runs, walk.index, *walk.facts,
+        walk.tables.stride(0) if len(walk.tables) > 1 else 0, walk.tiles.shape[1], tuple(strides[:2]), tuple(strides[2:]),
+    )  # fmt: skip
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of `[B, S, H, D]` over batch, row and head."""
+    assert x.ndim == 4 and (x.stride(3) == 1 or x.shape[3] == 1), "rows must be contiguous"
+    return x.stride()[:3]
+
+
+def _row_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of `[B, H, S]` over batch, row and head."""
+    batch, head, row = x.stride()
+    return batch, row, head
+
+
+def _slot_strides(staging: Staging | None) -> tuple[int, ...]:
+    if staging is None:
+        return 0, 0, 0
+    batch, row, head = _row_strides(staging.slots)
+    return (batch if len(staging.slots) > 1 else 0), row, head

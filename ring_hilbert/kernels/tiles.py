@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tiles the kernels use: a table, written by hand or by an offline tuner. Nothing is tuned while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from ring_hilbert.kernels.walk import Walk
+
+Pass = Literal["forward", "dq", "dkdv"]
+PASSES: tuple[Pass, ...] = get_args(Pass)
+
+
+class Tile(NamedTuple):
+    """Rows of a tile (queries in forward and dQ, keys in dK and dV), rows of a step, warps, pipeline stages."""
+
+    block_outer: int
+    block_inner: int
+    warps: int
+    stages: int
+
+
+# (least compute capability, largest padded head dim, bytes of an element): tiles of forward, dQ, dK and dV. A pass may have a
+# second one, for walks whose masks take registers (`takes_registers`). The first row that fits a call is taken, so rows stand
+# from the newest generation to the oldest. `ring-hilbert bench kernels --tune` and `--aot` tell what a change is worth.
+TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
+    (100, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
+    (100, 128, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 2),)),
+    (90, 64, 2): ((Tile(64, 64, 4, 3),), (Tile(64, 64, 4, 3),), (Tile(64, 32, 4, 3),)),
+    (90, 128, 2): (
+        (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)), (Tile(128, 64, 8, 3),), (Tile(128, 32, 8, 3), Tile(128, 16, 8, 3)),
+    ),
+    (90, 256, 2): ((Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 1),), (Tile(32, 32, 4, 1),)),
+    (0, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
+    (0, 128, 2): ((Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)), (Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 2),)),
+    (0, 256, 2): ((Tile(64, 32, 4, 1),), (Tile(64, 32, 8, 1),), (Tile(32, 32, 4, 1),)),
+    (0, 64, 4): ((Tile(64, 32, 4, 2),), (Tile(64, 32, 4, 1),), (Tile(32, 32, 4, 1),)),
+    (0, 128, 4): ((Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),)),
+    (0, 256, 4): ((Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),)),
+}  # fmt: skip
+INTERPRETER = Tile(32, 32, 1, 1)  # wherever there is no GPU
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The least power of two from 16 on that holds `head_dim` columns."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def takes_registers(pass_: Pass, walk: Walk) -> bool:
+    """Whether the walk is one for the second tile of a pass."""
+    return walk.segments or walk.documents or (walk.indexed and pass_ != "forward")
+
+
+def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The tile, or the two tiles, of a pass at a compute capability (90: 9.0); ValueError if the table has none."""
+    for (least, dim, size), tiles in TILES.items():
+        if capability >= least and padded_head_dim(head_dim) <= dim and dtype.itemsize == size:
+            return tiles[PASSES.index(pass_)]
+    raise ValueError(
+        f"the Triton kernels have no tiles for head dim {head_dim} in {dtype}; at most 256, fp16, bf16 or fp32"
+    )
+
+
+def device_tiles(pass_: Pass, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tile, ...]:
+    """Those of a device."""
+    if device.type != "cuda":
+        return (INTERPRETER,)
+    major, minor = torch.cuda.get_device_capability(device)
+    return tiles_for(pass_, 10 * major + minor, head_dim, dtype)
+
+
+def plan_tile(pass_: Pass, tiles: tuple[Tile, ...], plan: Callable[[Tile], Walk]) -> tuple[Tile, Walk]:
+    """The tile of a walk, and the walk that `plan` makes for it."""
+    walk = plan(tiles[0])
+    if len(tiles) == 1 or not takes_registers(pass_, walk):
+        return tiles[0], walk
+    return tiles[1], plan(tiles[1])

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton core: all local branches in one launch, rows received from elsewhere in one more, on one device.
+
+Nothing here knows of ranks: remote rows arrive as one buffer, and as lists of who sees which of its rows.
+
+To see what the kernels make of a call, `rh.reference.compare(rh.dilated_attention, q, k, v, pattern, backend="triton", ...)`
+runs it on them and by the definition in plain PyTorch, differentiated by autograd, and returns the errors of both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._triton import has_triton_package
+
+from ring_hilbert.kernels.tiles import PASSES, Pass, Tile, device_tiles, plan_tile
+from ring_hilbert.kernels.walk import Facts, Rule, Walk, chains, plan_lists, plan_rows
+from ring_hilbert.ops.pattern import DilatedPattern
+
+BACKENDS = ("triton", "torch", "auto")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+Buffer = Callable[[], Tensor] | None
+KEPT_WALKS = 64  # a walk is a few bytes per row, kv head and direction
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels cannot run on `q [..., D]` of this device, dtype and D; None if they can."""
+    if not has_triton_package():
+        return "Triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the device is {device.type}; it needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)"
+    if dtype not in DTYPES:
+        return f"the dtype is {dtype}; it has kernels for float16, bfloat16 and float32"
+    if head_dim % 8 or head_dim > 256:
+        return f"the head dim is {head_dim}; it has kernels for multiples of 8 up to 256"
+    return None
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend to run, "triton" or "torch", for `backend`, which may be "auto": Triton on CUDA devices wherever it can.
+
+    Raises:
+        ValueError: for another name, or for "triton" where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not supported; use one of {', '.join(map(repr, BACKENDS))}")
+    why = unsupported(device, dtype, head_dim)
+    if backend == "triton" and why:
+        raise ValueError(f"backend='triton' is not supported here: {why}; use backend='torch' or 'auto'")
+    automatic = "triton" if device.type == "cuda" and not why else "torch"
+    return automatic if backend == "auto" else backend
+
+
+class RemoteVisit(NamedTuple):
+    """`queries [Q]` (rows at hand) of kv heads `heads` see the rows `keys [B, heads, K]` of the buffer, where these are not -1."""
+
+    heads: range
+    queries: np.ndarray
+    keys: np.ndarray
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Who sees which rows of the received buffer.
+
+    Attributes:
+        visits: a row of the buffer belongs to one batch entry and head; in how many visits it is, so often it counts.
+        queries, keys: facts of the rows at hand and of those of the buffer, `[B or 1, S]` and `[1, rows]`, positions of both
+            sides or of none.
+    """
+
+    visits: Sequence[RemoteVisit]
+    queries: Facts
+    keys: Facts
+
+
+class TritonCore:
+    """The rows at hand of one sequence under one pattern, on one device.
+
+    Args:
+        pattern: the branches.
+        num_kv_heads: Hkv of k and v.
+        rows: which rows of the sequence they are, ascending.
+        facts: their positions, if not the rows, and documents.
+        causal: rows see no larger position.
+        head_dim, dtype, device: of q, k and v.
+        remote: what is received.
+        tiles: instead of those in the table.
+
+    Attributes:
+        local, remote: tile and walk of every pass, of the rows at hand over themselves and over received ones.
+    """
+
+    def __init__(
+        self,
+        pattern: DilatedPattern,
+        num_kv_heads: int,
+        rows: np.ndarray,
+        facts: Facts,
+        causal: bool,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        remote: Remote | None = None,
+        tiles: Mapping[Pass, Tile] | None = None,
+    ) -> None:
+        self.exact = dtype == torch.float32  # float32 keeps what rounding takes from lse
+        self.local: dict[Pass, tuple[Tile, Walk]] = {}
+        self.remote: dict[Pass, tuple[Tile, Walk]] = {}
+        for pass_ in PASSES:
+            back = pass_ == "dkdv"
+            choice = (tiles[pass_],) if tiles else device_tiles(pass_, head_dim, dtype, device)
+
+            def local_walk(tile: Tile, back: bool = back) -> Walk:
+                return _local_walk(pattern, num_kv_heads, rows, facts, causal, tile, back, device)
+
+            def remote_walk(tile: Tile, back: bool = back) -> Walk:
+                assert remote is not None
+                return _remote_walk(remote, num_kv_heads, tile, back).to(device)
+
+            self.local[pass_] = plan_tile(pass_, choice, local_walk)
+            if remote is not None and remote.visits:
+                self.remote[pass_] = plan_tile(pass_, choice, remote_walk)
+        self.slots, self.places = None, 0
+        if remote is not None and remote.visits:
+            slots = np.full((num_kv_heads, len(rows)), -1, np.int32)
+            for heads, queries, _ in remote.visits:
+                slots[np.array(heads)[:, None], queries] = 0
+            slots[slots == 0] = (np.cumsum(slots + 1, axis=1, dtype=np.int32) - 1)[slots == 0]
+            self.places = int(slots.max()) + 1
+            self.slots = torch.from_numpy(slots)[None].to(device)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, buffer: Buffer = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`out [B, S, H, D]`, `lse` and its rounding `residue [B, H, S]` float32.
+
+        Args:
+            q: `[B, S, H, D]`.
+            k, v: `[B, S, Hkv, D]`.
+            scale: of the scores.
+            buffer: waits for the received rows of k and v, `[rows, 2, D]`; asked for after the local rows.
+        """
+        from ring_hilbert.kernels import launch
+
+        output = launch.Output.allocate(q, self.exact)
+        staging = self._staging(q)
+        if q.shape[1]:
+            launch.forward(q, k, v, *self.local["forward"], scale, output, staging)
+        if buffer is not None and staging is not None:
+            k, v = self._spread(buffer(), q)
+            launch.forward(q, k, v, *self.remote["forward"], scale, output, staging, resume=True)
+        out, lse, residue = output
+        return out, lse, torch.zeros_like(lse) if residue is None else residue
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        residue: Tensor,
+        scale: float,
+        sums: torch.dtype,
+        buffer: Buffer = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`dq` in the dtype of q, `dk, dv` in `sums`, and the gradient of the received rows, float32 `[rows, 2, D]`.
+
+        The arguments are those of forward and what it returned. `sums` is the dtype of k or float32.
+        """
+        from ring_hilbert.kernels import launch
+
+        terms = launch.row_terms(dout, out, lse, residue if self.exact else None)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dk, dv = (torch.empty(k.shape, dtype=sums, device=k.device) for _ in range(2))
+        staging, returned = self._staging(q), None
+        if q.shape[1]:
+            launch.dq(q, k, v, terms, dq, *self.local["dq"], scale, staging)
+            launch.dkdv(q, k, v, terms, (dk, dv), *self.local["dkdv"], scale)
+        if buffer is not None:
+            rows = buffer()
+            returned = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+            if staging is not None:
+                k, v = self._spread(rows, q)
+                launch.dq(q, k, v, terms, dq, *self.remote["dq"], scale, staging, resume=True)
+                gradients = self._spread(returned, q)
+                launch.dkdv(q, k, v, terms, gradients, *self.remote["dkdv"], scale)
+        return dq, dk, dv, returned
+
+    def _staging(self, q: Tensor) -> Any:
+        """Room for the rows that see received ones, if there are any."""
+        from ring_hilbert.kernels import launch
+
+        return None if self.slots is None else launch.Staging.allocate(q, self.slots, self.places)
+
+    def _spread(self, buffer: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """`buffer [rows, 2, D]` as k and v `[B, rows, Hkv, D]`: every batch entry and head reads the rows of its own."""
+        assert self.slots is not None
+        shape = (q.shape[0], buffer.shape[0], self.slots.shape[1], buffer.shape[2])
+        k, v = (buffer[:, i][None, :, None].expand(shape) for i in range(2))
+        return k, v
+
+
+# ---- walks
+
+
+_walks: OrderedDict[tuple[Any, ...], Walk] = OrderedDict()
+
+
+def _local_walk(
+    pattern: DilatedPattern,
+    num_kv_heads: int,
+    rows: np.ndarray,
+    facts: Facts,
+    causal: bool,
+    tile: Tile,
+    transposed: bool,
+    device: torch.device,
+) -> Walk:
+    """The walk of the rows over themselves; what was planned for equal arguments is kept."""
+    key = (pattern, num_kv_heads, _digest(rows, *facts), causal, tile[:2], transposed, device)
+    if key not in _walks:
+        offsets = [[pattern.offset(b, g, num_kv_heads) for g in range(num_kv_heads)] for b in pattern.branches]
+        _walks[key] = plan_rows(
+            chains(pattern.branches, offsets), pattern.segment_shift, rows, facts, causal=causal,
+            block_outer=tile.block_outer, block_inner=tile.block_inner, transposed=transposed,
+        ).to(device)  # fmt: skip
+    _walks.move_to_end(key)
+    while len(_walks) > KEPT_WALKS:
+        _walks.popitem(last=False)
+    return _walks[key]
+
+
+def _digest(*arrays: np.ndarray | None) -> tuple[Any, ...]:
+    """Equal for equal arrays."""
+    return tuple(
+        None if x is None else (x.shape, hashlib.blake2b(np.ascontiguousarray(x).data).digest()) for x in arrays
+    )
+
+
+def _remote_walk(remote: Remote, num_kv_heads: int, tile: Tile, transposed: bool) -> Walk:
+    batch = len(remote.visits[0].keys)
+    visits: list[list[list[tuple[np.ndarray, np.ndarray]]]] = [[[] for _ in range(num_kv_heads)] for _ in range(batch)]
+    for heads, queries, keys in remote.visits:
+        for entry in range(batch):
+            for head, columns in zip(heads, keys[entry], strict=True):
+                seen = columns[columns >= 0]
+                visits[entry][head].append((seen, queries) if transposed else (queries, seen))
+    sides = (remote.keys, remote.queries) if transposed else (remote.queries, remote.keys)
+    causal = 0 if remote.keys.positions is None else 2
+    return plan_lists(visits, *sides, Rule(tile.block_outer, tile.block_inner, transposed, causal, indexed=True))

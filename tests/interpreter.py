@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's interpreter, as the tests of the kernels need it where there is no GPU: import this before anything is computed.
+
+`tests.conftest` sets TRITON_INTERPRET before Triton is imported. What Triton 3.6 gets wrong is mended here: products of
+bfloat16 are taken of the bits, numbers are cut off rather than rounded to bfloat16, and loop bounds are arrays of one
+element, which numpy 2.4 no longer takes for integers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _scalars_are_integers(tensor: Any, scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+def _dot_of_numbers(self: Any, a: Any, b: Any, *rest: Any, dot: Any = interpreter.InterpreterBuilder.create_dot) -> Any:
+    a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return dot(self, a, b, *rest)
+
+
+def _rounded(self: Any, x: Any, dtype: Any, cast: Any = interpreter.InterpreterBuilder.cast_impl) -> Any:
+    if x.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+        return cast(self, x, dtype)
+    bits = np.ascontiguousarray(x.data, np.float32).view(np.uint32).astype(np.uint64)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    data = np.where(np.isnan(x.data), 0x7FC0, nearest).astype(np.uint16)
+    return interpreter.TensorHandle(data, dtype.scalar)
+
+
+interpreter._patch_lang_tensor = _scalars_are_integers
+interpreter.InterpreterBuilder.create_dot = _dot_of_numbers
+interpreter.InterpreterBuilder.cast_impl = _rounded
