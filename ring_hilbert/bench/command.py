@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ring_hilbert.bench import attention, attention_report, exactness, wire
+from ring_hilbert.bench import attention, attention_report, exactness, kernels, wire
 from ring_hilbert.bench.records import RESULTS, append
 
 Record = dict[str, Any]
@@ -48,6 +48,7 @@ class Measurement:
         rows: the records, from the parsed flags, the device and the group of all ranks (None: one process).
         add_options: declares its own flags; --output is there, and --device if `on_device`.
         report: prints what was measured.
+        file: the name of the CSV by default, without its ending.
         on_device: it computes, rather than plans.
         over_ranks: it may run under torchrun.
     """
@@ -57,6 +58,7 @@ class Measurement:
     rows: Rows
     add_options: Callable[[argparse.ArgumentParser], None] = no_options
     report: Callable[[list[Record], argparse.Namespace], None] = print_rows
+    file: Callable[[argparse.Namespace], str] = lambda chosen: chosen.measurement
     on_device: bool = True
     over_ranks: bool = False
 
@@ -81,6 +83,14 @@ MEASUREMENTS = {
         attention.add_options,
         report_attention,
     ),
+    "kernels": Measurement(
+        "TFLOP/s of the Triton kernels against dense kernels, FlexAttention and published LongNet; what they compile to",
+        kernels.__doc__,
+        kernels.rows,
+        kernels.add_options,
+        kernels.report,
+        kernels.file,
+    ),
 }
 
 
@@ -94,13 +104,8 @@ def add_measurements(parser: argparse.ArgumentParser) -> None:
             description=measurement.description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        default = RESULTS / f"{name}.csv"
         command.add_argument(
-            "--output",
-            type=Path,
-            default=default,
-            metavar="FILE",
-            help=f"CSV to append to; default bench/results/{name}.csv",
+            "--output", type=Path, metavar="FILE", help=f"CSV to append to; default bench/results/{name}.csv"
         )
         if measurement.on_device:
             command.add_argument("--device", help="cpu, cuda or cuda:N; default cuda if there is one")
@@ -108,7 +113,7 @@ def add_measurements(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    """Run the chosen measurement, append its rows to `chosen.output` as they come, and report them.
+    """Run the chosen measurement, append its rows to a file as they come, and report them.
 
     Raises:
         ValueError: for flags that cannot be, or torchrun where the measurement is of one process.
@@ -120,15 +125,16 @@ def run(chosen: argparse.Namespace) -> None:
             f"bench {chosen.measurement} runs in one process, but WORLD_SIZE is {ranks}; start it without torchrun"
         )
     device = _device(chosen.device) if measurement.on_device else torch.device("cpu")
+    output = chosen.output or RESULTS / f"{measurement.file(chosen)}.csv"
     group = None
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         group = dist.group.WORLD
     try:
-        records = list(_kept(measurement.rows(chosen, device, group), chosen.output, device))
+        records = list(_kept(measurement.rows(chosen, device, group), output, device))
         if group is None or dist.get_rank(group) == 0:
             measurement.report(records, chosen)
-            print(f"{len(records)} rows appended to {chosen.output}")
+            print(f"{len(records)} rows appended to {output}")
     finally:
         if group is not None:
             dist.destroy_process_group()

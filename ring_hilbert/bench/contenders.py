@@ -105,23 +105,26 @@ def operator(problem: Problem, order: rh.TokenOrder | None, backend: str) -> Con
     return Contender("ring_hilbert", name, backend, attend, plan.attention_flops(0), plan.executed_flops(0))
 
 
-def dense(problem: Problem, limit: int) -> Contender:
-    """PyTorch's own dense kernel: cuDNN's on CUDA devices in half precision, else what SDPA chooses."""
+def dense(problem: Problem, limit: int, backend: SDPBackend = SDPBackend.CUDNN_ATTENTION) -> Contender:
+    """PyTorch's own dense kernel: that of `backend` on CUDA devices in half precision, else what SDPA chooses."""
     if problem.length > limit:
         raise Unsupported(f"{problem.length} rows are above --dense-limit {limit}")
-    cudnn = problem.device.type == "cuda" and problem.dtype in (torch.float16, torch.bfloat16)
+    chosen = problem.device.type == "cuda" and problem.dtype in (torch.float16, torch.bfloat16)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         grouped = problem.heads != problem.kv_heads
         return F.scaled_dot_product_attention(q, k, v, is_causal=problem.causal, enable_gqa=grouped).transpose(1, 2)
 
-    def attend_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    def attend_by(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
             return attend(q, k, v)
 
     flops = problem.plan(DENSE).attention_flops(0)
-    return Contender("dense", "raster", "cudnn" if cudnn else "sdpa", attend_cudnn if cudnn else attend, flops)
+    if not chosen:
+        return Contender("dense", "raster", "sdpa", attend, flops)
+    name = backend.name.removesuffix("_ATTENTION").lower()  # "cudnn", "flash"
+    return Contender("dense", "raster", name, attend_by, flops)
 
 
 def published(problem: Problem) -> Contender:

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels compile to, without a GPU: registers, spills, shared memory and instructions of every variant."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ring_hilbert.kernels.tiles import PASSES, Pass, Tile, plan_tile, tiles_for
+from ring_hilbert.kernels.walk import Chain, Facts, Rule, Walk, plan_lists, plan_rows
+
+CAPABILITIES = (80, 90, 100)
+# Shared memory that a block of threads may have, in bytes (CUDA C++ Programming Guide, technical specifications).
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ROWS, HEADS, KV_HEADS = 2048, 8, 4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of walk: what masks compare, and how rows are found."""
+
+    causal: bool = False
+    positions: bool = False
+    documents: bool = False
+    segments: bool = False
+    remote: bool = False
+
+    def walk(self, tile: Tile, transposed: bool) -> Walk:
+        """A small walk of this kind."""
+        rows = np.arange(ROWS)
+        facts = Facts(rows[None, ::-1] if self.positions else None, rows[None] // 300 if self.documents else None)
+        blocks = {"block_outer": tile.block_outer, "block_inner": tile.block_inner}
+        if self.remote:
+            visits = [[[(rows, rows)]] * KV_HEADS]
+            return plan_lists(
+                visits, facts, facts, Rule(**blocks, transposed=transposed, causal=2 * self.causal, indexed=True)
+            )
+        chain = Chain(
+            ((8 if self.segments else 512, 1), (1024, 2)), ((0,) * KV_HEADS, tuple(g % 2 for g in range(KV_HEADS)))
+        )
+        return plan_rows([chain], 0, rows, facts, causal=self.causal, transposed=transposed, **blocks)
+
+
+VARIANTS = {
+    "full": Variant(),
+    "causal": Variant(causal=True),
+    "causal, short segments": Variant(causal=True, segments=True),
+    "causal by position": Variant(causal=True, positions=True),
+    "documents": Variant(documents=True),
+    "causal, documents": Variant(causal=True, documents=True),
+    "causal by position, documents": Variant(causal=True, positions=True, documents=True),
+    "received rows": Variant(remote=True),
+    "received rows, causal, documents": Variant(causal=True, positions=True, documents=True, remote=True),
+}
+
+
+def rows(
+    capabilities: tuple[int, ...], head_dims: tuple[int, ...], dtype: torch.dtype,
+    passes: tuple[Pass, ...] = PASSES, variants: tuple[str, ...] = tuple(VARIANTS),
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """A record for every variant, pass, head dim and capability, with the shipped tiles."""
+    import triton
+
+    for capability in capabilities:
+        for head_dim in head_dims:
+            for pass_ in passes:
+                for name in variants:
+                    facts = compiled(
+                        VARIANTS[name],
+                        pass_,
+                        tiles_for(pass_, capability, head_dim, dtype),
+                        head_dim,
+                        dtype,
+                        capability,
+                    )
+                    yield {
+                        "triton": triton.__version__, "capability": capability, "head_dim": head_dim, "dtype": str(dtype)[6:],
+                        "pass": pass_, "variant": name, **facts,
+                    }  # fmt: skip
+
+
+def compiled(
+    variant: Variant, pass_: Pass, tiles: tuple[Tile, ...], head_dim: int, dtype: torch.dtype, capability: int
+) -> dict[str, Any]:
+    """What one kernel, launched by `launch`, compiles to."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    tile, walk = plan_tile(pass_, tiles, lambda tile: variant.walk(tile, pass_ == "dkdv"))
+    assert walk.segments == variant.segments and walk.indexed == (variant.positions or variant.remote)
+    kernel, arguments, options = _arguments(variant, pass_, tile, walk, head_dim, dtype)
+    options = {name: value for name, value in options.items() if name not in ("grid", "warmup")}
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *arguments, debug=False, **options
+    )
+    options = {"debug": False, **options}
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
+    result = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
+    registers, stack = _resources(result.asm["cubin"])
+    ptx = result.asm["ptx"]
+    waits = [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)]
+    return {
+        **tile._asdict(),
+        "registers": registers,
+        "spilled_bytes": stack,
+        "shared_bytes": result.metadata.shared,
+        "shared_limit": SHARED_LIMITS[capability],
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "most_copies_in_flight": max(waits, default=0),
+    }
+
+
+def _arguments(
+    variant: Variant, pass_: Pass, tile: Tile, walk: Walk, head_dim: int, dtype: torch.dtype
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The kernel and the arguments that `launch` gives it."""
+    from ring_hilbert.kernels import backward, forward, launch
+
+    kernel = {"forward": forward.forward_kernel, "dq": backward.dq_kernel, "dkdv": backward.dkdv_kernel}[pass_]
+    if not hasattr(kernel, "_pack_args"):
+        raise ValueError("kernels are interpreted in this process; unset TRITON_INTERPRET")
+    q = torch.empty(2, ROWS, HEADS, head_dim, dtype=dtype)
+    k = v = torch.empty(2, ROWS, KV_HEADS, head_dim, dtype=dtype)
+    output = launch.Output.allocate(q, dtype == torch.float32)
+    staging = None
+    if variant.remote:
+        staging = launch.Staging.allocate(q, torch.zeros(1, KV_HEADS, ROWS, dtype=torch.int32), ROWS)
+    terms = launch.RowTerms(q, output.lse, output.lse)
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    run, kernel.run = kernel.run, lambda *args, **options: found.append((args, options))
+    try:
+        if pass_ == "forward":
+            launch.forward(q, k, v, tile, walk, 1.0, output, staging, resume=variant.remote)
+        elif pass_ == "dq":
+            launch.dq(q, k, v, terms, q, tile, walk, 1.0, staging, resume=variant.remote)
+        else:
+            launch.dkdv(q, k, v, terms, (k, v), tile, walk, 1.0)
+    finally:
+        kernel.run = run
+    return kernel, *found[0]
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of stack, which is where spilled registers go."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        text = subprocess.run([str(tool), "-res-usage", str(file)], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+__all__ = ["CAPABILITIES", "VARIANTS", "Variant", "compiled", "rows"]
