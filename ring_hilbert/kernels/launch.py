@@ -50,12 +50,13 @@ class Output(NamedTuple):
     residue: Tensor | None
 
     @classmethod
-    def allocate(cls, q: Tensor, residue: bool) -> Output:
-        """Uninitialised, for `q [B, S, H, D]`."""
-        lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-        return cls(
-            torch.empty(q.shape, dtype=q.dtype, device=q.device), lse, torch.empty_like(lse) if residue else None
-        )
+    def allocate(cls, q: Tensor, residue: bool, *, clear: bool = False) -> Output:
+        """For `q [B, S, H, D]`: uninitialised, or (`clear`) what rows without a key have, 0 and -inf."""
+        make = torch.zeros if clear else torch.empty
+        out = make(q.shape, dtype=q.dtype, device=q.device)
+        lse = make((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+        rounding = make(lse.shape, dtype=torch.float32, device=q.device) if residue else None
+        return cls(out, lse.fill_(float("-inf")) if clear else lse, rounding)
 
 
 def forward(

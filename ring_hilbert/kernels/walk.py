@@ -91,7 +91,7 @@ class Walk:
         tables: `[B or 1, Hkv]`: which table of tiles a batch entry and kv head reads.
         tiles: `[tables, T, 4]`: place in `rows`, first run, blocks to visit without a mask, blocks with one; the longest walk
             first. Place 0 is no tile.
-        rows: `[places, block_outer]` rows of the outer tensor, -1 where there is none.
+        rows: `[places, block_outer]` rows of the outer tensor, -1 where there is none. Rows of no branch are in no tile.
         runs: `[runs, 8]`: first row (with `indexed`: place in `index`), `TIMES` x the step to the next + how often they count,
             how many rows, nothing, then for tiles that hold rows of several segments the segment length and what to add to
             a row before it is divided by it, and the same of the segments to leave out (0: none).
@@ -291,7 +291,7 @@ class _Levels:
             else:
                 rate = rates[depth] if deeper else rates[depth + 1]
                 residues = self.s[rows] % rate
-                self._lists[key] = [_List(rows[residues == x], rate) for x in np.unique(residues)]
+                self._lists[key] = [_List(rows[residues == x], rate) for x in np.flatnonzero(np.bincount(residues))]
         return self._lists[key]
 
 
@@ -346,13 +346,16 @@ def _tiles_of(levels: list[_Levels], rule: Rule, entry: int, deduplicate: bool, 
     groups: list[_Group] = []
     before = 0
     for value in np.unique(kind):
+        if value == 0:
+            continue  # in no branch
         rows = np.flatnonzero(kind == value)
         depths = [int(level.depth[rows[0]]) for level in levels]
         segments = [level.segments[j] for level, c in zip(levels, depths, strict=True) for j in range(c + 1)]
-        segments = sorted(segments, key=lambda x: -len(np.unique(x[rows]))) or [np.zeros(count, np.int64)]
+        number = [1 + np.count_nonzero(np.diff(x[rows])) for x in segments]
+        order = sorted(range(len(segments)), key=lambda i: -number[i])
         # Tiles end where segments do, of the shortest that hold half a tile; rows of several shorter ones are masked apart.
-        long = (x for x in segments if len(rows) >= rule.block_outer // 2 * len(np.unique(x[rows])))
-        inner, cut = segments[0], next(long, segments[-1]) if unbroken else segments[0]
+        long = (i for i in order if len(rows) >= rule.block_outer // 2 * number[i])
+        inner, cut = segments[order[0]], segments[next(long, order[-1]) if unbroken else order[0]]
         rows = rows[np.lexsort([*(key[rows] for key in levels[0].sorting.keys), inner[rows], cut[rows]])]
         own, starts = _cut_into_tiles(rows, cut[rows], rule.block_outer)
         for level, depth in zip(levels, depths, strict=True):
@@ -448,7 +451,8 @@ class _Builder:
 
     def add(self, table: _Table) -> None:
         """One more table."""
-        blocks = [self._blocks(group, number, table) for number, group in enumerate(table.groups)]
+        spans = _spans(table.rows, *self.outer.of(table.entry), bool(self.rule.causal))
+        blocks = [self._blocks(group, number, table.entry, spans) for number, group in enumerate(table.groups)]
         found = np.concatenate([np.empty((0, 4 + RUN_WIDTH), np.int64), *blocks])
         found = found[np.lexsort((found[:, 1], found[:, 0]))]
         tile, masked, place = found[:, 0], found[:, 1], found[:, 3]
@@ -500,7 +504,7 @@ class _Builder:
             self.straddles, self.rule.indexed, self.rule.block_outer, self.rule.block_inner, int(steps),
         )  # fmt: skip
 
-    def _blocks(self, group: _Group, number: int, table: _Table) -> np.ndarray:
+    def _blocks(self, group: _Group, number: int, entry: int, spans: _Spans) -> np.ndarray:
         """The blocks of a group that are visited, `[n, 4 + 8]`: tile, whether masked, group, place in the list, run."""
         some = group.stop > group.start
         tile, start, stop, straddles = (x[some] for x in (group.tile, group.start, group.stop, group.straddles))
@@ -520,7 +524,7 @@ class _Builder:
             times = each[which]
             block = np.repeat(base[which] - (np.cumsum(times) - times), times) + np.arange(times.sum())
             tile, straddles = np.repeat(tile, times), np.repeat(straddles, times)
-            full, empty = self._decide(table, tile, inner.rows, block_start, block_stop, block)
+            full, empty = self._decide(entry, spans, tile, inner.rows, block_start, block_stop, block)
             start, count = block_start[block], (block_stop - block_start)[block]
             keep = ~empty
             tile, start, count, straddles, full = (x[keep] for x in (tile, start, count, straddles, full))
@@ -555,34 +559,48 @@ class _Builder:
         return self._at[id(inner.rows)]
 
     def _decide(
-        self, table: _Table, tile: np.ndarray, rows: np.ndarray, start: np.ndarray, stop: np.ndarray, block: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, entry: int, tiles: _Spans, tile: np.ndarray, rows: np.ndarray, start: np.ndarray, stop: np.ndarray,
+        block: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Of every visit of `tile[i]` to block `[start, stop)[block[i]]` of `rows`: all pairs count; none does."""
         full, empty = np.ones(len(tile), bool), np.zeros(len(tile), bool)
-        positions, documents = self.outer.of(table.entry)
-        inner_positions, inner_documents = self.inner.of(table.entry)
-        if self.rule.causal:
-            low, high = _extremes(table.rows, positions)
-            low_in, high_in = _block_extremes(rows if inner_positions is None else inner_positions[rows], start, stop)
+        positions, documents = self.inner.of(entry)
+        if tiles.positions is not None:
+            (low, high), (low_in, high_in) = (
+                tiles.positions,
+                _block_extremes(rows if positions is None else positions[rows], start, stop),
+            )
             low, high, low_in, high_in = low[tile], high[tile], low_in[block], high_in[block]
             if self.rule.transposed:
                 low, high, low_in, high_in = low_in, high_in, low, high
             full &= high_in <= low
             empty |= low_in > high
-        if documents is not None and inner_documents is not None:
-            low, high = _extremes(table.rows, documents)
-            low_in, high_in = _block_extremes(inner_documents[rows], start, stop)
+        if tiles.documents is not None and documents is not None:
+            (low, high), (low_in, high_in) = tiles.documents, _block_extremes(documents[rows], start, stop)
             low, high, low_in, high_in = low[tile], high[tile], low_in[block], high_in[block]
             full &= (low == high) & (low_in == high_in) & (low == low_in) & (low >= 0)
             empty |= (low > high_in) | (high < low_in) | (high < 0) | (high_in < 0)
         return full, empty
 
 
-def _extremes(tiles: np.ndarray, values: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Smallest and largest value of the rows of every tile, `values[row]` or the row itself."""
-    there = tiles >= 0
-    found = tiles if values is None else values[np.where(there, tiles, 0)]
-    return np.where(there, found, ENDLESS).min(1), np.where(there, found, -ENDLESS).max(1)
+class _Spans(NamedTuple):
+    """Smallest and largest position and document of every tile, where they hide pairs."""
+
+    positions: tuple[np.ndarray, np.ndarray] | None
+    documents: tuple[np.ndarray, np.ndarray] | None
+
+
+def _spans(tiles: np.ndarray, positions: np.ndarray | None, documents: np.ndarray | None, causal: bool) -> _Spans:
+    """Those of tiles of rows, -1 where there is none; without `positions` a row is its position."""
+    there, rows = tiles >= 0, np.maximum(tiles, 0)
+
+    def extremes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.where(there, values, ENDLESS).min(1), np.where(there, values, -ENDLESS).max(1)
+
+    return _Spans(
+        extremes(rows if positions is None else positions[rows]) if causal else None,
+        None if documents is None else extremes(documents[rows]),
+    )
 
 
 def _block_extremes(values: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -129,11 +129,14 @@ class TritonCore:
             self.local[pass_] = plan_tile(pass_, choice, local_walk)
             if remote is not None and remote.visits:
                 self.remote[pass_] = plan_tile(pass_, choice, remote_walk)
+        covered = _covered(pattern, num_kv_heads, rows)
+        self.covers = bool(covered.all())  # else some rows are in no tile, and results start as those of no key
         self.slots, self.places = None, 0
         if remote is not None and remote.visits:
             slots = np.full((num_kv_heads, len(rows)), -1, np.int32)
             for heads, queries, _ in remote.visits:
                 slots[np.array(heads)[:, None], queries] = 0
+            slots[~covered] = -1  # nothing to take up again
             slots[slots == 0] = (np.cumsum(slots + 1, axis=1, dtype=np.int32) - 1)[slots == 0]
             self.places = int(slots.max()) + 1
             self.slots = torch.from_numpy(slots)[None].to(device)
@@ -151,7 +154,7 @@ class TritonCore:
         """
         from ring_hilbert.kernels import launch
 
-        output = launch.Output.allocate(q, self.exact)
+        output = launch.Output.allocate(q, self.exact, clear=not self.covers)
         staging = self._staging(q)
         if q.shape[1]:
             launch.forward(q, k, v, *self.local["forward"], scale, output, staging)
@@ -181,8 +184,9 @@ class TritonCore:
         from ring_hilbert.kernels import launch
 
         terms = launch.row_terms(dout, out, lse, residue if self.exact else None)
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        dk, dv = (torch.empty(k.shape, dtype=sums, device=k.device) for _ in range(2))
+        allocate = torch.empty if self.covers else torch.zeros
+        dq = allocate(q.shape, dtype=q.dtype, device=q.device)
+        dk, dv = (allocate(k.shape, dtype=sums, device=k.device) for _ in range(2))
         staging, returned = self._staging(q), None
         if q.shape[1]:
             launch.dq(q, k, v, terms, dq, *self.local["dq"], scale, staging)
@@ -212,6 +216,16 @@ class TritonCore:
 
 
 # ---- walks
+
+
+def _covered(pattern: DilatedPattern, num_kv_heads: int, rows: np.ndarray) -> np.ndarray:
+    """Which rows are in some branch, bool `[Hkv, S]`."""
+    s, covered = rows + pattern.segment_shift, np.zeros((num_kv_heads, len(rows)), bool)
+    for branch in pattern.branches:
+        w, r = branch
+        offsets = np.array([pattern.offset(branch, g, num_kv_heads) for g in range(num_kv_heads)])
+        covered |= (s if w is None else s % w) % r == offsets[:, None]
+    return covered
 
 
 _walks: OrderedDict[tuple[Any, ...], Walk] = OrderedDict()
