@@ -38,12 +38,12 @@ class Problem:
 
     def tensors(self) -> dict[str, Tensor]:
         """q, k, v, which require gradients, and dout; the same numbers for every contender."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads, "dout": self.heads}
         return {
-            name: torch.randn((self.batch, self.length, h, self.head_dim), generator=generator)
-            .to(self.device, self.dtype)
-            .requires_grad_(name != "dout")
+            name: torch.randn(
+                (self.batch, self.length, h, self.head_dim), generator=generator, device=self.device, dtype=self.dtype
+            ).requires_grad_(name != "dout")
             for name, h in heads.items()
         }
 

@@ -33,6 +33,7 @@ from ring_hilbert.kernels.walk import Facts
 from ring_hilbert.ops.triton_core import TritonCore, choose
 
 Record = dict[str, Any]
+DILATED_ROWS = 131072  # of one head at every dilation: so many that clearing the rows between them is little beside it
 FLOPS = {"forward": 4, "backward": 10}  # per pair and column of the head
 PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4}  # matrix products that a pass computes of a block
 CANDIDATES = {
@@ -65,6 +66,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--order", nargs="+", default=["raster", "hilbert"], metavar="CURVE", help="of the rows; default raster hilbert"
     )
     add("--causal", action=argparse.BooleanOptionalAction, help="default: both")
+    add(
+        "--dilations", type=int, nargs="*", default=[1, 8, 64], metavar="R",
+        help=f"also one head with {DILATED_ROWS} rows at these dilations, so with equal pairs; default 1 8 64",
+    )  # fmt: skip
     add("--repeats", type=int, default=15, help="rounds that are timed; default 15")
     add(
         "--dense-limit",
@@ -113,15 +118,13 @@ def report(records: list[Record], chosen: argparse.Namespace) -> None:
 
 
 def patterns(length: int) -> Iterator[tuple[str, rh.DilatedPattern]]:
-    """What is timed: dense, five branches, and as many pairs of one branch at dilation 1, 8 and 64."""
+    """What is timed at every length: dense and five branches."""
     if length <= 32768:
         yield "dense", DENSE
     yield (
         "five branches",
         rh.DilatedPattern(tuple(min(2048 << i, length) for i in range(5)), tuple(1 << i for i in range(5))),
     )
-    for rate in (1, 8, 64):
-        yield f"dilation {rate}", rh.DilatedPattern((min(2048 * rate, length),), (rate,))
 
 
 def _problems(chosen: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Problem, str]]:
@@ -131,6 +134,10 @@ def _problems(chosen: argparse.Namespace, dtype: torch.dtype, device: torch.devi
             for causal in [True, False] if chosen.causal is None else [chosen.causal]:
                 for name, pattern in patterns(length):
                     yield Problem(pattern, length, causal, dtype, device, 1, chosen.heads, kv_heads, head_dim), name
+        for rate in chosen.dilations:
+            for causal in [True, False] if chosen.causal is None else [chosen.causal]:
+                length, pattern = DILATED_ROWS * rate, rh.DilatedPattern((DILATED_ROWS * rate,), (rate,))
+                yield Problem(pattern, length, causal, dtype, device, 1, 1, 1, head_dim), f"dilation {rate}"
 
 
 def _core(problem: Problem, curve: str, tiles: dict[Pass, Tile] | None = None) -> TritonCore:
