@@ -153,6 +153,7 @@ def add_queries(
         else:
             log = tl.load(lse2 + places)
             shift = tl.load(delta + places)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # first: fewer registers are alive at once
         scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
         if k.dtype == tl.float32:
             p = tl.math.exp2(above(scores, scale2, (log - weight)[None, :]))
@@ -165,7 +166,6 @@ def add_queries(
             )
             p = tl.where(visible, p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - shift[None, :])
         dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
         at = next_step(runs, index, at, BLOCK_M, INDEXED)

@@ -79,8 +79,11 @@ def counts(
     runs, at, outer, outer_facts, inner, inner_facts, exists,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Which pairs of outer and inner rows count, bool `[M, N]`; `exists [N]`: the inner rows that there are."""
-    visible = exists[None, :]
+    """Which pairs of outer and inner rows count, bool `[M, N]`; `exists [N]`: the inner rows that there are.
+
+    With TRANSPOSED inner rows that do not exist are not hidden: their lse is infinite.
+    """
+    visible = tl.full([1, 1], 1, tl.int1) if TRANSPOSED else exists[None, :]
     if CAUSAL > 0:
         if TRANSPOSED:
             visible = visible & (outer_facts[0][:, None] <= inner_facts[0][None, :])

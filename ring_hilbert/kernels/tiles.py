@@ -23,15 +23,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (least compute capability, largest padded head dim, bytes of an element): tiles of forward, dQ, dK and dV. A pass may have a
-# second one, for walks whose masks take registers (`takes_registers`). The first row that fits a call is taken, so rows stand
+# (least compute capability, largest padded head dim, bytes of an element): tiles of forward, dQ, dK and dV. A pass may have up
+# to three, for walks that take more and more registers (`demand`). The first row that fits a call is taken, so rows stand
 # from the newest generation to the oldest. `ring-hilbert bench kernels --tune` and `--aot` tell what a change is worth.
 TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
     (100, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
     (100, 128, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 2),)),
     (90, 64, 2): ((Tile(64, 64, 4, 3),), (Tile(64, 64, 4, 3),), (Tile(64, 32, 4, 3),)),
     (90, 128, 2): (
-        (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)), (Tile(128, 64, 8, 3),), (Tile(128, 32, 8, 2), Tile(128, 16, 8, 3)),
+        (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
+        (Tile(128, 64, 8, 3),),
+        (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 3)),
     ),
     (90, 256, 2): ((Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 1),), (Tile(32, 32, 4, 1),)),
     (0, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
@@ -49,13 +51,16 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def takes_registers(pass_: Pass, walk: Walk) -> bool:
-    """Whether the walk is one for the second tile of a pass."""
-    return walk.segments or walk.documents or (walk.indexed and pass_ != "forward")
+def demand(pass_: Pass, walk: Walk) -> int:
+    """How many registers the rows and masks of a walk take beside the pass itself: 0, 1 or 2, found by compiling."""
+    facts = walk.documents or walk.causal == 2
+    if walk.segments or (walk.indexed and pass_ != "forward" and not facts):
+        return 2
+    return int(walk.documents or (walk.indexed and pass_ != "forward"))
 
 
 def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """The tile, or the two tiles, of a pass at a compute capability (90: 9.0); ValueError if the table has none."""
+    """The tiles, by demand, of a pass at a compute capability (90: 9.0); ValueError if the table has none."""
     for (least, dim, size), tiles in TILES.items():
         if capability >= least and padded_head_dim(head_dim) <= dim and dtype.itemsize == size:
             return tiles[PASSES.index(pass_)]
@@ -75,6 +80,5 @@ def device_tiles(pass_: Pass, head_dim: int, dtype: torch.dtype, device: torch.d
 def plan_tile(pass_: Pass, tiles: tuple[Tile, ...], plan: Callable[[Tile], Walk]) -> tuple[Tile, Walk]:
     """The tile of a walk, and the walk that `plan` makes for it."""
     walk = plan(tiles[0])
-    if len(tiles) == 1 or not takes_registers(pass_, walk):
-        return tiles[0], walk
-    return tiles[1], plan(tiles[1])
+    tile = tiles[min(demand(pass_, walk), len(tiles) - 1)]
+    return tile, walk if tile == tiles[0] else plan(tile)
