@@ -4,7 +4,8 @@
 A row is one pass of one contender on one problem. `tflops` counts the pairs of the branches (4 D FLOPs each forward, 10 D
 backward, for everybody), `executed_tflops` the pairs in the blocks that are visited: fewer where pairs of several branches are
 visited once, more where masks hide some. `efficiency` is tflops over that of dense cuDNN attention with the same mask in the
-same run, at --dense-limit rows if the problem has more. Contenders take turns; medians are kept, with the least and the most.
+same run, at --dense-limit rows if the problem has more (one head of them does not fill a GPU: compare the milliseconds of
+--dilations with each other). Contenders take turns; medians are kept, with the least and the most.
 
 With --tune every tile of a list is tried (executed_tflops then counts the products that a pass computes); the table in
 `kernels/tiles.py` is edited by hand. With --aot nothing runs: the rows tell the registers, spills, shared memory and
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -284,23 +286,31 @@ def _facts(problem: Problem, name: str) -> Record:
 
 
 def draw(path: Path, records: list[Record]) -> None:
-    """TFLOP/s against length: a panel for each pass, a line for each contender, of the five branches."""
+    """TFLOP/s of the five branches' pairs against length: a panel for each mask and pass, a colour for each contender.
+
+    The greatest head dim is solid, others are dashed.
+    """
     from ring_hilbert.bench.picture import figure_of, save
 
-    figure, panels = figure_of(2, height=4.8)
-    lines: dict[tuple[str, int, bool], dict[str, list[tuple[int, float]]]] = {}
-    for record in records:
-        if record["pattern"] == "five branches" and "tflops" in record:
-            key = (record["contender"], record["head_dim"], record["causal"])
-            lines.setdefault(key, {}).setdefault(record["pass"], []).append((record["length"], float(record["tflops"])))
-    for axes, pass_ in zip(panels, FLOPS, strict=True):
-        for (label, head_dim, causal), points in lines.items():
-            style = "-" if causal else "--"
+    drawn = sorted((r for r in records if r["pattern"] == "five branches"), key=lambda record: record["length"])
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(record["contender"] for record in drawn))}
+    largest = max((record["head_dim"] for record in drawn), default=0)
+    figure, panels = figure_of(4, height=4.2)
+    for axes, (causal, pass_) in zip(panels, product((True, False), FLOPS), strict=True):
+        lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
+        for record in drawn:
+            if (record["causal"], record["pass"]) == (causal, pass_):
+                point = record["length"], float(record["tflops"])
+                lines.setdefault((record["contender"], record["head_dim"]), []).append(point)
+        for (name, head_dim), points in lines.items():
             axes.plot(
-                *zip(*sorted(points.get(pass_, [])), strict=True), style, marker="o", label=f"{label}, D {head_dim}"
-            )
-        axes.set(xlabel="rows", title=f"{pass_}: TFLOP/s of branch pairs, causal solid")
+                *zip(*points, strict=True), "-" if head_dim == largest else "--",
+                color=colours[name], marker="o", markersize=4, label=name if head_dim == largest else None,
+            )  # fmt: skip
+        axes.set(xlabel="rows", title=f"{pass_}, {'causal' if causal else 'not causal'} (TFLOP/s)", ylim=(0, None))
         axes.set_xscale("log", base=2)
+        lengths = sorted({record["length"] for record in drawn})
+        axes.set_xticks(lengths, [f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}k" for n in lengths])
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=7)
+    panels[0].legend(fontsize=7, title=f"D = {largest}; dashed: less", title_fontsize=7)
     save(figure, path)
