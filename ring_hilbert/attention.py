@@ -24,15 +24,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def dilated_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, *, causal: bool | None = ..., order: TokenOrder | None = ...,
     positions: Tensor | None = ..., document_ids: Tensor | None = ..., group: Group = ..., layout: str | None = ...,
-    strategy: str | None = ..., backend: str = ..., scale: float | None = ..., prepared: Prepared | None = ...,
-    return_lse: Literal[False] = ..., name: str | None = ...,
+    strategy: str | None = ..., backend: str = ..., scale: float | None = ..., save_remote: bool | None = ...,
+    prepared: Prepared | None = ..., return_lse: Literal[False] = ..., name: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def dilated_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, *, causal: bool | None = ..., order: TokenOrder | None = ...,
     positions: Tensor | None = ..., document_ids: Tensor | None = ..., group: Group = ..., layout: str | None = ...,
-    strategy: str | None = ..., backend: str = ..., scale: float | None = ..., prepared: Prepared | None = ...,
-    return_lse: Literal[True], name: str | None = ...,
+    strategy: str | None = ..., backend: str = ..., scale: float | None = ..., save_remote: bool | None = ...,
+    prepared: Prepared | None = ..., return_lse: Literal[True], name: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def dilated_attention(
     q: Tensor,
@@ -49,6 +49,7 @@ def dilated_attention(
     strategy: str | None = None,
     backend: str = "auto",
     scale: float | None = None,
+    save_remote: bool | None = None,
     prepared: Prepared | None = None,
     return_lse: bool = False,
     name: str | None = None,
@@ -69,12 +70,13 @@ def dilated_attention(
         positions: integers `[S]` or `[B, S]`; default the row index (with `order`, the token index).
         document_ids: integers `[S]` or `[B, S]`; documents do not see each other; -1 marks padding rows.
         group: process group or 1-D DeviceMesh the sequence is sharded over; None is one device, never the world.
-        layout: "contiguous" (default).
-        strategy: "exchange" or "auto" (default).
+        layout: "contiguous" (default) or "zigzag", as in `prepare`.
+        strategy: "exchange", "ring", "ulysses" or "auto" (default), as in `prepare`.
         backend: "triton", "torch" or "auto" (default): Triton on CUDA devices where it is installed, for fp16, bf16 and fp32.
         scale: of the scores; default `D ** -0.5`.
+        save_remote: keep the rows that other ranks sent for backward (default: fetch them again, behind local work).
         prepared: the facts of this batch from `prepare` or `shard_batch`; then causal, order, positions, document_ids,
-            group, layout and strategy are its own, and saying something else here is an error.
+            group, layout, strategy and save_remote are its own, and saying something else here is an error.
         return_lse: also return `lse`.
         name: what error messages call this layer.
 
@@ -85,7 +87,7 @@ def dilated_attention(
     Raises:
         ValueError: for arguments that are wrong or differ between ranks; on every rank, naming rank and argument.
     """
-    chosen = {"causal": causal, "order": order, "layout": layout, "strategy": strategy}
+    chosen = {"causal": causal, "order": order, "layout": layout, "strategy": strategy, "save_remote": save_remote}
     facts = {"positions": positions, "document_ids": document_ids}
     error, shapes, factor = None, None, scale
     try:
@@ -114,7 +116,7 @@ def dilated_attention(
             )
         prepared = prepare_call(
             q.shape[1] if q.ndim == 4 else 0, agreed, error, group=group, causal=causal, order=order,
-            layout=layout or "contiguous", strategy=strategy or "auto", **facts,
+            layout=layout or "contiguous", strategy=strategy or "auto", save_remote=bool(save_remote), **facts,
         )  # fmt: skip
     elif error:
         if isinstance(prepared, Prepared) and not torch.compiler.is_compiling():
@@ -122,7 +124,14 @@ def dilated_attention(
         raise ValueError(error)
     assert shapes is not None and factor is not None, "an invalid call has raised on every rank"
 
-    call = Call.of(pattern, causal=causal, order=order, scale=factor, backend=backend, name=name)
+    keep = prepared is not None and prepared.save_remote
+    how = "exchange" if prepared is None else prepared.strategy
+    if prepared is not None and how == "auto" and not torch.compiler.is_compiling():
+        how = prepared.strategy_for(pattern, shapes)
+    call = Call.of(
+        pattern, causal=causal, order=order, scale=factor, backend=backend, strategy=how, keep=keep, return_lse=return_lse,
+        name=name,
+    )  # fmt: skip
     out, lse = attend(q, k, v, prepared, call)
     return (out, lse) if return_lse else out
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 import ring_hilbert as rh
 from ring_hilbert.ops import dense
 from ring_hilbert.ops.dense import CpuFlash, MatrixProducts
-from ring_hilbert.parallel import execution
+from ring_hilbert.parallel import cores
 from tests.cases import Case, assert_close, cases
 
 
@@ -27,7 +27,7 @@ class Unbiased(CpuFlash):
 
 @pytest.fixture(params=[MatrixProducts, Unbiased])
 def other_kernel(request, monkeypatch):
-    monkeypatch.setattr(execution, "dense_kernel", lambda *_: request.param(torch.float64))
+    monkeypatch.setattr(cores, "dense_kernel", lambda *_: request.param(torch.float64))
 
 
 @pytest.mark.usefixtures("other_kernel")
@@ -47,7 +47,7 @@ def test_the_operator_over_other_kernels(causal: bool, seq_len: int):
 @settings(max_examples=60, deadline=None)
 def test_any_case_over_matrix_products(case: Case):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "dense_kernel", lambda *_: MatrixProducts(torch.float64))
+        patch.setattr(cores, "dense_kernel", lambda *_: MatrixProducts(torch.float64))
         patch.setattr("ring_hilbert.ops.torch_core.MATRIX_QUERIES", 7)
         patch.setattr("ring_hilbert.ops.torch_core.MATRIX_KEYS", 5)
         assert_close(case.actual(), case.expected())

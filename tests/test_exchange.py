@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,9 +23,20 @@ ALIGNED = rh.DilatedPattern((16, 32, 64), (1, 2, 4))
 RAGGED = rh.DilatedPattern((7, 19, 50, None), (2, 3, 5, 4), "modulo", 1, segment_shift=3)
 
 
-def shard(tensor: torch.Tensor, lengths: tuple[int, ...], rank: int) -> torch.Tensor:
+class Way(NamedTuple):
+    """How rows reach other ranks."""
+
+    strategy: str = "exchange"
+    layout: str = "contiguous"
+    save_remote: bool = False
+
+
+EXCHANGE = Way()
+
+
+def shard(tensor: torch.Tensor, layout: Layout, rank: int) -> torch.Tensor:
     """The rows (axis 1, or the last of a 1-D or 2-D fact) of one rank."""
-    return tensor.split(list(lengths), dim=1 if tensor.ndim > 2 else -1)[rank]
+    return tensor.index_select(1 if tensor.ndim > 2 else tensor.ndim - 1, torch.from_numpy(layout.rows(rank)))
 
 
 def attend(
@@ -34,12 +47,14 @@ def attend(
     dtype: torch.dtype,
     shared_prepared: bool = False,
     backend: str = "auto",
+    way: Way = EXCHANGE,
 ):
     """One rank's out, lse, dq, dk, dv, and the plan it ran."""
-    x = {name: shard(value, lengths, rank).clone() for name, value in case.tensors(dtype).items()}
-    facts = {name: None if value is None else shard(value, lengths, rank) for name, value in case.facts().items()}
+    layout = Layout(lengths, way.layout)
+    x = {name: shard(value, layout, rank).clone() for name, value in case.tensors(dtype).items()}
+    facts = {name: None if value is None else shard(value, layout, rank) for name, value in case.facts().items()}
     q, k, v = (x[name].requires_grad_() for name in "qkv")
-    options = {"causal": case.causal, "order": case.order, "group": group, **facts}
+    options = {"causal": case.causal, "order": case.order, "group": group, **facts, **way._asdict()}
     prepared = rh.prepare(lengths[rank], **options)
     call = {"prepared": prepared} if shared_prepared else options
     out, lse = rh.dilated_attention(q, k, v, case.pattern, return_lse=True, backend=backend, **call)
@@ -49,22 +64,28 @@ def attend(
     return result, prepared.plan(case.pattern, shapes) if shapes else None
 
 
-def whole(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def whole(parts: list[dict[str, torch.Tensor]], layout: Layout | None = None) -> dict[str, torch.Tensor]:
     """The ranks' results as those of one device."""
-    return {name: torch.cat([part[name] for part in parts], dim=2 if name == "lse" else 1) for name in parts[0]}
+    merged = {name: torch.cat([part[name] for part in parts], dim=2 if name == "lse" else 1) for name in parts[0]}
+    if layout is None or layout.kind == "contiguous":
+        return merged
+    places = torch.from_numpy(np.concatenate([layout.rows(rank) for rank in range(layout.world_size)])).argsort()
+    return {name: x.index_select(2 if name == "lse" else 1, places) for name, x in merged.items()}
 
 
 # ---- equality with one device
 
 
-def _run_cases(rank: int, world: int, problems: list[tuple[Case, tuple[int, ...]]], dtype: torch.dtype):
-    return [attend(case, lengths, rank, dist.group.WORLD, dtype)[0] for case, lengths in problems]
+def _run_cases(rank: int, world: int, problems: list[tuple[Case, tuple[int, ...], Way]], dtype: torch.dtype):
+    return [attend(case, lengths, rank, dist.group.WORLD, dtype, way=way)[0] for case, lengths, way in problems]
 
 
-def run_cases(world: int, problems: list[tuple[Case, tuple[int, ...]]], dtype: torch.dtype = torch.float64):
-    """For every problem, the results of all ranks put together."""
-    ranks = run_ranks(_run_cases, world, problems, dtype)
-    return [whole([rank[i] for rank in ranks]) for i in range(len(problems))]
+def run_cases(world: int, problems: list[tuple], dtype: torch.dtype = torch.float64):
+    """For every problem, (case, lengths) or (case, lengths, way), the results of all ranks put together."""
+    problems = [(*problem, EXCHANGE)[:3] for problem in problems]
+    ranks = run_ranks(_run_cases, world, problems, dtype, timeout=300)
+    layouts = [Layout(lengths, way.layout) for _, lengths, way in problems]
+    return [whole([rank[i] for rank in ranks], layout) for i, layout in enumerate(layouts)]
 
 
 def splits(seq_len: int, world: int, kind: str, seed: int = 0) -> tuple[int, ...]:
@@ -107,6 +128,51 @@ def test_ranks_equal_the_reference(world: int):
             raise AssertionError(f"{case} over {lengths}") from error
 
 
+WAYS = [
+    Way("ring"), Way("ring", "zigzag"), Way("exchange", "zigzag"), Way("ulysses"), Way("ulysses", "zigzag"),
+    Way("exchange", save_remote=True), Way("ring", "zigzag", save_remote=True),
+]  # fmt: skip
+
+
+def possible(case: Case, world: int, way: Way) -> bool:
+    """Whether there are heads enough for the strategy and rows that divide for the layout."""
+    rows = way.layout == "contiguous" or case.seq_len % (2 * world) == 0
+    return rows and (way.strategy != "ulysses" or case.heads >= world)
+
+
+def problems_in_every_way(world: int, every: int = 1) -> list[tuple[Case, tuple[int, ...], Way]]:
+    found = []
+    for i, (case, lengths) in enumerate(problems_for(world)):
+        for j, way in enumerate(WAYS):
+            if way.layout == "zigzag":
+                case = replace(case, seq_len=-(-case.seq_len // (2 * world)) * 2 * world)
+                lengths = Layout.even(case.seq_len, world, "zigzag").lengths
+            if way.strategy == "ulysses":
+                case = replace(case, heads=-(-max(case.heads, world) // case.kv_heads) * case.kv_heads)
+            if (i + j) % every == 0:
+                found.append((case, lengths, way))
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8])
+def test_every_way_equals_the_reference(world: int):
+    check_problems(world, problems_in_every_way(world, every=3))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8])
+def test_every_way_equals_the_reference_in_all_combinations(world: int):
+    check_problems(world, problems_in_every_way(world))
+
+
+def check_problems(world: int, problems: list[tuple[Case, tuple[int, ...], Way]]):
+    for problem, result in zip(problems, run_cases(world, problems), strict=True):
+        try:
+            assert_close(result, problem[0].expected())
+        except AssertionError as error:
+            raise AssertionError(f"{problem}") from error
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_order_inside_the_call(world: int):
     hilbert, morton, snake = (rh.TokenOrder(c, block=n) for c, n in (("hilbert", 16), ("morton", 5), ("snake", 5)))
@@ -119,23 +185,32 @@ def test_order_inside_the_call(world: int):
         assert_close(result, case.expected())
 
 
-def check_any(case: Case, world: int, kind: str):
+def check_any(case: Case, world: int, kind: str, way: Way):
+    if way.layout == "zigzag":
+        case, kind = replace(case, seq_len=-(-case.seq_len // (2 * world)) * 2 * world), "even"
+    if way.strategy == "ulysses":
+        case = replace(case, heads=-(-max(case.heads, world) // case.kv_heads) * case.kv_heads)
     lengths = splits(case.seq_len, world, kind if world > 1 else "even", case.seed)
-    (result,) = run_cases(world, [(case, lengths)])
-    assert_close(result, case.expected())
+    check_problems(world, [(case, lengths, way)])
 
 
-@given(cases(orders=False), st.integers(1, 4), st.sampled_from(["even", "uneven", "one empty"]))
-@settings(max_examples=60, deadline=None)
-def test_any_case_on_any_ranks(case: Case, world: int, kind: str):
-    check_any(case, world, kind)
+ANY_WAY = st.builds(
+    Way, st.sampled_from(["exchange", "ring", "ulysses"]), st.sampled_from(["contiguous", "zigzag"]), st.booleans()
+)
+KINDS = st.sampled_from(["even", "uneven", "one empty"])
+
+
+@given(cases(orders=False), st.integers(1, 4), KINDS, ANY_WAY)
+@settings(max_examples=100, deadline=None)
+def test_any_case_on_any_ranks(case: Case, world: int, kind: str, way: Way):
+    check_any(case, world, kind, way)
 
 
 @pytest.mark.full
-@given(cases(max_length=120, orders=False), st.integers(1, 8), st.sampled_from(["even", "uneven", "one empty"]))
+@given(cases(max_length=120, orders=False), st.integers(1, 8), KINDS, ANY_WAY)
 @settings(max_examples=1500, deadline=None)
-def test_any_case_on_any_ranks_at_length(case: Case, world: int, kind: str):
-    check_any(case, world, kind)
+def test_any_case_on_any_ranks_at_length(case: Case, world: int, kind: str, way: Way):
+    check_any(case, world, kind, way)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -234,7 +309,7 @@ def crossing_rows(case: Case, lengths: tuple[int, ...], rank: int) -> int:
 def _mistake(rank: int, world: int, what: str, prepared_first: bool):
     case = Case(ALIGNED, 64, 2, 4, 2, 4)
     lengths = (22, 21, 21)
-    x = {name: shard(value, lengths, rank) for name, value in case.tensors().items()}
+    x = {name: shard(value, Layout(lengths), rank) for name, value in case.tensors().items()}
     arguments = {"q": x["q"], "k": x["k"], "v": x["v"], "pattern": ALIGNED}
     facts = {}
     if rank == 1:
@@ -299,7 +374,7 @@ def test_orders_that_would_move_rows_between_ranks(order: rh.TokenOrder, words: 
 
 def _peer_goes_missing(rank: int, world: int, phase: str):
     case, lengths = Case(ALIGNED, 64), (32, 32)
-    x = {name: shard(value, lengths, rank).clone() for name, value in case.tensors().items()}
+    x = {name: shard(value, Layout(lengths), rank).clone() for name, value in case.tensors().items()}
     q, k, v = (x[name].requires_grad_() for name in "qkv")
     prepared = rh.prepare(32, group=dist.group.WORLD)
     rh.dilated_attention(q, k, v, ALIGNED, prepared=prepared, name="layer 7").sum().backward()

@@ -30,9 +30,10 @@ from ring_hilbert.kernels import tiles
 from ring_hilbert.kernels.tiles import Tile
 from ring_hilbert.kernels.walk import Chain, Facts, plan_rows
 from ring_hilbert.ops import triton_core
+from ring_hilbert.parallel.layout import Layout
 from tests.cases import Case, assert_close, cases
 from tests.ranks import run_ranks
-from tests.test_exchange import attend, problems_for, splits, whole
+from tests.test_exchange import EXCHANGE, Way, attend, problems_for, problems_in_every_way, splits, whole
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -225,46 +226,54 @@ def test_matrix(dtype: torch.dtype, head_dim: int, seq_len: int, causal: bool):
 # ---- ranks
 
 
-def _run_cases(rank: int, world: int, problems: list[tuple[Case, tuple[int, ...]]], dtype: torch.dtype):
+RankProblem = tuple[Case, tuple[int, ...], Way]
+
+
+def _run_cases(rank: int, world: int, problems: list[RankProblem], dtype: torch.dtype):
     import tests.interpreter  # noqa: F401
 
     results = []
     with pytest.MonkeyPatch.context() as patch:
         poison(patch)
-        for case, lengths in problems:
-            results.append(attend(case, lengths, rank, dist.group.WORLD, dtype, backend="triton")[0])
+        for case, lengths, way in problems:
+            results.append(attend(case, lengths, rank, dist.group.WORLD, dtype, backend="triton", way=way)[0])
     return results
 
 
-def run_cases(world: int, problems: list[tuple[Case, tuple[int, ...]]], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+def run_cases(world: int, problems: list[RankProblem], dtype: torch.dtype) -> list[dict[str, Tensor]]:
     ranks = run_ranks(_run_cases, world, problems, dtype, timeout=280)
-    return [whole([rank[i] for rank in ranks]) for i in range(len(problems))]
+    layouts = [Layout(lengths, way.layout) for _, lengths, way in problems]
+    return [whole([rank[i] for rank in ranks], layout) for i, layout in enumerate(layouts)]
 
 
-def check_ranks(world: int, problems: list[tuple[Case, tuple[int, ...]]]) -> None:
-    problems = [(fits(case), lengths) for case, lengths in problems]
-    for (case, lengths), result in zip(problems, run_cases(world, problems, torch.float32), strict=True):
+def check_ranks(world: int, problems: list[RankProblem]) -> None:
+    problems = [(fits(case), lengths, way) for case, lengths, way in problems]
+    for problem, result in zip(problems, run_cases(world, problems, torch.float32), strict=True):
         try:
             ours = {name: t.double() for name, t in result.items()}
-            assert_close(ours, case.expected(torch.float64, inputs=torch.float32), 5e-6)
+            assert_close(ours, problem[0].expected(torch.float64, inputs=torch.float32), 5e-6)
         except AssertionError as error:
-            raise AssertionError(f"{case} over {lengths}") from error
+            raise AssertionError(f"{problem}") from error
+
+
+def every_problem(world: int) -> list[RankProblem]:
+    return [(*problem, EXCHANGE) for problem in problems_for(world)] + problems_in_every_way(world)
 
 
 @on_the_cpu
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_equal_the_reference(world: int):
-    every = problems_for(world)
-    check_ranks(world, every[world // 2 :: 7 if world == 2 else 11])
+    every = every_problem(world)
+    check_ranks(world, every[world // 2 :: 53 if world == 2 else 61])
 
 
 @on_the_cpu
 @pytest.mark.full
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(16))
 @pytest.mark.timeout(900)
 def test_ranks_equal_the_reference_everywhere(world: int, part: int):
-    check_ranks(world, problems_for(world)[part::4])
+    check_ranks(world, every_problem(world)[part::16])
 
 
 @on_the_cpu
@@ -273,7 +282,7 @@ def test_rounding_does_not_grow_with_the_ranks(dtype: torch.dtype):
     """Against float64 on the same inputs: RMS error at P = 4 at most 1.1x, max at most 2.5x that at P = 1."""
     case = Case(rh.DilatedPattern((32, 128, 256), (1, 2, 4)), 256, 1, 2, 2, 16, logit_scale=4.0)
     exact = case.expected(torch.float64, inputs=dtype)
-    one, four = (run_cases(world, [(case, splits(256, world, "even"))], dtype)[0] for world in (1, 4))
+    one, four = (run_cases(world, [(case, splits(256, world, "even"), EXCHANGE)], dtype)[0] for world in (1, 4))
     for name, truth in exact.items():
         covered = truth != float("-inf")
         alone, together = ((x[name].double() - truth)[covered].abs() for x in (one, four))

@@ -101,8 +101,8 @@ def attend(pattern: rh.DilatedPattern, facts: Facts, heads: tuple[int, int], ded
         torch.randn(2, facts.seq_len, h, 4, generator=generator, dtype=torch.float64)
         for h in (heads[0], heads[1], heads[1], heads[0])
     )
-    out, lse, residue = execution.forward(q, k, v, 0.5)
-    dq, dk, dv = execution.backward(dout, q, k, v, out, lse, residue, 0.5)
+    out, lse, residue, _ = execution.forward(q, k, v, 0.5)
+    dq, dk, dv = execution.backward(dout, [q, k, v, out, lse, residue], 0.5)
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 

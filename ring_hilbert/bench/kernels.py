@@ -210,7 +210,8 @@ def _tune(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterator[R
     x = {key: value.detach() for key, value in problem.tensors().items()}
     q, k, v, scale = x["q"], x["k"], x["v"], problem.head_dim**-0.5
     shipped: dict[Pass, Tile] = {p: device_tiles(p, problem.head_dim, problem.dtype, problem.device)[0] for p in PASSES}
-    out, lse, _ = _core(problem, "raster").forward(q, k, v, scale)
+    core = _core(problem, "raster")
+    out, lse, _ = core.finish(core.begin(q, k, v, scale))
     terms = launch.row_terms(x["dout"], out, lse, None)
     gradients = tuple(torch.empty_like(t) for t in (q, k, v))
     for pass_ in PASSES:
@@ -240,11 +241,12 @@ def _tune(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterator[R
 
 def _passes(core: TritonCore, x: dict[str, Tensor], scale: float) -> tuple[Callable[[], object], Callable[[], object]]:
     q, k, v = x["q"], x["k"], x["v"]
-    result = core.forward(q, k, v, scale)
-    return (
-        lambda: core.forward(q, k, v, scale),
-        lambda: core.backward(x["dout"], q, k, v, *result, scale, k.dtype),
-    )
+
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        return core.finish(core.begin(q, k, v, scale))
+
+    result = forward()
+    return forward, lambda: core.begin_backward(x["dout"], q, k, v, *result, scale, k.dtype, 1.0)
 
 
 def _autograd(

@@ -144,9 +144,9 @@ def _arguments(
     run, kernel.run = kernel.run, lambda *args, **options: found.append((args, options))
     try:
         if pass_ == "forward":
-            launch.forward(q, k, v, tile, walk, 1.0, output, staging, resume=variant.remote)
+            launch.forward(q, k, v, tile, walk, 1.0, output, staging, stage="finish" if variant.remote else "leave")
         elif pass_ == "dq":
-            launch.dq(q, k, v, terms, q, tile, walk, 1.0, staging, resume=variant.remote)
+            launch.dq(q, k, v, terms, q, tile, walk, 1.0, staging, stage="finish" if variant.remote else "leave")
         else:
             launch.dkdv(q, k, v, terms, (k, v), tile, walk, 1.0)
     finally:

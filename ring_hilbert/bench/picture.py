@@ -94,7 +94,7 @@ def draw_mask(axes: Any, subject: Subject, order: rh.TokenOrder | None = None, r
         count = count[token][:, token]
     axes.imshow(count, cmap="viridis", interpolation="nearest")
     for rank in range(1, subject.world if rows else 0):
-        border = Layout.even(length, subject.world).starts[rank] - 0.5
+        border = int(Layout.even(length, subject.world).cuts[rank]) - 0.5
         axes.axhline(border, color="white", linewidth=0.8)
         axes.axvline(border, color="white", linewidth=0.8)
     kind = "row" if rows else "token"

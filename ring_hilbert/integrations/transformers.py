@@ -158,7 +158,7 @@ def _has_its_positions(prepared: Prepared, position_ids: Tensor | None) -> Tenso
     if expected is not None:
         return position_ids is not None and (position_ids == expected).all()
     # Made by prepare(): only the default that Transformers fills in can be recognised.
-    if prepared.layout.starts[prepared.rank] == 0 or prepared.local_len < 2 or prepared.facts.documents is not None:
+    if prepared.rank == 0 or prepared.local_len < 2 or prepared.facts.documents is not None:
         return True
     if position_ids is None:
         return False

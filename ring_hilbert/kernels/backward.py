@@ -110,7 +110,7 @@ def dq_kernel(
         slot = tl.load(slots + wide * slot_strides[1], mask=exists, other=-1)
         in_slot = slot >= 0
         s_values += batch * values_strides[0] + head * values_strides[2]
-    if STAGED == 2:
+    if STAGED >= 2:
         gradient = load_rows(s_values, values_strides[1], slot, in_slot, columns, D, True)
     else:
         gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -127,7 +127,7 @@ def dq_kernel(
         D, BLOCK_N, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, True, PRECISION,
     )  # fmt: skip
 
-    if STAGED == 1:
+    if STAGED == 1 or STAGED == 3:
         store_rows(s_values, values_strides[1], slot, in_slot, columns, gradient, D)
         exists = exists & (slot < 0)
     dq += batch * dq_strides[0] + head * dq_strides[2]

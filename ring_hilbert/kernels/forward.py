@@ -74,7 +74,8 @@ def forward_kernel(
 ):  # fmt: skip
     """Grid `(tiles, H, B)`. See `launch.forward` for the tensors; strides are of `(batch, row, head)`, in elements.
 
-    STAGED 1: the running softmax of rows with a slot is left in it, instead of a result; 2: it is taken up again from there.
+    STAGED 1: the running softmax of rows with a slot is left in it, instead of a result; 2: it is taken up again from there;
+    3: both.
     """
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     kv_head = head // GROUP
@@ -96,7 +97,7 @@ def forward_kernel(
         in_slot = slot >= 0
         s_row = batch * row_strides[0] + head * row_strides[2] + slot.to(tl.int64) * row_strides[1]
         s_values += batch * values_strides[0] + head * values_strides[2]
-    if STAGED == 2:
+    if STAGED >= 2:
         maximum = tl.load(s_maximum + s_row, mask=in_slot, other=float("-inf"))
         total = tl.load(s_total + s_row, mask=in_slot, other=0.0)
         values = load_rows(s_values, values_strides[1], slot, in_slot, columns, D, True)
@@ -117,7 +118,7 @@ def forward_kernel(
         D, BLOCK_N, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, True, PRECISION,
     )  # fmt: skip
 
-    if STAGED == 1:
+    if STAGED == 1 or STAGED == 3:
         tl.store(s_maximum + s_row, maximum, mask=in_slot)
         tl.store(s_total + s_row, total, mask=in_slot)
         store_rows(s_values, values_strides[1], slot, in_slot, columns, values, D)

@@ -20,6 +20,7 @@ from ring_hilbert.kernels.walk import Walk
 
 LOG2E = 1.4426950408889634
 DELTA_ROWS = 64
+STAGES = {"leave": 1, "finish": 2, "pass on": 3}
 
 
 class Staging(NamedTuple):
@@ -69,7 +70,7 @@ def forward(
     output: Output,
     staging: Staging | None = None,
     *,
-    resume: bool = False,
+    stage: str = "leave",
     precision: str = "ieee",
 ) -> None:
     """Attend the walk's rows.
@@ -81,8 +82,9 @@ def forward(
         walk: its outer rows are q's.
         scale: of the scores.
         output: where finished rows go.
-        staging: the running softmax of its rows is left there instead, or, with `resume`, taken up again and finished.
-        resume: see staging; rows without a place begin anew.
+        staging: where the running softmax of its rows is left instead, and taken up again.
+        stage: with staging, whether this launch is to "leave" its rows, to take them up and "finish" them, or to take them up
+            and "pass on".
         precision: of fp32 products, "ieee" or "tf32".
     """
     q, k, v, positive = _operands(q, k, v, scale)
@@ -94,8 +96,33 @@ def forward(
         (0, 0, 0) if staging is None else _row_strides(maximum), _strides(values),
         *_tables(walk), _in_twos(positive),
         BLOCK_M=walk.block_outer, BLOCK_N=walk.block_inner, RESIDUE=output.residue is not None,
-        STAGED=0 if staging is None else 2 if resume else 1, **_options(q, k, walk, tile, precision),
+        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, walk, tile, precision),
     )  # fmt: skip
+
+
+def finish_rows(output: Output, staging: Staging, rows: Tensor) -> None:
+    """Write the results of staged rows that were last passed on; `rows`: kv head, row and place of each, int64 `[3, n]`."""
+    kv_head, row, place = rows
+    group = staging.total.shape[1] // staging.slots.shape[1]
+    for head in (kv_head * group + i for i in range(group)):
+        total = staging.total[:, head, place]
+        some = total > 0
+        total = torch.where(some, total, 1.0)
+        output.out[:, row, head] = (staging.values[:, place, head] / total[..., None]).to(output.out.dtype)
+        maximum = torch.where(some, staging.maximum[:, head, place], 0.0).double()
+        exact = (maximum + total.double().log2()) / LOG2E
+        lse = exact.float()
+        output.lse[:, head, row] = lse.masked_fill(~some, float("-inf"))
+        if output.residue is not None:
+            output.residue[:, head, row] = (exact - lse).float().masked_fill(~some, 0.0)
+
+
+def finish_gradient(gradient: Tensor, staging: Staging, rows: Tensor, scale: float) -> None:
+    """Write the gradients of staged rows of q that were last passed on; as `finish_rows`."""
+    kv_head, row, place = rows
+    group = staging.total.shape[1] // staging.slots.shape[1]
+    for head in (kv_head * group + i for i in range(group)):
+        gradient[:, row, head] = (staging.values[:, place, head] * scale).to(gradient.dtype)
 
 
 class RowTerms(NamedTuple):
@@ -137,7 +164,7 @@ def dq(
     scale: float,
     staging: Staging | None = None,
     *,
-    resume: bool = False,
+    stage: str = "leave",
     precision: str = "ieee",
 ) -> None:
     """Write the walk's rows of `gradient [B, S, H, D]`, in its dtype; arguments as in `forward`."""
@@ -148,7 +175,7 @@ def dq(
         _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2), _strides(gradient),
         _slot_strides(staging), _strides(values), *_tables(walk), scale, _in_twos(positive),
         BLOCK_M=walk.block_outer, BLOCK_N=walk.block_inner,
-        STAGED=0 if staging is None else 2 if resume else 1, **_options(q, k, walk, tile, precision),
+        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, walk, tile, precision),
     )  # fmt: skip
 
 

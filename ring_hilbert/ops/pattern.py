@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 OffsetRule = Literal["modulo", "block"]
@@ -58,6 +58,8 @@ class DilatedPattern:
         offset_rule: "modulo" or "block".
         head_shift: added to the head index of the modulo rule; a different value per layer rotates the residues.
         segment_shift: added to the row index before it is cut into segments; moves the boundaries.
+        heads: `(first, total)` for a pattern of some heads only (see `for_heads`): kv head `g` here is head `first + g` of
+            `total`. None: all heads.
 
     Raises:
         ValueError: for lengths that differ, values outside their range, or `head_shift` with the block rule.
@@ -68,6 +70,7 @@ class DilatedPattern:
     offset_rule: OffsetRule = "modulo"
     head_shift: int = 0
     segment_shift: int = 0
+    heads: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "segment_lengths", tuple(self.segment_lengths))
@@ -88,6 +91,10 @@ class DilatedPattern:
             if not _is_int(r) or r < 1 or (w is not None and r > w):
                 bound = "1 <= r" if w is None else f"1 <= r <= segment length {w}"
                 raise ValueError(f"dilation_rates[{i}] must be an integer with {bound}, got {r!r}")
+        if self.heads is not None:
+            object.__setattr__(self, "heads", tuple(self.heads))
+            if not all(map(_is_int, self.heads)) or not 0 <= self.heads[0] < self.heads[1]:
+                raise ValueError(f"heads must be (first, total) with 0 <= first < total, got {self.heads!r}")
         if self.offset_rule not in get_args(OffsetRule):
             raise ValueError(f"offset_rule must be 'modulo' or 'block', got {self.offset_rule!r}")
         if self.offset_rule == "block" and self.head_shift != 0:
@@ -98,12 +105,28 @@ class DilatedPattern:
         """The branches as `(segment_length, dilation_rate)` pairs."""
         return tuple(Branch(w, r) for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
 
+    def for_heads(self, first_kv_head: int, total_kv_heads: int) -> DilatedPattern:
+        """This pattern for kv heads `first_kv_head, first_kv_head + 1, ...` of `total_kv_heads`, as if these were all there are.
+
+        What a rank of head-parallel attention needs: its heads keep the offsets that they have among all heads, so
+        `dilated_attention(q, k, v, pattern.for_heads(first, total))` of a slice of the heads is that slice of the result.
+
+        Raises:
+            ValueError: unless `0 <= first_kv_head < total_kv_heads`, or if this is a pattern of some heads already.
+        """
+        if self.heads is not None:
+            raise ValueError(f"{self} is a pattern of some heads already; take for_heads of the one for all heads")
+        return replace(self, heads=(first_kv_head, total_kv_heads))
+
     def offset(self, branch: Branch, head: int, num_kv_heads: int) -> int:
         """The offset of kv head `head` in `branch`."""
+        first, total = self.heads or (0, num_kv_heads)
+        if first + num_kv_heads > total:
+            raise ValueError(f"{num_kv_heads} kv heads from head {first} on are more than the {total} of {self}")
         r = branch.dilation_rate
         if self.offset_rule == "modulo":
-            return (head + self.head_shift) % r
-        return head // -(-num_kv_heads // r)
+            return (first + head + self.head_shift) % r
+        return (first + head) // -(-total // r)
 
     def residues(self, branch: Branch, num_kv_heads: int) -> list[Residue]:
         """The kv heads of `branch`, grouped by their offset, as strided ranges (every head is in exactly one)."""
@@ -111,8 +134,10 @@ class DilatedPattern:
         if self.offset_rule == "modulo":
             strided = [Heads(g, num_kv_heads, r) for g in range(min(r, num_kv_heads))]
         else:
-            size = -(-num_kv_heads // r)
-            strided = [Heads(g, min(g + size, num_kv_heads), 1) for g in range(0, num_kv_heads, size)]
+            first, total = self.heads or (0, num_kv_heads)
+            size = -(-total // r)
+            starts = [0, *range(size - first % size, num_kv_heads, size)]
+            strided = [Heads(a, b, 1) for a, b in zip(starts, [*starts[1:], num_kv_heads], strict=True)]
         return [Residue(self.offset(branch, heads.start, num_kv_heads), heads) for heads in strided]
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton core: all local branches in one launch, rows received from elsewhere in one more, on one device.
+"""The Triton core: all local branches in one launch, rows received from elsewhere in one more each time, on one device.
 
-Nothing here knows of ranks: remote rows arrive as one buffer, and as lists of who sees which of its rows.
+Nothing here knows of ranks: remote rows arrive as buffers, and as lists of who sees which of their rows.
 
 To see what the kernels make of a call, `rh.reference.compare(rh.dilated_attention, q, k, v, pattern, backend="triton", ...)`
 runs it on them and by the definition in plain PyTorch, differentiated by autograd, and returns the errors of both.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +27,6 @@ from ring_hilbert.ops.pattern import DilatedPattern
 
 BACKENDS = ("triton", "torch", "auto")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-Buffer = Callable[[], Tensor] | None
 KEPT_WALKS = 64  # a walk is a few bytes per row, kv head and direction
 
 
@@ -82,6 +81,32 @@ class Remote:
     keys: Facts
 
 
+@dataclass
+class ForwardState:
+    """A forward between its steps."""
+
+    q: Tensor
+    output: Any
+    staging: Any
+    scale: float
+
+
+@dataclass
+class BackwardState:
+    """A backward between its steps: `dq` in the dtype of q, `dk, dv`, and what the steps need."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    terms: Any
+    staging: Any
+    scale: float
+    owes_keys: bool
+
+
 class TritonCore:
     """The rows at hand of one sequence under one pattern, on one device.
 
@@ -92,11 +117,11 @@ class TritonCore:
         facts: their positions, if not the rows, and documents.
         causal: rows see no larger position.
         head_dim, dtype, device: of q, k and v.
-        remote: what is received.
+        remotes: what is received, one after the other.
         tiles: instead of those in the table.
 
     Attributes:
-        local, remote: tile and walk of every pass, of the rows at hand over themselves and over received ones.
+        local, remotes: tile and walk of every pass, of the rows at hand over themselves and over received ones.
     """
 
     def __init__(
@@ -109,12 +134,12 @@ class TritonCore:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        remote: Remote | None = None,
+        remotes: Sequence[Remote] = (),
         tiles: Mapping[Pass, Tile] | None = None,
     ) -> None:
         self.exact = dtype == torch.float32  # float32 keeps what rounding takes from lse
         self.local: dict[Pass, tuple[Tile, Walk]] = {}
-        self.remote: dict[Pass, tuple[Tile, Walk]] = {}
+        self.remotes: list[dict[Pass, tuple[Tile, Walk]]] = [{} for _ in remotes]
         for pass_ in PASSES:
             back = pass_ == "dkdv"
             choice = (tiles[pass_],) if tiles else device_tiles(pass_, head_dim, dtype, device)
@@ -122,49 +147,69 @@ class TritonCore:
             def local_walk(tile: Tile, back: bool = back) -> Walk:
                 return _local_walk(pattern, num_kv_heads, rows, facts, causal, tile, back, device)
 
-            def remote_walk(tile: Tile, back: bool = back) -> Walk:
-                assert remote is not None
-                return _remote_walk(remote, num_kv_heads, tile, back).to(device)
-
             self.local[pass_] = plan_tile(pass_, choice, local_walk)
-            if remote is not None and remote.visits:
-                self.remote[pass_] = plan_tile(pass_, choice, remote_walk)
+            for walks, remote in zip(self.remotes, remotes, strict=True):
+                if remote.visits:
+
+                    def remote_walk(tile: Tile, back: bool = back, remote: Remote = remote) -> Walk:
+                        return _remote_walk(remote, num_kv_heads, tile, back).to(device)
+
+                    walks[pass_] = plan_tile(pass_, choice, remote_walk)
         covered = _covered(pattern, num_kv_heads, rows)
         self.covers = bool(covered.all())  # else some rows are in no tile, and results start as those of no key
         self.slots, self.places = None, 0
-        if remote is not None and remote.visits:
+        self.staged: Tensor | None = None  # kv head, row and place of every row that hops pass on, int64 `[3, n]`
+        if any(self.remotes):
             slots = np.full((num_kv_heads, len(rows)), -1, np.int32)
-            for heads, queries, _ in remote.visits:
+            for heads, queries, _ in (visit for remote in remotes for visit in remote.visits):
                 slots[np.array(heads)[:, None], queries] = 0
-            slots[~covered] = -1  # nothing to take up again
             slots[slots == 0] = (np.cumsum(slots + 1, axis=1, dtype=np.int32) - 1)[slots == 0]
             self.places = int(slots.max()) + 1
             self.slots = torch.from_numpy(slots)[None].to(device)
+            if len(self.remotes) > 1:
+                head, row = np.nonzero(slots >= 0)
+                self.staged = torch.from_numpy(np.stack((head, row, slots[head, row]))).to(device)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, buffer: Buffer = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`out [B, S, H, D]`, `lse` and its rounding `residue [B, H, S]` float32.
+    # ---- forward
 
-        Args:
-            q: `[B, S, H, D]`.
-            k, v: `[B, S, Hkv, D]`.
-            scale: of the scores.
-            buffer: waits for the received rows of k and v, `[rows, 2, D]`; asked for after the local rows.
-        """
+    def begin(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> ForwardState:
+        """Attend the rows at hand: `q [B, S, H, D]`, `k, v [B, S, Hkv, D]`; `scale` of the scores."""
         from ring_hilbert.kernels import launch
 
-        output = launch.Output.allocate(q, self.exact, clear=not self.covers)
-        staging = self._staging(q)
+        state = ForwardState(q, launch.Output.allocate(q, self.exact, clear=not self.covers), self._staging(q), scale)
         if q.shape[1]:
-            launch.forward(q, k, v, *self.local["forward"], scale, output, staging)
-        if buffer is not None and staging is not None:
-            k, v = self._spread(buffer(), q)
-            launch.forward(q, k, v, *self.remote["forward"], scale, output, staging, resume=True)
-        out, lse, residue = output
+            launch.forward(q, k, v, *self.local["forward"], scale, state.output, state.staging)
+        return state
+
+    def forward_hop(self, state: ForwardState, hop: int, received: Tensor) -> None:
+        """Attend the rows `received [rows, 2, D]` of k and v."""
+        from ring_hilbert.kernels import launch
+
+        if self.remotes[hop]:
+            k, v = self._spread(received, state.q)
+            launch.forward(
+                state.q,
+                k,
+                v,
+                *self.remotes[hop]["forward"],
+                state.scale,
+                state.output,
+                state.staging,
+                stage=self._stage,
+            )
+
+    def finish(self, state: ForwardState) -> tuple[Tensor, Tensor, Tensor]:
+        """`out [B, S, H, D]`, `lse` and its rounding `residue [B, H, S]` float32."""
+        from ring_hilbert.kernels import launch
+
+        if self.staged is not None:
+            launch.finish_rows(state.output, state.staging, self.staged)
+        out, lse, residue = state.output
         return out, lse, torch.zeros_like(lse) if residue is None else residue
 
-    def backward(
+    # ---- backward
+
+    def begin_backward(
         self,
         dout: Tensor,
         q: Tensor,
@@ -175,11 +220,11 @@ class TritonCore:
         residue: Tensor,
         scale: float,
         sums: torch.dtype,
-        buffer: Buffer = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """`dq` in the dtype of q, `dk, dv` in `sums`, and the gradient of the received rows, float32 `[rows, 2, D]`.
+        share: float,
+    ) -> BackwardState:
+        """Begin the gradients: those of the rows at hand over themselves, or (`share < 1`) only that of q.
 
-        The arguments are those of forward and what it returned. `sums` is the dtype of k or float32.
+        The arguments are those of forward and what it returned. dK and dV are summed in `sums`, the dtype of k or wider.
         """
         from ring_hilbert.kernels import launch
 
@@ -187,19 +232,46 @@ class TritonCore:
         allocate = torch.empty if self.covers else torch.zeros
         dq = allocate(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (allocate(k.shape, dtype=sums, device=k.device) for _ in range(2))
-        staging, returned = self._staging(q), None
+        state = BackwardState(dq, dk, dv, q, k, v, terms, self._staging(q), scale, share < 1)
         if q.shape[1]:
-            launch.dq(q, k, v, terms, dq, *self.local["dq"], scale, staging)
-            launch.dkdv(q, k, v, terms, (dk, dv), *self.local["dkdv"], scale)
-        if buffer is not None:
-            rows = buffer()
-            returned = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-            if staging is not None:
-                k, v = self._spread(rows, q)
-                launch.dq(q, k, v, terms, dq, *self.remote["dq"], scale, staging, resume=True)
-                gradients = self._spread(returned, q)
-                launch.dkdv(q, k, v, terms, gradients, *self.remote["dkdv"], scale)
-        return dq, dk, dv, returned
+            launch.dq(q, k, v, terms, dq, *self.local["dq"], scale, state.staging)
+        if not state.owes_keys:
+            self._local_keys(state)
+        return state
+
+    def backward_hop(self, state: BackwardState, hop: int, received: Tensor) -> Tensor:
+        """Add the share of rows `received [rows, 2, D]` to the gradient of q; return theirs, float32 `[rows, 2, D]`."""
+        from ring_hilbert.kernels import launch
+
+        returned = torch.zeros(received.shape, dtype=torch.float32, device=received.device)
+        walks = self.remotes[hop]
+        if walks:
+            k, v = self._spread(received, state.q)
+            q, terms, scale = state.q, state.terms, state.scale
+            launch.dq(q, k, v, terms, state.dq, *walks["dq"], scale, state.staging, stage=self._stage)
+            launch.dkdv(q, k, v, terms, self._spread(returned, q), *walks["dkdv"], scale)
+        return returned
+
+    def rest_of_backward(self, state: BackwardState) -> None:
+        """What `begin_backward` left."""
+        from ring_hilbert.kernels import launch
+
+        if state.owes_keys:
+            self._local_keys(state)
+        if self.staged is not None:
+            launch.finish_gradient(state.dq, state.staging, self.staged, state.scale)
+
+    def _local_keys(self, state: BackwardState) -> None:
+        from ring_hilbert.kernels import launch
+
+        if state.q.shape[1]:
+            gradients = state.dk, state.dv
+            launch.dkdv(state.q, state.k, state.v, state.terms, gradients, *self.local["dkdv"], state.scale)
+
+    @property
+    def _stage(self) -> str:
+        """What a hop does with the rows it takes up: a single one finishes them."""
+        return "pass on" if self.staged is not None else "finish"
 
     def _staging(self, q: Tensor) -> Any:
         """Room for the rows that see received ones, if there are any."""

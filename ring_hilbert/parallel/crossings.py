@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -11,9 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ring_hilbert.ops.pattern import Branch, DilatedPattern
-from ring_hilbert.ops.visits import Segments, rows_in, segment_at
+from ring_hilbert.ops.visits import Chunk, Segments, rows_in, segment_at
+from ring_hilbert.parallel.combs import Comb, Stretch, widest
 from ring_hilbert.parallel.facts import Facts
 from ring_hilbert.parallel.layout import Layout
+
+Windows = Sequence[tuple[int, int]]  # runs of rows `[start, stop)`, ascending
 
 
 class Block(NamedTuple):
@@ -27,6 +31,22 @@ class Block(NamedTuple):
     def size(self) -> int:
         """How many (entry, head, row) payload rows this is."""
         return len(self.entries) * len(self.heads) * len(self.rows)
+
+
+class Reach(NamedTuple):
+    """A segment of `branch` that reaches out of a reader's chunk: its rows `mine` may see others of `[start, stop)`."""
+
+    branch: Branch
+    chunk: Chunk
+    mine: Segments
+    start: int
+    stop: int
+
+    def comb(self, offset: int) -> Comb | None:
+        """The rows of the segment that its rows in `mine` see, if these have any of this offset."""
+        if rows_in(self.mine, self.branch.dilation_rate, offset) is None:
+            return None
+        return Comb.through(self.mine.origin + offset, self.branch.dilation_rate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,64 +63,180 @@ class Crossings:
     facts: Facts
     num_kv_heads: int
     batch_size: int
-    _shipments: dict[tuple[int, int], list[Block]] = field(default_factory=dict, init=False)
+    _reaches: dict[int, list[Reach]] = field(default_factory=dict, init=False)
 
     @cached_property
     def communicates(self) -> bool:
         """Whether any segment reaches over a rank boundary; decided by the layout alone, hence the same on every rank."""
-        interior = {start for start in self.layout.starts if 0 < start < self.layout.seq_len}
+        interior = {int(cut) for cut in self.layout.cuts if 0 < cut < self.layout.seq_len}
         shift = self.pattern.segment_shift
-        return any(w is None or (start + shift) % w for w in self.pattern.segment_lengths for start in interior)
+        return self.layout.world_size > 1 and any(
+            w is None or (start + shift) % w for w in set(self.pattern.segment_lengths) for start in interior
+        )
+
+    @cached_property
+    def in_row_order(self) -> bool:
+        """Causality follows the row index wherever it concerns rows of two chunks."""
+        return self.facts.causal and self.facts.ascending(self.layout.cuts)
+
+    @cached_property
+    def regular(self) -> bool:
+        """Which rows travel follows from row indices alone: they are counted without being listed, and none is masked."""
+        return self.facts.documents is None and (not self.facts.causal or self.in_row_order)
+
+    # ---- how many rows travel
+
+    def counts(self, reader: int) -> np.ndarray:
+        """Payload rows that `reader` needs from every rank, int64 `[P]`."""
+        counts = np.zeros(self.layout.world_size, np.int64)
+        if not self.regular:
+            for owner, blocks in self.shipments(reader).items():
+                counts[owner] = sum(block.size for block in blocks)
+            return counts
+        cuts = self.layout.cuts
+        for heads, stretches in self._stretches(self.reaches(reader), self._elsewhere(reader)):
+            for stretch in stretches:
+                first = int(np.searchsorted(cuts, stretch.start, "right")) - 1
+                last = int(np.searchsorted(cuts, stretch.stop, "left"))
+                held = stretch.counts(cuts[first : last + 1]) * (len(heads) * self.batch_size)
+                np.add.at(counts, self.layout.owners[first:last], held)
+        return counts
+
+    def count(self, reader: int, owner: int) -> int:
+        """Payload rows that `reader` needs from `owner`."""
+        if not self.regular:
+            return sum(block.size for block in self.shipment(reader, owner))
+        reaches, windows = self._toward(reader, owner)
+        return self.batch_size * sum(
+            len(heads) * stretch.size for heads, stretches in self._stretches(reaches, windows) for stretch in stretches
+        )
+
+    # ---- which rows travel
 
     def shipment(self, reader: int, owner: int) -> list[Block]:
         """The K and V rows that `reader` needs from `owner`: for every kv head the union over the branches."""
-        key = (reader, owner)
-        if key not in self._shipments:
-            self._shipments[key] = list(self._blocks(reader, owner)) if reader != owner and self.communicates else []
-        return self._shipments[key]
+        return self._blocks(*self._toward(reader, owner)).get(owner, [])
 
-    def _blocks(self, reader: int, owner: int) -> Iterator[Block]:
-        crossing = [list(self.of(reader, branch, owner)) for branch in self.pattern.branches]
-        if not any(crossing):
+    def shipments(self, reader: int) -> dict[int, list[Block]]:
+        """The shipments to `reader` by owner, without empty ones."""
+        return self._blocks(self.reaches(reader), self._elsewhere(reader))
+
+    def _blocks(self, reaches: list[Reach], windows: Windows) -> dict[int, list[Block]]:
+        cuts, owners = self.layout.cuts, self.layout.owners
+        blocks: dict[int, list[Block]] = {}
+        for entry, heads, rows in self._needed(reaches, windows):
+            ends = np.searchsorted(rows, cuts)
+            parts: dict[int, list[np.ndarray]] = {}
+            for chunk in np.flatnonzero(np.diff(ends)):
+                parts.setdefault(int(owners[chunk]), []).append(rows[ends[chunk] : ends[chunk + 1]])
+            for owner, runs in parts.items():
+                block = Block(self.batch(entry), heads, runs[0] if len(runs) == 1 else np.concatenate(runs))
+                blocks.setdefault(owner, []).append(block)
+        return blocks
+
+    def _needed(self, reaches: list[Reach], windows: Windows) -> Iterator[tuple[int, tuple[int, ...], np.ndarray]]:
+        """(entry, kv heads, ascending rows in `windows` that these need), rows not empty."""
+        if self.regular:
+            for heads, stretches in self._stretches(reaches, windows):
+                parts = [stretch.rows() for stretch in stretches]
+                rows = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
+                if len(rows):
+                    yield 0, heads, rows
             return
-        needed: dict[tuple[int, int, int], list[np.ndarray]] = {}
-        for offsets, heads in self._head_classes:
+        seen: dict[tuple[int, int, int], np.ndarray] = {}
+        for offsets, heads in self._head_classes(frozenset(reach.branch for reach in reaches)):
             for entry in self.entries:
-                parts: list[np.ndarray] = []
-                for i, (branch, offset) in enumerate(zip(self.pattern.branches, offsets, strict=True)):
-                    if (i, offset, entry) not in needed:
-                        needed[i, offset, entry] = [
-                            self.needed(branch, offset, mine, theirs, entry) for mine, _, theirs in crossing[i]
-                        ]
-                    parts += needed[i, offset, entry]
+                parts = []
+                for i, reach in enumerate(reaches):
+                    key = (i, offsets[reach.branch], entry)
+                    if key not in seen:
+                        seen[key] = self.keys(reach, offsets[reach.branch], entry, windows)
+                    parts.append(seen[key])
                 rows = np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
                 if len(rows):
-                    yield Block(self.batch(entry), heads, rows)
+                    yield entry, heads, rows
 
-    def needed(self, branch: Branch, offset: int, mine: Segments, theirs: Segments, entry: int) -> np.ndarray:
-        """The rows of `theirs` in the branch that some row of `mine` in the branch sees."""
-        queries = rows_in(mine, branch.dilation_rate, offset)
-        keys = rows_in(theirs, branch.dilation_rate, offset)
-        if queries is None or keys is None:
-            return np.empty(0, np.int64)
-        return self.facts.needed(queries.indices()[0], keys.indices()[0], entry)
+    def keys(self, reach: Reach, offset: int, entry: int, windows: Windows) -> np.ndarray:
+        """The rows of `windows` that rows of this offset see within the reach, ascending."""
+        comb = reach.comb(offset)
+        clipped = [(max(a, reach.start), min(b, reach.stop)) for a, b in windows]
+        parts = [Stretch(a, b, (comb,)).rows() for a, b in clipped if a < b] if comb is not None else []
+        rows = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        queries = rows_in(reach.mine, reach.branch.dilation_rate, offset)
+        if self.regular or queries is None:
+            return rows
+        return self.facts.needed(queries.indices()[0], rows, entry)
 
-    def of(self, reader: int, branch: Branch, owner: int | None = None) -> Iterator[tuple[Segments, int, Segments]]:
-        """(rows of `reader`, owner, rows of that owner) for every segment of `branch` that both have a part of."""
-        shift = self.pattern.segment_shift
-        for chunk in self.layout.chunks(reader):
+    # ---- where rows may be needed
+
+    def reaches(self, reader: int) -> list[Reach]:
+        """The segments that reach out of the chunks of `reader`."""
+        if reader not in self._reaches:
+            self._reaches[reader] = list(self._find_reaches(reader))
+        return self._reaches[reader]
+
+    def _find_reaches(self, reader: int) -> Iterator[Reach]:
+        seq_len, shift = self.layout.seq_len, self.pattern.segment_shift
+        for branch, chunk in itertools.product(self.pattern.branches, self.layout.chunks(reader)):
             for row in sorted({chunk.start, chunk.stop - 1}):
                 origin, start, stop = segment_at(branch, shift, row)
                 start = 0 if start is None else max(0, start)
-                stop = self.layout.seq_len if stop is None else min(stop, self.layout.seq_len)
+                stop = seq_len if stop is None else min(stop, seq_len)
                 if row == chunk.stop - 1 and row != chunk.start and start <= chunk.start:
                     continue  # the chunk lies in one segment, which came with its first row
                 mine = Segments(origin, max(chunk.start, start), min(chunk.stop, stop), 1, 0)
-                if self.facts.row_causal:
+                if self.in_row_order:
                     stop = min(stop, mine.stop)
-                for rank, other in self.layout.owners(start, stop):
-                    if rank != reader and (owner is None or rank == owner):
-                        yield mine, rank, Segments(origin, max(other.start, start), min(other.stop, stop), 1, 0)
+                if start < mine.start or mine.stop < stop:
+                    yield Reach(branch, chunk, mine, start, stop)
+
+    def owners(self, reader: int) -> set[int]:
+        """The ranks that share a segment with `reader` and have rows that it may see."""
+        cuts, found = self.layout.cuts, set()
+        for reach in self.reaches(reader):
+            first, last = np.searchsorted(cuts, reach.start, "right") - 1, np.searchsorted(cuts, reach.stop, "left")
+            found.update(self.layout.owners[first:last].tolist())
+        return found - {reader}
+
+    def readers(self, owner: int) -> Iterable[int]:
+        """The ranks that may see rows of `owner`."""
+        return [
+            reader for reader in range(self.layout.world_size) if reader != owner and self._toward(reader, owner)[0]
+        ]
+
+    def windows(self, owner: int) -> Windows:
+        """The rows of `owner`."""
+        return [(chunk.start, chunk.stop) for chunk in self.layout.chunks(owner)]
+
+    def _elsewhere(self, reader: int) -> Windows:
+        """All rows but those of `reader`."""
+        edges = [0, *itertools.chain(*self.windows(reader)), self.layout.seq_len]
+        return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+
+    def _toward(self, reader: int, owner: int) -> tuple[list[Reach], Windows]:
+        """The reaches of `reader` that hold rows of `owner`, and these."""
+        windows = self.windows(owner) if reader != owner else []
+        reaches = [r for r in self.reaches(reader) if any(r.start < b and a < r.stop for a, b in windows)]
+        return reaches, windows
+
+    def _stretches(self, reaches: list[Reach], windows: Windows) -> Iterator[tuple[tuple[int, ...], list[Stretch]]]:
+        """(kv heads, the rows in `windows` that these need), ascending; facts must be regular."""
+        for offsets, heads in self._head_classes(frozenset(reach.branch for reach in reaches)):
+            teeth = [
+                (reach.start, reach.stop, comb)
+                for reach in reaches
+                if (comb := reach.comb(offsets[reach.branch])) is not None
+            ]
+            cuts = sorted({x for a, b, _ in teeth for x in (a, b)} | {x for window in windows for x in window})
+            found = []
+            for a, b in itertools.pairwise(cuts):
+                if any(start <= a and b <= stop for start, stop in windows):
+                    combs = frozenset(comb for start, stop, comb in teeth if start <= a and b <= stop)
+                    if combs:
+                        found.append(Stretch(a, b, widest(combs)))
+            yield heads, found
+
+    # ---- batch entries and heads
 
     @cached_property
     def entries(self) -> range:
@@ -111,11 +247,19 @@ class Crossings:
         """The batch entries that `entry` of `entries` speaks for: all if facts are shared, else itself."""
         return range(self.batch_size) if len(self.entries) == 1 else range(entry, entry + 1)
 
+    def _head_classes(self, branches: frozenset[Branch]) -> list[tuple[dict[Branch, int], tuple[int, ...]]]:
+        """The kv heads grouped by their offsets in `branches`: heads of one group need the same rows."""
+        classes = self._classes
+        if branches not in classes:
+            ordered = sorted(branches, key=lambda branch: (branch.segment_length or 0, branch.dilation_rate))
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for head in range(self.num_kv_heads):
+                groups.setdefault(tuple(self.pattern.offset(b, head, self.num_kv_heads) for b in ordered), []).append(
+                    head
+                )
+            classes[branches] = [(dict(zip(ordered, key, strict=True)), tuple(heads)) for key, heads in groups.items()]
+        return classes[branches]
+
     @cached_property
-    def _head_classes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """The kv heads grouped by their offsets in all branches: heads of one group need the same rows."""
-        classes: dict[tuple[int, ...], list[int]] = {}
-        for head in range(self.num_kv_heads):
-            offsets = tuple(self.pattern.offset(b, head, self.num_kv_heads) for b in self.pattern.branches)
-            classes.setdefault(offsets, []).append(head)
-        return [(offsets, tuple(heads)) for offsets, heads in classes.items()]
+    def _classes(self) -> dict[frozenset[Branch], list[tuple[dict[Branch, int], tuple[int, ...]]]]:
+        return {}

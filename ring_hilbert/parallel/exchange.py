@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exchange: the rows other ranks read, there and back, in one collective per direction.
+"""The wire of exchange and ring: the rows other ranks read, there and back.
 
-The only file that puts rows on the wire. A payload row is one kv head of one row: `[2, D]`, K and V or dK and dV together.
+A payload row is one kv head of one row: `[2, D]`, K and V or dK and dV together.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,41 +13,28 @@ from torch import Tensor
 
 from ring_hilbert.parallel.crossings import Block
 from ring_hilbert.parallel.plan import RankPlan
-
-
-@dataclass
-class Pending:
-    """A collective in flight: `buffer` is valid after `wait()`. Keeps what is being sent alive until then."""
-
-    buffer: Tensor
-    sending: Tensor
-    work: dist.Work | None
-    what: str
-
-    def wait(self) -> Tensor:
-        """Wait for the collective and return the received payload rows."""
-        if self.work is not None:
-            try:
-                self.work.wait()
-            except RuntimeError as failure:
-                raise RuntimeError(f"{self.what} did not complete: {failure}") from failure
-        return self.buffer
+from ring_hilbert.parallel.remote import Hop
+from ring_hilbert.parallel.wire import Pending, collective, point_to_point
 
 
 class Exchange:
-    """The shipments of one rank as index tensors on a device.
+    """The shipments of one hop as index tensors on a device.
 
     Args:
-        rank_plan: whose `sent` and `received` blocks give the rows and their order in the buffers.
+        hop: what travels: the blocks give the rows and their order in the buffers.
+        rank_plan: of this rank.
         group: the process group.
         device: where K and V live.
+        together: one collective of all ranks; else messages from and to the ranks of the hop.
     """
 
-    def __init__(self, rank_plan: RankPlan, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group, self.rank = group, rank_plan.rank
-        self.received = [sum(block.size for block in blocks) for blocks in rank_plan.received]
-        self.sent = [sum(block.size for block in blocks) for blocks in rank_plan.sent]
-        indices = [_payload_index(blocks, rank_plan) for blocks in rank_plan.sent]
+    def __init__(
+        self, hop: Hop, rank_plan: RankPlan, group: dist.ProcessGroup, device: torch.device, *, together: bool
+    ) -> None:
+        self.group, self.together = group, together
+        self.received = {owner: sum(block.size for block in blocks) for owner, blocks in sorted(hop.received.items())}
+        self.sent = {reader: sum(block.size for block in blocks) for reader, blocks in sorted(hop.sent.items())}
+        indices = [_payload_index(hop.sent[reader], rank_plan) for reader in self.sent]
         self.send_index = [tuple(torch.from_numpy(i).to(device) for i in index) for index in indices]
 
     def fetch(self, k: Tensor, v: Tensor, name: str = "") -> Pending:
@@ -57,23 +42,24 @@ class Exchange:
 
         `name` is what to call the caller, a layer, in an error message.
         """
-        payload = torch.cat([torch.stack((k[index], v[index]), dim=1) for index in self.send_index])
-        return self._start(payload, self.received, self.sent, f"the exchange of K and V rows{_of(name)}")
+        payload = k.new_empty((sum(self.sent.values()), 2, k.shape[-1]))
+        for index, rows in zip(self.send_index, payload.split(list(self.sent.values())), strict=True):
+            rows[:, 0], rows[:, 1] = k[index], v[index]
+        return self._start(payload, self.sent, self.received, f"the exchange of K and V rows{_of(name)}")
 
     def give_back(self, gradients: Tensor, name: str = "") -> Pending:
         """Start returning `gradients [rows, 2, D]` of received rows to their owners; they receive `[rows, 2, D]`."""
-        return self._start(gradients, self.sent, self.received, f"the return of dK and dV rows{_of(name)}")
+        return self._start(gradients, self.received, self.sent, f"the return of dK and dV rows{_of(name)}")
 
     def add(self, returned: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Add `returned [rows, 2, D]` onto `dk, dv [B, S_local, Hkv, D]`, rank by rank: always in the same order."""
-        for index, rows in zip(self.send_index, returned.split(self.sent), strict=True):
+        for index, rows in zip(self.send_index, returned.split(list(self.sent.values())), strict=True):
             dk[index] += rows[:, 0]  # rows of one rank are distinct, so nothing is lost and nothing depends on timing
             dv[index] += rows[:, 1]
 
-    def _start(self, payload: Tensor, received: list[int], sent: list[int], what: str) -> Pending:
-        buffer = payload.new_empty((sum(received), *payload.shape[1:]))
-        work = dist.all_to_all_single(buffer, payload, received, sent, group=self.group, async_op=True)
-        return Pending(buffer, payload, work, f"rank {self.rank}: {what}")
+    def _start(self, payload: Tensor, sent: dict[int, int], received: dict[int, int], what: str) -> Pending:
+        start = collective if self.together else point_to_point
+        return start(payload, sent, received, self.group, what)
 
 
 def _of(name: str) -> str:

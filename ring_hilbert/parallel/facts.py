@@ -45,6 +45,17 @@ class Facts:
         """1 if all batch entries share the facts, else their number."""
         return max([1] + [x.shape[0] for x in (self.positions, self.documents) if x is not None])
 
+    def ascending(self, cuts: np.ndarray) -> bool:
+        """Whether all positions before each of the rows `cuts` are smaller than all from there on; for causal facts."""
+        inner = np.unique(cuts[(cuts > 0) & (cuts < self.seq_len)])
+        if self.positions is not None and len(inner):
+            edges = np.concatenate(([0], inner))
+            least, most = (f.reduceat(self.positions, edges, axis=1) for f in (np.minimum, np.maximum))
+            return bool((most[:, :-1] < least[:, 1:]).all())
+        if self.positions is None and self.order is not None and len(inner):
+            return self.order.block is not None and not (inner % self.order.block).any()
+        return True
+
     def positions_of(self, rows: np.ndarray, entry: int = 0) -> np.ndarray:
         """Positions of `rows`, in any order, for one batch entry."""
         if self.positions is not None:
@@ -64,9 +75,7 @@ class Facts:
             return keys[:0]
         key_documents, query_documents = self.documents_of(keys, entry), self.documents_of(queries, entry)
         if key_documents is None or query_documents is None:
-            if not self.causal:
-                return keys
-            return keys[self.positions_of(keys, entry) <= self.positions_of(queries, entry).max()]
+            return keys[self._reached(queries, keys, entry)] if self.causal else keys
         documents, inverse = np.unique(query_documents, return_inverse=True)
         place = np.minimum(np.searchsorted(documents, key_documents), len(documents) - 1)
         seen = (documents[place] == key_documents) & (key_documents != PADDING)
@@ -75,6 +84,16 @@ class Facts:
             np.maximum.at(latest, inverse, self.positions_of(queries, entry))
             seen &= self.positions_of(keys, entry) <= latest[place]
         return keys[seen]
+
+    def _reached(self, queries: np.ndarray, keys: np.ndarray, entry: int) -> np.ndarray:
+        """Which of the `keys` have a position that is not larger than that of all `queries`, bool `[keys]`."""
+        if self.positions is not None or self.order is None or self.order.block is None:
+            return self.positions_of(keys, entry) <= self.positions_of(queries, entry).max()
+        last = queries[-1] // self.order.block  # blocks are in order, only within one rows are not
+        reached, same = keys // self.order.block < last, keys // self.order.block == last
+        latest = self.positions_of(queries[queries // self.order.block == last]).max()
+        reached[same] = self.positions_of(keys[same]) <= latest
+        return reached
 
     def pairs(self, queries: np.ndarray, keys: np.ndarray, entry: int = 0) -> int:
         """How many (query, key) pairs of two ascending row sets are allowed."""

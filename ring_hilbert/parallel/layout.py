@@ -3,22 +3,29 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+
+import numpy as np
 
 from ring_hilbert.ops.visits import Chunk
+
+LAYOUTS = ("contiguous", "zigzag")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The contiguous layout: group rank `p` owns rows `[sum L_<p, + L_p)`; lengths may differ and may be 0.
+    """Who owns which rows.
+
+    "contiguous": group rank `p` owns rows `[sum L_<p, + L_p)`; lengths may differ and may be 0. "zigzag": the sequence is cut
+    into `2P` equal chunks, and rank `p` owns chunk `p` and then chunk `2P - 1 - p`, so that under causality all see equally much.
 
     Args:
         lengths: rows of each rank, `L_0 ... L_{P-1}`.
-        kind: only "contiguous"; anything else is a ValueError.
+        kind: "contiguous" or "zigzag".
+
+    Raises:
+        ValueError: for another kind, or zigzag lengths that differ or are odd.
     """
 
     lengths: tuple[int, ...]
@@ -26,6 +33,12 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_layout(self.kind)
+        if self.kind == "zigzag" and (len(set(self.lengths)) > 1 or self.lengths[0] % 2):
+            raise ValueError(
+                f"layout='zigzag' cuts the sequence into 2 x {self.world_size} equal chunks, but its {self.seq_len} rows "
+                f"over {self.world_size} ranks ({_listed(self.lengths)}) do not divide; pad the sequence to a multiple of "
+                f"{2 * self.world_size} rows (document id -1), or use layout='contiguous'"
+            )
 
     @classmethod
     def even(cls, seq_len: int, world_size: int, kind: str = "contiguous") -> Layout:
@@ -39,30 +52,52 @@ class Layout:
         return len(self.lengths)
 
     @cached_property
-    def starts(self) -> tuple[int, ...]:
-        """First row of each rank, and the sequence length as the last entry."""
-        return tuple(accumulate(self.lengths, initial=0))
-
-    @property
     def seq_len(self) -> int:
         """Rows of the whole sequence, S."""
-        return self.starts[-1]
+        return sum(self.lengths)
+
+    @cached_property
+    def cuts(self) -> np.ndarray:
+        """Where chunks begin, ascending, and the sequence length as the last entry: int64 `[chunks + 1]`."""
+        sizes = self.lengths if self.kind == "contiguous" else [n // 2 for n in (*self.lengths, *self.lengths)]
+        return np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+
+    @cached_property
+    def owners(self) -> np.ndarray:
+        """Which rank owns each chunk, int64 `[chunks]`."""
+        ranks = np.arange(self.world_size)
+        return ranks if self.kind == "contiguous" else np.concatenate((ranks, ranks[::-1]))
 
     def chunks(self, rank: int) -> tuple[Chunk, ...]:
-        """The runs of rows that `rank` owns, in the order of its local rows."""
-        start, stop = self.starts[rank], self.starts[rank + 1]
-        return (Chunk(start, stop, 0),) if stop > start else ()
+        """The runs of rows that `rank` owns, in the order of its local rows, which is ascending."""
+        numbers = [rank] if self.kind == "contiguous" else [rank, 2 * self.world_size - 1 - rank]
+        runs: list[Chunk] = []
+        for start, stop in ((int(self.cuts[i]), int(self.cuts[i + 1])) for i in numbers):
+            if runs and runs[-1].stop == start:
+                runs[-1] = runs[-1]._replace(stop=stop)
+            elif stop > start:
+                runs.append(Chunk(start, stop, sum(c.stop - c.start for c in runs)))
+        return tuple(runs)
 
-    def owners(self, start: int, stop: int) -> Iterator[tuple[int, Chunk]]:
-        """The ranks that own a row of `[start, stop)`, with the chunk that holds it."""
-        rank = max(bisect_right(self.starts, start) - 1, 0)
-        while rank < self.world_size and self.starts[rank] < stop:
+    def rows(self, rank: int) -> np.ndarray:
+        """The rows that `rank` owns, int64 `[L_rank]`, ascending."""
+        runs = [np.arange(chunk.start, chunk.stop) for chunk in self.chunks(rank)]
+        return np.concatenate(runs) if runs else np.empty(0, np.int64)
+
+    def assemble(self, pieces: list[np.ndarray]) -> np.ndarray:
+        """The whole sequence `[..., S]` from every rank's `[..., L_p]`."""
+        whole = np.empty((*pieces[0].shape[:-1], self.seq_len), pieces[0].dtype)
+        for rank, piece in enumerate(pieces):
             for chunk in self.chunks(rank):
-                yield rank, chunk
-            rank += 1
+                whole[..., chunk.start : chunk.stop] = piece[..., chunk.local : chunk.local + chunk.stop - chunk.start]
+        return whole
 
 
 def check_layout(kind: str) -> None:
-    """Raise ValueError unless `kind` is a layout this version has."""
-    if kind != "contiguous":
-        raise ValueError(f"layout={kind!r} is not supported; use 'contiguous'")
+    """Raise ValueError unless `kind` is a layout."""
+    if kind not in LAYOUTS:
+        raise ValueError(f"layout={kind!r} is not supported; use one of {', '.join(map(repr, LAYOUTS))}")
+
+
+def _listed(lengths: tuple[int, ...]) -> str:
+    return ", ".join(map(str, lengths[:8])) + (", ..." if len(lengths) > 8 else "")

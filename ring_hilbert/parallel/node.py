@@ -18,9 +18,11 @@ from torch import Tensor
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
 from ring_hilbert.ops.triton_core import choose
+from ring_hilbert.parallel.execution import Execution
 from ring_hilbert.parallel.handles import held_by
 from ring_hilbert.parallel.plan import Shapes
 from ring_hilbert.parallel.prepare import Prepared, prepare
+from ring_hilbert.parallel.ulysses import Ulysses
 
 
 class Call(NamedTuple):
@@ -29,10 +31,14 @@ class Call(NamedTuple):
     Attributes:
         segment_lengths, dilation_rates, offset_rule: of the pattern; a segment length of 0 is the whole sequence.
         shifts: `(head_shift, segment_shift)` of the pattern.
+        heads: `(first, total)` of the pattern, or empty.
         causal: without a handle, whether keys at later rows (with an order, later tokens) are hidden.
         curve, sides: without a handle, the token order: no curve is no order, one side a block, more a grid.
         scale: of the scores.
         backend: "triton", "torch" or "auto".
+        strategy: how rows reach other ranks; "auto" leaves the choice between exchange and ring to the batch.
+        keep: whether rows of other ranks are kept for backward.
+        return_lse: whether somebody reads lse.
         name: of the layer, for errors.
     """
 
@@ -40,11 +46,15 @@ class Call(NamedTuple):
     dilation_rates: list[int]
     offset_rule: str
     shifts: list[int]
+    heads: list[int]
     causal: bool
     curve: str
     sides: list[int]
     scale: float
     backend: str
+    strategy: str
+    keep: bool
+    return_lse: bool
     name: str
 
     @classmethod
@@ -57,6 +67,9 @@ class Call(NamedTuple):
         scale: float,
         name: str | None,
         backend: str = "auto",
+        strategy: str = "exchange",
+        keep: bool = False,
+        return_lse: bool = True,
     ) -> Call:
         """The call with `pattern`; torch.compile traces through this."""
         lengths = [0 if length is None else length for length in pattern.segment_lengths]
@@ -66,13 +79,20 @@ class Call(NamedTuple):
             curve, sides = order.curve, list(order.grid or (order.block or 0,))
         return cls(
             lengths, list(pattern.dilation_rates), pattern.offset_rule, [pattern.head_shift, pattern.segment_shift],
-            causal, curve, sides, scale, backend, name or "",
+            list(pattern.heads or ()), causal, curve, sides, scale, backend, strategy, keep, return_lse, name or "",
         )  # fmt: skip
 
     @property
     def pattern(self) -> DilatedPattern:
         """The pattern that `of` was given."""
-        return _pattern(tuple(self.segment_lengths), tuple(self.dilation_rates), self.offset_rule, *self.shifts)
+        return _pattern(
+            tuple(self.segment_lengths), tuple(self.dilation_rates), self.offset_rule, *self.shifts, tuple(self.heads)
+        )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether what forward keeps is all that backward needs."""
+        return self.strategy == "ulysses"
 
     def default_facts(self, rows: int) -> Prepared:
         """The `Prepared` of a call without a handle: one device, one document, positions by default."""
@@ -81,9 +101,9 @@ class Call(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _pattern(
-    lengths: tuple[int, ...], rates: tuple[int, ...], rule: Any, head_shift: int, segment_shift: int
+    lengths: tuple[int, ...], rates: tuple[int, ...], rule: Any, head_shift: int, segment_shift: int, heads: Any
 ) -> DilatedPattern:
-    return DilatedPattern(tuple(w or None for w in lengths), rates, rule, head_shift, segment_shift)
+    return DilatedPattern(tuple(w or None for w in lengths), rates, rule, head_shift, segment_shift, heads or None)
 
 
 @lru_cache(maxsize=16)
@@ -112,13 +132,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared | None, call: Cal
         ValueError: on every rank, if a rank's q does not fit `prepared` or a rank's call is another one.
         RuntimeError: backward ran after every trace of the batch was gone (see `Prepared.handle`).
     """
-    out, lse, _ = _forward(q, k, v, None if prepared is None else prepared.handle, *call)
+    out, lse, *_ = _forward(q, k, v, None if prepared is None else prepared.handle, *call)
     return out, lse.detach()
 
 
 _CALL = (
-    "SymInt[] segment_lengths, SymInt[] dilation_rates, str offset_rule, SymInt[] shifts, "
-    "bool causal, str curve, SymInt[] sides, float scale, str backend, str name"
+    "SymInt[] segment_lengths, SymInt[] dilation_rates, str offset_rule, SymInt[] shifts, SymInt[] heads, bool causal, "
+    "str curve, SymInt[] sides, float scale, str backend, str strategy, bool keep, bool return_lse, str name"
 )
 _OPTIONS: dict[str, Any] = {
     "mutates_args": (),
@@ -128,85 +148,92 @@ _OPTIONS: dict[str, Any] = {
 
 @torch.library.custom_op(
     "ring_hilbert::attention",
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? handle, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? handle, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
     **_OPTIONS,
 )
-def _forward(q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, prepared, shapes = _resolve(q, k, handle, args)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = Call(*args)
+    prepared = call.default_facts(q.shape[1]) if handle is None else held_by(handle)
+    batch, _, heads, dim = q.shape
+    shapes = Shapes(batch, heads, k.shape[2], dim, q.dtype)
     misfit = prepared.misfit(q)
     if misfit and call.name:
         misfit = f"{call.name}: {misfit}"
-    prepared.agree(agreed_fields(call.pattern, call.scale, shapes), misfit)
-    backend = choose(call.backend, q.device, shapes.dtype, shapes.head_dim)
-    execution = prepared.execution(call.pattern, shapes, q.device, backend)
+    prepared.agree(agreed_fields(call.pattern, call.scale, shapes) | {"strategy": call.strategy}, misfit)
+    execution = _execution(call, prepared, shapes, q.device)
     permutation = prepared.permutation(q.device)
+    options = {"keep": call.keep, "lse": call.return_lse}
     if permutation is None:
-        return execution.forward(q, k, v, call.scale, call.name)
+        return execution.forward(q, k, v, call.scale, call.name, **options)
     row, token = permutation
     q, k, v = (x.index_select(1, row) for x in (q, k, v))
-    out, lse, residue = execution.forward(q, k, v, call.scale, call.name)
-    return out.index_select(1, token), lse.index_select(2, token), residue.index_select(2, token)
+    out, lse, residue, kept = execution.forward(q, k, v, call.scale, call.name, **options)
+    return out.index_select(1, token), lse.index_select(2, token), residue.index_select(2, token), kept
 
 
 @torch.library.custom_op(
     "ring_hilbert::attention_backward",
-    schema=(
-        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor residue, Tensor? handle, "
-        f"{_CALL}) -> (Tensor, Tensor, Tensor)"
-    ),
+    schema=f"(Tensor dout, Tensor[] saved, Tensor? handle, SymInt kv_heads, {_CALL}) -> (Tensor, Tensor, Tensor)",
     **_OPTIONS,
 )
 def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    residue: Tensor,
-    handle: Tensor | None,
-    *args: Any,
+    dout: Tensor, saved: list[Tensor], handle: Tensor | None, kv_heads: int, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call, prepared, shapes = _resolve(q, k, handle, args)
-    backend = choose(call.backend, q.device, shapes.dtype, shapes.head_dim)
-    execution = prepared.execution(call.pattern, shapes, q.device, backend)
-    permutation = prepared.permutation(q.device)
+    call, (batch, rows, heads, dim) = Call(*args), dout.shape
+    prepared = call.default_facts(rows) if handle is None else held_by(handle)
+    execution = _execution(call, prepared, Shapes(batch, heads, kv_heads, dim, dout.dtype), dout.device)
+    permutation = prepared.permutation(dout.device)
     if permutation is None:
-        return execution.backward(dout, q, k, v, out, lse, residue, call.scale, call.name)
+        return execution.backward(dout, saved, call.scale, call.name)
     row, token = permutation
-    dout, q, k, v, out = (x.index_select(1, row) for x in (dout, q, k, v, out))
-    lse, residue = (x.index_select(2, row) for x in (lse, residue))
-    dq, dk, dv = execution.backward(dout, q, k, v, out, lse, residue, call.scale, call.name)
+    if not call.keeps_all:
+        q, k, v, out, lse, residue, *kept = saved
+        by_row = [x.index_select(1, row) for x in (q, k, v, out)] + [x.index_select(2, row) for x in (lse, residue)]
+        saved = [*by_row, *kept]
+    dq, dk, dv = execution.backward(dout.index_select(1, row), saved, call.scale, call.name)
     return dq.index_select(1, token), dk.index_select(1, token), dv.index_select(1, token)
 
 
-def _resolve(q: Tensor, k: Tensor, handle: Tensor | None, args: tuple[Any, ...]) -> tuple[Call, Prepared, Shapes]:
-    call, (batch, rows, heads, dim) = Call(*args), q.shape
-    prepared = call.default_facts(rows) if handle is None else held_by(handle)
-    return call, prepared, Shapes(batch, heads, k.shape[2], dim, q.dtype)
+def _execution(call: Call, prepared: Prepared, shapes: Shapes, device: torch.device) -> Execution | Ulysses:
+    backend = choose(call.backend, device, shapes.dtype, shapes.head_dim)
+    return prepared.execution(call.pattern, shapes, device, backend, call.strategy)
 
 
 @_forward.register_fake
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype)
-    return q.new_empty(q.shape), lse, torch.empty_like(lse)
+    call = Call(*args)
+    size = torch.library.get_ctx().new_dynamic_size() if call.keep or call.keeps_all else 0  # behind the handle
+    return q.new_empty(q.shape), lse, torch.empty_like(lse), q.new_empty(size, dtype=torch.uint8)
 
 
 @_backward.register_fake
-def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _backward_fake(
+    dout: Tensor, saved: list[Tensor], handle: Tensor | None, kv_heads: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, rows, _, dim = dout.shape
+    kv_shape = (batch, rows, kv_heads, dim)
+    return dout.new_empty(dout.shape), dout.new_empty(kv_shape), dout.new_empty(kv_shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     q, k, v, handle, *ctx.call = inputs
-    ctx.save_for_backward(q, k, v, *output, handle)
+    call, ctx.kv_heads = Call(*ctx.call), k.shape[2]
+    out, lse, residue, kept = output
+    tensors = [kept] if call.keeps_all else [q, k, v, out, lse, residue, *([kept] if call.keep else [])]
+    ctx.save_for_backward(*tensors, handle)
     # What hooks on saved tensors make of the handle need not keep the batch alive. A tensor that is being traced has none.
     ctx.prepared = getattr(handle, "held", None)
 
 
-def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor, _dresidue: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _backward(dout, *ctx.saved_tensors, *ctx.call)
+def _gradients(ctx: Any, dout: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, handle = ctx.saved_tensors
+    gradients = _backward(dout, saved, handle, ctx.kv_heads, *ctx.call)
     return *gradients, *[None] * (1 + len(ctx.call))
 
 

@@ -20,12 +20,14 @@ from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import Branch, DilatedPattern
 from ring_hilbert.ops.rings import nested, ring_visits, rings_pay
 from ring_hilbert.ops.visits import Chunk, Rows, Segments, Visit, branch_visits, crossing_visits, rows_in, segments_of
-from ring_hilbert.parallel.crossings import Block, Crossings
+from ring_hilbert.parallel.crossings import Crossings
 from ring_hilbert.parallel.facts import Facts
+from ring_hilbert.parallel.heads import head_shares
 from ring_hilbert.parallel.layout import Layout
-from ring_hilbert.parallel.remote import RemoteVisit, remote_visits
+from ring_hilbert.parallel.remote import Hop, remote_visits
 
-STRATEGIES = ("exchange", "auto")
+STRATEGIES = ("exchange", "ring", "ulysses", "auto")
+PASSES = ("forward", "backward")
 
 
 class Shapes(NamedTuple):
@@ -40,21 +42,21 @@ class Shapes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RankPlan:
-    """What one rank does: its visits, and its shipments from (`received`) and to (`sent`) every rank, own ones empty."""
+    """What one rank does: visits among its own rows, and hops, each with the visits over what it brings."""
 
     rank: int
     chunks: tuple[Chunk, ...]
     local: list[Visit]
-    remote: list[RemoteVisit]
-    received: list[list[Block]]
-    sent: list[list[Block]]
+    hops: list[Hop]
 
 
 class Plan:
     """The plan of one pattern on one sequence; made by `rh.plan`, or by a `Prepared` for the call at hand.
 
     Attributes:
-        pattern, layout, facts, shapes, strategy: what it is a plan of.
+        pattern, layout, facts, shapes: what it is a plan of.
+        strategy: "exchange", all rows in one collective; "ring", the same rows in hops, from one rank at a time; "ulysses",
+            heads for rows.
         deduplicate: visit every pair of local rows once (True; the pattern must be nested), once per branch (False), or as is
             faster (None).
     """
@@ -70,23 +72,49 @@ class Plan:
     ) -> None:
         self.pattern, self.layout, self.facts, self.shapes = pattern, layout, facts, shapes
         self.strategy, self.deduplicate = check_strategy(strategy), deduplicate
+        if strategy == "auto":
+            raise ValueError("a plan is of one strategy; parallel.choice.choose chooses one")
+        self.shares = (
+            head_shares(shapes.num_heads, shapes.num_kv_heads, layout.world_size) if strategy == "ulysses" else ()
+        )
         self.crossings = Crossings(pattern, layout, facts, shapes.num_kv_heads, shapes.batch_size)
         self._ranks: dict[int, RankPlan] = {}
 
     # ---- what a rank executes
 
     def rank(self, rank: int) -> RankPlan:
-        """The part of `rank`, made on first use."""
+        """The part of `rank` in an exchange or a ring, made on first use."""
         if rank not in self._ranks:
-            world = range(self.layout.world_size)
-            received = [self.crossings.shipment(rank, other) for other in world]
-            sent = [self.crossings.shipment(other, rank) for other in world]
             chunks = self.layout.chunks(rank)
             local = [visit for chunk in chunks for visit in self._visits_within(chunk)]
-            local += crossing_visits(self.pattern, self.shapes.num_kv_heads, chunks, self.facts.row_causal)
-            remote = list(remote_visits(self.crossings, rank, received))
-            self._ranks[rank] = RankPlan(rank, chunks, local, remote, received, sent)
+            local += crossing_visits(self.pattern, self.shapes.num_kv_heads, chunks, self.crossings.in_row_order)
+            local.sort(key=lambda visit: not visit.opening)
+            self._ranks[rank] = RankPlan(rank, chunks, local, self._hops(rank))
         return self._ranks[rank]
+
+    def of_heads(self, rank: int) -> Plan:
+        """What `rank` computes under "ulysses": the whole sequence, for its share of the heads, as on one device."""
+        share, shapes = self.shares[rank], self.shapes
+        return Plan(
+            self.pattern.for_heads(share.kv_heads.start, shapes.num_kv_heads), Layout((self.layout.seq_len,)), self.facts,
+            shapes._replace(num_heads=len(share.heads), num_kv_heads=len(share.kv_heads)), "exchange", self.deduplicate,
+        )  # fmt: skip
+
+    def _hops(self, rank: int) -> list[Hop]:
+        crossings, world = self.crossings, self.layout.world_size
+        if not crossings.communicates:
+            return []
+        received = crossings.shipments(rank)
+        sent = {reader: crossings.shipment(reader, rank) for reader in crossings.readers(rank)}
+        if self.strategy == "exchange":
+            return [Hop(0, received, sent, list(remote_visits(crossings, rank, received)))]
+        hops = []
+        for distance in range(1, world):
+            owner, reader = (rank - distance) % world, (rank + distance) % world
+            theirs, mine = ({r: x[r]} if x.get(r) else {} for x, r in ((received, owner), (sent, reader)))
+            if theirs or mine:
+                hops.append(Hop(distance, theirs, mine, list(remote_visits(crossings, rank, theirs))))
+        return hops
 
     def deduplicates(self, chunk: Chunk) -> bool:
         """Whether the pairs among the rows of `chunk` are visited once instead of once per branch."""
@@ -122,23 +150,63 @@ class Plan:
     def received_bytes(self, rank: int, pass_: str = "forward") -> int:
         """Payload bytes that cross to `rank` from other ranks, nothing else counted.
 
-        "forward": the K and V rows it reads, in their dtype (backward fetches them again). "backward": the dK and dV
-        rows that come back for the rows it sent, in float32 (float64 for float64).
+        "forward": the K and V rows it reads, in their dtype; under "ulysses" the rows of q, K, V of its heads, and of out of
+        its rows. "backward": the dK and dV rows that come back for the rows it sent, in float32 (float64 for float64);
+        under "ulysses" those of dout, dq, dK and dV, in the dtype of q unless kv heads are replicated. K and V that an
+        exchange or ring fetches again in backward are as many as in forward.
         """
-        if pass_ not in ("forward", "backward"):
+        if pass_ not in PASSES:
             raise ValueError(f"pass_ must be 'forward' or 'backward', got {pass_!r}")
-        world, dtype = range(self.layout.world_size), self.shapes.dtype
+        if self.strategy == "ulysses" or "traffic" in self.__dict__:
+            return self.traffic[pass_][rank]
+        if not self.crossings.communicates:
+            return 0
         if pass_ == "forward":
-            rows, item = sum(b.size for other in world for b in self.crossings.shipment(rank, other)), dtype.itemsize
-        else:
-            rows, item = (
-                sum(b.size for other in world for b in self.crossings.shipment(other, rank)),
-                max(4, dtype.itemsize),
-            )
-        return rows * 2 * self.shapes.head_dim * item
+            return int(self.crossings.counts(rank).sum()) * self._row_bytes(pass_)
+        readers = self.crossings.readers(rank)
+        return sum(self.crossings.count(reader, rank) for reader in readers) * self._row_bytes(pass_)
+
+    @cached_property
+    def traffic(self) -> dict[str, list[int]]:
+        """`received_bytes` of every rank, by pass: cheaper than one by one."""
+        if self.strategy == "ulysses":
+            return self._traffic_of_heads()
+        world = self.layout.world_size
+        forward, backward = np.zeros(world, np.int64), np.zeros(world, np.int64)
+        for rank in range(world) if self.crossings.communicates else ():
+            counts = self.crossings.counts(rank)
+            forward[rank] = counts.sum()
+            backward += counts
+        return {p: (n * self._row_bytes(p)).tolist() for p, n in zip(PASSES, (forward, backward), strict=True)}
+
+    def _row_bytes(self, pass_: str) -> int:
+        item = self.shapes.dtype.itemsize
+        return 2 * self.shapes.head_dim * (item if pass_ == "forward" else max(4, item))
+
+    def _traffic_of_heads(self) -> dict[str, list[int]]:
+        batch, heads, kv_heads, dim, dtype = self.shapes
+        item, copies = dtype.itemsize, sum(len(share.kv_heads) for share in self.shares)
+        back = max(4, item) if copies > kv_heads else item
+        traffic: dict[str, list[int]] = {pass_: [] for pass_ in PASSES}
+        for own, share in zip(self.layout.lengths, self.shares, strict=True):
+            here, kv_here, elsewhere = len(share.heads), len(share.kv_heads), self.layout.seq_len - own
+            forward = item * (elsewhere * (here + 2 * kv_here) + own * (heads - here))
+            backward = item * (elsewhere * here + own * (heads - here)) + back * own * 2 * (copies - kv_here)
+            traffic["forward"].append(batch * dim * forward)
+            traffic["backward"].append(batch * dim * backward)
+        return traffic
+
+    def refetched_bytes(self, rank: int) -> int:
+        """Payload bytes of K and V that cross to `rank` again in backward, unless they were kept (`save_remote`)."""
+        return 0 if self.strategy == "ulysses" else self.received_bytes(rank)
 
     def attention_flops(self, rank: int) -> int:
-        """Forward FLOPs of the allowed pairs of the rows of `rank`, summed over branches: pairs x 4 D x query heads x batch."""
+        """Forward FLOPs of the allowed pairs that `rank` computes, summed over branches: pairs x 4 D x query heads x batch.
+
+        The pairs of its rows; under "ulysses" those of all rows, for its heads.
+        """
+        if self.strategy == "ulysses":
+            return self.of_heads(rank).attention_flops(0)
         shapes, pairs = self.shapes, 0
         group = shapes.num_heads // shapes.num_kv_heads
         repeat = shapes.batch_size // len(self.crossings.entries)
@@ -154,10 +222,42 @@ class Plan:
 
         Below `attention_flops` where pairs are deduplicated.
         """
+        if self.strategy == "ulysses":
+            return self.of_heads(rank).executed_flops(0)
         shapes, part = self.shapes, self.rank(rank)
         pairs = shapes.batch_size * sum(visit.pairs for visit in part.local)
-        pairs += sum(visit.queries.count * int((visit.arena >= 0).sum()) for visit in part.remote)
+        for visit in (visit for hop in part.hops for visit in hop.visits):
+            pairs += visit.queries.count * int((visit.arena >= 0).sum())
         return pairs * 4 * shapes.head_dim * (shapes.num_heads // shapes.num_kv_heads)
+
+    def memory_bytes(self, rank: int) -> int:
+        """Bytes of one layer's attention at its peak on `rank`, in backward: tensors of its rows, and what has arrived.
+
+        q, k, v, out, dout, dq, dk, dv, lse and its rounding; and received K and V with their gradients in float32 (a ring:
+        of two hops), or the same tensors once more in the other layout ("ulysses").
+        """
+        _, heads, kv_heads, dim, dtype = self.shapes
+        wide = max(4, dtype.itemsize)
+
+        def layer(rows: int, heads: int, kv_heads: int) -> int:
+            return self.shapes.batch_size * rows * (4 * (heads + kv_heads) * dim * dtype.itemsize + 2 * heads * wide)
+
+        own = layer(self.layout.lengths[rank], heads, kv_heads)
+        if self.strategy == "ulysses":
+            share = self.shares[rank]
+            return own + layer(self.layout.seq_len, len(share.heads), len(share.kv_heads))
+        return own + self.arena_rows(rank) * 2 * dim * (dtype.itemsize + wide)
+
+    def arena_rows(self, rank: int) -> int:
+        """The most payload rows of other ranks that `rank` holds at a time, in an exchange or a ring."""
+        if not self.crossings.communicates:
+            return 0
+        counts = self.crossings.counts(rank)
+        if self.strategy == "exchange":
+            return int(counts.sum())
+        in_turn = np.roll(counts, -rank)[:0:-1]  # of the rank before this one, the one before that, ...
+        in_turn = in_turn[in_turn > 0]
+        return int(max((in_turn[:-1] + in_turn[1:]).max(initial=0), in_turn.max(initial=0)))
 
     def _pairs(self, branch: Branch, segments: Segments, offset: int) -> int:
         """Allowed pairs of the rows in `segments` with all rows of their segments, for one head; entries summed."""
@@ -169,7 +269,7 @@ class Plan:
         start, stop = (0, seq_len) if w is None else (max(origin, 0), min(origin + w, seq_len))
         keys = rows_in(Segments(origin, start, stop, 1, 0), rate, offset)
         assert keys is not None, "a segment holds the keys of its queries"
-        if self.facts.by_row_alone:
+        if self._countable:
             if not self.facts.causal:
                 return queries.segments * queries.count * keys.count
             before = (queries.start - keys.start) // rate  # keys ahead of the first query
@@ -182,10 +282,19 @@ class Plan:
         )
 
     @cached_property
+    def _countable(self) -> bool:
+        """Allowed pairs are counted in closed form: no documents, and rows of a chunk see distinct positions as a triangle."""
+        return self.crossings.regular and (not self.facts.causal or self.facts.positions is None)
+
+    @cached_property
     def imbalance(self) -> float:
         """Largest over mean `attention_flops` of the ranks; 1.0 is perfect balance."""
-        flops = [self.attention_flops(rank) for rank in range(self.layout.world_size)]
-        return max(flops) * len(flops) / sum(flops) if sum(flops) else 1.0
+        return max(self.all_flops) * len(self.all_flops) / sum(self.all_flops) if sum(self.all_flops) else 1.0
+
+    @cached_property
+    def all_flops(self) -> list[int]:
+        """`attention_flops` of every rank."""
+        return [self.attention_flops(rank) for rank in range(self.layout.world_size)]
 
     def summary(self) -> str:
         """A few lines for a person: rows, bytes, FLOPs (min, mean, max over ranks), imbalance."""
@@ -198,12 +307,14 @@ class Plan:
             f"strategy {self.strategy}",
         ]
         for pass_ in ("forward", "backward"):
-            mib = [self.received_bytes(rank, pass_) / 2**20 for rank in range(world)]
+            mib = [received / 2**20 for received in self.traffic[pass_]]
             what = "K, V" if pass_ == "forward" else "dK, dV"
+            if self.strategy == "ulysses":
+                what = "q, K, V, out" if pass_ == "forward" else "dout, dq, dK, dV"
             lines.append(
                 f"received {what} per rank: min {min(mib):.2f}  mean {sum(mib) / world:.2f}  max {max(mib):.2f} MiB"
             )
-        gflops = [self.attention_flops(rank) / 1e9 for rank in range(world)]
+        gflops = [flops / 1e9 for flops in self.all_flops]
         lines.append(
             f"attention FLOPs per rank, forward: min {min(gflops):.3f}  mean {sum(gflops) / world:.3f}  max {max(gflops):.3f} G; "
             f"imbalance {self.imbalance:.3f}"
@@ -212,10 +323,10 @@ class Plan:
 
 
 def check_strategy(strategy: str) -> str:
-    """The strategy to run; ValueError names what this version does not have."""
+    """The strategy, if there is one of this name; else a ValueError."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is not supported; use one of {', '.join(map(repr, STRATEGIES))}")
-    return "exchange" if strategy == "auto" else strategy
+    return strategy
 
 
 def order_warnings(pattern: DilatedPattern, order: TokenOrder | None, causal: bool) -> list[str]:
@@ -256,11 +367,11 @@ def plan(
         world_size: ranks, `P`.
         num_heads, num_kv_heads, head_dim, dtype, batch_size: of `q [B, S, H, D]` and `k, v [B, S, Hkv, D]`.
         causal: keys with a larger position are hidden; positions are token indices.
-        layout: "contiguous".
+        layout: "contiguous" or "zigzag".
         local_lengths: rows of each rank; default `seq_len // world_size`, the first ranks one more.
         order: the order that the rows are in.
         document_ids: `[S]` or `[B, S]` integers in natural token order, -1 for padding.
-        strategy: "exchange" or "auto".
+        strategy: "exchange", "ring", "ulysses", or "auto": the one that is expected to be the fastest.
 
     Returns:
         A `Plan`: `received_bytes(rank, pass_)`, `attention_flops(rank)`, `imbalance`, `summary()`.
@@ -292,4 +403,9 @@ def plan(
     for message in order_warnings(pattern, order, causal):
         warnings.warn(message, UserWarning, stacklevel=2)
     facts = Facts(seq_len, causal, documents=documents, order=order)
-    return Plan(pattern, rows, facts, Shapes(batch_size, num_heads, num_kv_heads, head_dim, dtype), strategy)
+    shapes = Shapes(batch_size, num_heads, num_kv_heads, head_dim, dtype)
+    if strategy == "auto":
+        from ring_hilbert.parallel.choice import choose
+
+        strategy = choose(pattern, rows, facts, shapes).strategy
+    return Plan(pattern, rows, facts, shapes, strategy)

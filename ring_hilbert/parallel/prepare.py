@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter
 from typing import Any
@@ -15,14 +16,20 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.parallel.choice import choose
 from ring_hilbert.parallel.execution import Execution
 from ring_hilbert.parallel.facts import Facts
 from ring_hilbert.parallel.handles import new_handle
 from ring_hilbert.parallel.layout import Layout, check_layout
 from ring_hilbert.parallel.plan import Plan, Shapes, check_strategy
+from ring_hilbert.parallel.ulysses import Ulysses
+from ring_hilbert.parallel.wire import communicator
 
 Group = dist.ProcessGroup | DeviceMesh | None
 
+log = logging.getLogger(__name__)
+
+_chosen: dict[tuple[Any, ...], str] = {}
 _agreed: weakref.WeakKeyDictionary[dist.ProcessGroup, set[tuple]] = weakref.WeakKeyDictionary()
 
 
@@ -38,7 +45,8 @@ class Prepared:
         group: the process group, or None.
         facts: positions and documents of the whole sequence.
         order: the order of a caller with natural-order tensors (`dilated_attention(order=...)`), else None.
-        strategy: how rows reach other ranks.
+        strategy: how rows reach other ranks; "auto" is resolved by `strategy_for`.
+        save_remote: whether received rows are kept for backward instead of being fetched again.
         rows: int64 `[1 or B, S_local]` on the CPU: the natural token index of every local row.
         position_ids: what `shard_batch` returned as such, or None; integrations check that the model was given them.
         position_ids_checked: whether that was done for this batch.
@@ -58,13 +66,13 @@ class Prepared:
         rows: Tensor | None = None,
         position_ids: Tensor | None = None,
         strategy: str = "exchange",
+        save_remote: bool = False,
     ) -> None:
         self.layout, self.rank, self.group, self.facts = layout, rank, group, facts
-        self.order, self.strategy = order, strategy
+        self.order, self.strategy, self.save_remote = order, strategy, save_remote
         self.position_ids, self.position_ids_checked = position_ids, False
-        start = layout.starts[rank]
-        self.rows = torch.arange(start, start + self.local_len, device="cpu")[None] if rows is None else rows
-        self._executions: dict[tuple[DilatedPattern, Shapes, torch.device, str], Execution] = {}
+        self.rows = torch.from_numpy(layout.rows(rank))[None] if rows is None else rows
+        self._executions: dict[tuple[DilatedPattern, Shapes, torch.device, str, str], Execution | Ulysses] = {}
         self._permutations: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.handle = self._new_handle()
 
@@ -95,16 +103,43 @@ class Prepared:
         """The plan of `pattern` on this batch: the very object that is executed."""
         return self.execution(pattern, shapes, torch.device("cpu")).plan
 
+    def strategy_for(self, pattern: DilatedPattern, shapes: Shapes, *, whole_heads: bool = False) -> str:
+        """The strategy of a call; an "auto" one is chosen once per process, from what every rank knows alike, and logged.
+
+        `whole_heads`: not "ulysses".
+        """
+        if self.group is None or self.strategy != "auto":
+            return "exchange" if self.strategy == "auto" else self.strategy
+        batch_free = shapes._replace(batch_size=1)
+        key = (pattern, batch_free, self.layout.kind, self.layout.world_size, self.causal, self.order, whole_heads)
+        if key not in _chosen:
+            choice = choose(pattern, self.layout, self.facts, shapes)
+            _chosen[key], reason = choice.strategy, choice.reason
+            if whole_heads and choice.strategy == "ulysses":
+                _chosen[key] = "exchange" if choice.costs["exchange"].fits else "ring"
+                reason = "compiled code takes 'ulysses' only if that is asked for"
+            if self.rank == 0:
+                log.info("strategy %r for %s over %d ranks: %s", _chosen[key], pattern, self.layout.world_size, reason)
+        return _chosen[key]
+
     def execution(
-        self, pattern: DilatedPattern, shapes: Shapes, device: torch.device, backend: str = "torch"
-    ) -> Execution:
+        self,
+        pattern: DilatedPattern,
+        shapes: Shapes,
+        device: torch.device,
+        backend: str = "torch",
+        strategy: str | None = None,
+    ) -> Execution | Ulysses:
         """The plan of `pattern` bound to this rank, `device` and `backend`, made on first use."""
-        key = (pattern, shapes, device, backend)
+        if strategy is None or strategy == "auto":
+            strategy = self.strategy_for(pattern, shapes, whole_heads=strategy == "auto")
+        key = (pattern, shapes, device, backend, strategy)
         if key not in self._executions:
             # Fused kernels of other devices take no weights, and the Triton core deduplicates by itself.
             deduplicate = None if device.type == "cpu" else False
-            plan = Plan(pattern, self.layout, self.facts, shapes, self.strategy, deduplicate)
-            self._executions[key] = Execution(plan, self.rank, self.group, device, backend)
+            plan = Plan(pattern, self.layout, self.facts, shapes, strategy, deduplicate)
+            bind = Ulysses if strategy == "ulysses" else Execution
+            self._executions[key] = bind(plan, self.rank, self.group, device, backend)
         return self._executions[key]
 
     def permutation(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
@@ -112,8 +147,9 @@ class Prepared:
         if self.order is None:
             return None
         if device not in self._permutations:
-            start = self.layout.starts[self.rank]
-            rows = self.order.permutation(self.layout.seq_len, start, start + self.local_len) - start
+            rows = _ordered(self.order, self.layout, self.rank)
+            for chunk in self.layout.chunks(self.rank):
+                rows[chunk.local : chunk.local + chunk.stop - chunk.start] += chunk.local - chunk.start
             self._permutations[device] = rows.to(device), rows.argsort().to(device)
         return self._permutations[device]
 
@@ -166,7 +202,7 @@ def gather(record: dict[str, Any], group: dist.ProcessGroup, error: str | None =
     """Every rank's `record`, by group rank. If the others never come, the local `error` (if any) is what is reported."""
     records: list[Any] = [None] * dist.get_world_size(group)
     try:
-        dist.all_gather_object(records, record, group=group)
+        dist.all_gather_object(records, record, group=communicator(group))
     except RuntimeError as failure:
         rank = dist.get_rank(group)
         reason = f"; this rank's own error: {error}" if error else ""
@@ -201,18 +237,23 @@ def prepare(
     document_ids: Tensor | None = None,
     causal: bool = True,
     strategy: str = "auto",
+    save_remote: bool = False,
 ) -> Prepared:
     """Agree on the facts of one batch with all ranks of `group`: one gather, on which every mistake surfaces everywhere.
 
     Args:
         local_len: rows of this rank, `S_local`; may differ between ranks and be 0.
         group: process group or 1-D DeviceMesh; None is one device.
-        layout: "contiguous": group rank p holds rows `[sum L_<p, + L_p)`.
+        layout: "contiguous": group rank p holds rows `[sum L_<p, + L_p)`. "zigzag": of 2P equal chunks rank p holds chunk p,
+            then chunk 2P-1-p, which balances dense causal attention.
         order: given by callers whose tensors are in natural token order; its `block` must divide every rank's boundary.
         positions: integers `[S_local]` or `[B, S_local]` for causality; default the row index (with `order`, token index).
         document_ids: integers `[S_local]` or `[B, S_local]`; -1 marks padding rows.
         causal: keys with a larger position are hidden.
-        strategy: "exchange" or "auto".
+        strategy: "exchange" (one collective brings all rows), "ring" (the same rows in hops, from one rank at a time, for
+            patterns that read more of other ranks than fits), "ulysses" (every rank gets all rows for some of the heads), or
+            "auto": by the plan, once per job.
+        save_remote: keep the received rows for backward instead of fetching them again.
 
     Returns:
         A `Prepared`, to be passed as `dilated_attention(..., prepared=...)`.
@@ -222,7 +263,7 @@ def prepare(
     """
     return prepare_call(
         local_len, {}, None, group=group, layout=layout, order=order, positions=positions, document_ids=document_ids,
-        causal=causal, strategy=strategy,
+        causal=causal, strategy=strategy, save_remote=save_remote,
     )  # fmt: skip
 
 
@@ -238,6 +279,7 @@ def prepare_call(
     document_ids: Tensor | None,
     causal: bool,
     strategy: str,
+    save_remote: bool = False,
 ) -> Prepared:
     """`prepare` that is also `agree` on the fields of a call, or on the `error` this rank already knows of."""
     process_group, rank, _ = resolve_group(group)
@@ -253,6 +295,7 @@ def prepare_call(
     except ValueError as problem:
         error = str(problem)
     fields = call_fields | {"layout": layout, "order": order, "causal": causal, "strategy": strategy}
+    fields["save_remote"] = save_remote
     fields |= {f"{name} is given": value is not None for name, value in local.items()}
     fields |= {f"batch size of {name}": len(a) for name, a in arrays.items() if a is not None}
     record = {"fields": fields, "error": error, "local_len": local_len, "arrays": arrays}
@@ -264,11 +307,10 @@ def prepare_call(
         _agreed.setdefault(process_group, set()).add(tuple(call_fields.items()))
 
     rows = Layout(tuple(r["local_len"] for r in records), layout)
-    whole = {name: _assemble([r["arrays"][name] for r in records]) for name in local}
+    whole = {name: _assemble([r["arrays"][name] for r in records], rows) for name in local}
     if order is not None:
         _check_order(order, rows)
-        pieces = [order.permutation(rows.seq_len, a, b) for a, b in zip(rows.starts, rows.starts[1:], strict=False)]
-        permutation = torch.cat(pieces).numpy()
+        permutation = rows.assemble([_ordered(order, rows, p).numpy() for p in range(rows.world_size)])
         whole = {name: None if a is None else a[:, permutation] for name, a in whole.items()}
     facts = Facts(
         rows.seq_len,
@@ -277,7 +319,13 @@ def prepare_call(
         whole["document_ids"],
         order=order if causal else None,
     )
-    return Prepared(rows, rank, process_group, facts, order=order, strategy=strategy)
+    return Prepared(rows, rank, process_group, facts, order=order, strategy=strategy, save_remote=save_remote)
+
+
+def _ordered(order: TokenOrder, layout: Layout, rank: int) -> Tensor:
+    """The token of every row of `rank`, int64 `[L_rank]`."""
+    pieces = [order.permutation(layout.seq_len, chunk.start, chunk.stop) for chunk in layout.chunks(rank)]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *pieces])
 
 
 def _fact(name: str, value: Tensor | None, local_len: int) -> np.ndarray | None:
@@ -302,10 +350,10 @@ def _fact(name: str, value: Tensor | None, local_len: int) -> np.ndarray | None:
     return array
 
 
-def _assemble(pieces: list[np.ndarray | None]) -> np.ndarray | None:
+def _assemble(pieces: list[np.ndarray | None], layout: Layout) -> np.ndarray | None:
     """The whole sequence from every rank's `[B or 1, S_local]`."""
     present = [piece for piece in pieces if piece is not None]
-    return np.concatenate(present, axis=1) if present else None
+    return layout.assemble(present) if present else None
 
 
 def _check_order(order: TokenOrder, layout: Layout) -> None:
@@ -316,9 +364,9 @@ def _check_order(order: TokenOrder, layout: Layout) -> None:
             f"order={order!r} permutes rows between ranks; use shard_batch(batch, group, order=...), which permutes the "
             "batch before it is cut, and call without order="
         )
-    for rank, start in enumerate(layout.starts[1:-1], 1):
+    for rank, start in zip(layout.owners.tolist(), layout.cuts.tolist(), strict=False):
         if start % order.block and start != layout.seq_len:
             raise ValueError(
-                f"order.block={order.block} must divide the first row of every rank, but rank {rank} starts at row {start}; "
-                "use other local lengths, or shard_batch(batch, group, order=...)"
+                f"order.block={order.block} must divide the first row of every rank's chunks, but rank {rank} starts at row "
+                f"{start}; use other local lengths, or shard_batch(batch, group, order=...)"
             )

@@ -31,6 +31,7 @@ def shard_batch(
     presharded: bool = False,
     causal: bool = True,
     strategy: str = "auto",
+    save_remote: bool = False,
 ) -> dict[str, Any]:
     """Order the tokens, cut them over the ranks of `group`, and prepare the batch: `model(**shard_batch(batch, group))`.
 
@@ -40,10 +41,10 @@ def shard_batch(
             (0 for padding), `position_ids` (default: restart per document).
         group: process group or 1-D DeviceMesh; None is one device.
         order: order of the rows; the real tokens are ordered first, padding rows follow them.
-        layout: "contiguous".
+        layout: "contiguous" or "zigzag", as in `prepare`; zigzag needs `S % 2P == 0`.
         local_lengths: rows of each rank; default `S // P`, the first `S % P` ranks one more.
         presharded: the batch holds only this rank's tokens, a contiguous piece `[B, S_local]` of the natural order.
-        causal, strategy: as in `prepare`.
+        causal, strategy, save_remote: as in `prepare`.
 
     Returns:
         `input_ids`, `position_ids`, `shift_labels` (the next token of the same document, or -100), `document_ids`, all
@@ -64,7 +65,7 @@ def shard_batch(
         error = str(problem)
     fields = {
         "order": order, "layout": layout, "causal": causal, "strategy": strategy, "presharded": presharded,
-        "local_lengths": None if local_lengths is None else tuple(local_lengths),
+        "save_remote": save_remote, "local_lengths": None if local_lengths is None else tuple(local_lengths),
         "keys of batch": tuple(sorted(record)),
         "batch size": next((len(x) for x in record.values()), 0),
     }  # fmt: skip
@@ -86,7 +87,7 @@ def shard_batch(
     documents = _documents(record)
     targets, places = _per_document(record.get("labels", record["input_ids"]), documents)
     tokens = _token_of_row(documents, order)
-    prepared = _prepare(documents, tokens, rows, rank, process_group, causal, strategy)
+    prepared = _prepare(documents, tokens, rows, rank, process_group, causal, strategy, save_remote)
     mine = prepared.rows.numpy()
 
     def local(array: np.ndarray) -> Tensor:
@@ -115,8 +116,9 @@ def prepare_tokens(documents: np.ndarray, order: TokenOrder, *, causal: bool = T
 
 
 def _prepare(
-    documents: np.ndarray, tokens: np.ndarray, layout: Layout, rank: int, group: Any, causal: bool, strategy: str
-) -> Prepared:
+    documents: np.ndarray, tokens: np.ndarray, layout: Layout, rank: int, group: Any, causal: bool, strategy: str,
+    save_remote: bool = False,
+) -> Prepared:  # fmt: skip
     """The `Prepared` of rows that hold `tokens [1 or B, S]`, whose documents are `documents [B, S]` (by token)."""
     natural = np.array_equal(tokens, np.arange(layout.seq_len)[None])
     one_document = (documents == documents[:1, :1]).all() and documents[0, 0] != PADDING
@@ -126,8 +128,9 @@ def _prepare(
         positions=tokens if causal and not natural else None,
         documents=None if one_document else _shared(_rows(documents, tokens)),
     )
-    mine = np.concatenate([tokens[:, c.start : c.stop] for c in layout.chunks(rank)] or [tokens[:, :0]], axis=1)
-    return Prepared(layout, rank, group, facts, rows=torch.from_numpy(mine), strategy=strategy)
+    mine = tokens[:, layout.rows(rank)]
+    rows = torch.from_numpy(mine)
+    return Prepared(layout, rank, group, facts, rows=rows, strategy=strategy, save_remote=save_remote)
 
 
 def _host_arrays(batch: Mapping[str, Any], presharded: bool) -> dict[str, np.ndarray]:

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wire: rows to and from the other ranks of a group, started now and waited for later.
+
+The only file that puts rows on the wire. Everything runs on a communicator of its own, so that it cannot be confused with what
+else is under way in the caller's group, whatever the order. On CUDA devices NCCL works on a stream of its own that first waits
+for the stream of the caller; `Pending` keeps what is being sent until the caller's stream has been made to wait for it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_communicators: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+
+
+def communicator(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks, backend and timeout for the rows of this package alone, made on first use by all its ranks."""
+    if group not in _communicators:
+        ranks = dist.get_process_group_ranks(group)
+        own: Any = group
+        if len(ranks) > 1:
+            timeout = group._get_backend(_device(group)).options._timeout
+            own = dist.new_group(
+                ranks, timeout=timeout, backend=dist.get_backend_config(group), use_local_synchronization=True,
+                group_desc="ring_hilbert", sort_ranks=False,
+            )  # fmt: skip
+        _communicators[group] = own
+    return _communicators[group]
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    return group._device_types[0] if group._device_types else torch.device("cpu")
+
+
+@dataclass
+class Pending:
+    """Rows under way: `buffer` is valid after `wait()`. Keeps what is being sent alive until then."""
+
+    buffer: Tensor
+    sending: Tensor | None
+    works: list[dist.Work]
+    what: str
+
+    def wait(self) -> Tensor:
+        """Wait until the rows have arrived, and those sent have left, and return the former.
+
+        Raises:
+            RuntimeError: a rank died, or did not come within the timeout of the group; names the rank and what was under way.
+        """
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as failure:
+            raise RuntimeError(f"{self.what} did not complete: {failure}") from failure
+        self.works, self.sending = [], None
+        return self.buffer
+
+
+def collective(
+    payload: Tensor, sent: Mapping[int, int], received: Mapping[int, int], group: dist.ProcessGroup, what: str
+) -> Pending:
+    """Start to send `sent[rank]` rows of `payload [rows, ...]` to every rank, in their order, and to receive `received[rank]`.
+
+    All ranks of the group call this, also those that have nothing to say.
+    """
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    splits = [[rows.get(other, 0) for other in range(world)] for rows in (received, sent)]
+    buffer = payload.new_empty((sum(splits[0]), *payload.shape[1:]))
+    what = f"rank {rank}: {what}"
+    try:
+        work = dist.all_to_all_single(buffer, payload, *splits, group=group, async_op=True)
+    except RuntimeError as failure:
+        raise RuntimeError(f"{what} did not start: {failure}") from failure
+    return Pending(buffer, payload, [work] if work is not None else [], what)
+
+
+def point_to_point(
+    payload: Tensor, sent: Mapping[int, int], received: Mapping[int, int], group: dist.ProcessGroup, what: str
+) -> Pending:
+    """As `collective`, with messages between the ranks concerned; only these call it, all in the same order."""
+    buffer = payload.new_empty((sum(received.values()), *payload.shape[1:]))
+    messages = []
+    for operation, rows, tensor in ((dist.irecv, received, buffer), (dist.isend, sent, payload)):
+        for other, part in zip(rows, tensor.split(list(rows.values())), strict=True):
+            if len(part):
+                messages.append(dist.P2POp(operation, part, group=group, group_peer=other))
+    what = f"rank {dist.get_rank(group)}: {what}"
+    try:
+        works = dist.batch_isend_irecv(messages) if messages else []
+    except RuntimeError as failure:
+        raise RuntimeError(f"{what} did not start: {failure}") from failure
+    return Pending(buffer, payload, works, what)
