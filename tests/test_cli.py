@@ -77,8 +77,9 @@ def test_bench_wire(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert main(["bench", "wire", "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     lines = output.read_text().splitlines()
-    assert len(lines) == 9 and lines[0].startswith("date,commit,device") and "12288.00" in lines[1]
-    assert f"8 rows appended to {output}" in printed
+    assert len(lines) == 25 and lines[0].startswith("date,commit,device")
+    assert any("dense" in line and "12288.00" in line for line in lines)
+    assert f"24 rows appended to {output}" in printed
 
 
 def test_pretrain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

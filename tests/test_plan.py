@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import argparse
+import time
+import tracemalloc
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ring_hilbert as rh
+from ring_hilbert.bench import scale, wire
 from ring_hilbert.parallel.facts import Facts
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.plan import Plan, Shapes
@@ -31,6 +37,82 @@ def test_bytes_of_the_published_pattern():
     assert round(plan.received_bytes(32, "backward") / MIB, 1) == 42.7
 
 
+def test_bytes_of_the_ladder_of_ring_and_of_ulysses():
+    """Two to the twentieth rows, 64 ranks, H D = 4096 in bf16, not causal (a doubling ladder of 10 branches; dense)."""
+    received = {(r["pattern"], r["strategy"]): r for r in wire.rows() if not r["causal"] and r["pass"] == "forward"}
+    ladder, dense = "doubling ladder to the whole sequence, r 1..512", "dense"
+    assert received[ladder, "exchange"]["max_mib"] == "96.00"
+    assert received[ladder, "exchange"]["undeduplicated_mib"] == "160.50"
+    assert received[dense, "ring"]["max_mib"] == "16128.00"
+    assert received[dense, "ulysses"]["max_mib"] == "504.00"
+
+
+def costs(name: str, worlds: list[int], causal: bool) -> list[dict[str, float]]:
+    """The most that a rank does, by `bench scale`, at 1024 rows each."""
+    chosen = argparse.Namespace(ranks=worlds, local_length=1024, causal=causal)
+    found = [r for r in scale.rows(chosen) if r["ladder"] == name]
+    return [{key: float(value) for key, value in r.items() if key.endswith("_max")} for r in found]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_cost_at_equal_rows_per_rank(causal: bool):
+    fixed, steep, doubling = (costs(name, [4, 16, 64, 256], causal) for name in scale.LADDERS)
+    assert all(cost == fixed[0] for cost in fixed)  # from as many ranks on as the longest segment has
+    for key in steep[0]:
+        assert steep[-1][key] <= 1.1 * steep[1][key], key
+    grown = [cost["forward_mib_max"] for cost in doubling]
+    assert grown[2] - grown[1] == pytest.approx(grown[1] - grown[0], rel=0.01)
+
+
+def test_a_rank_of_thousands_is_planned_in_seconds():
+    """4096 ranks, a billion rows, 12 branches; memory is that of the rows that one rank reads, whatever the length."""
+    pattern = rh.DilatedPattern(tuple(2 ** (19 + i) for i in range(12)), tuple(4**i for i in range(12)))
+
+    def planned_bytes(world: int) -> int:
+        plan = rh.plan(
+            pattern, 2**18 * world, world, num_heads=8, head_dim=128, dtype=torch.bfloat16, strategy="exchange",
+            order=rh.TokenOrder("hilbert", block=2**16),
+        )  # fmt: skip
+        rows = sum(block.size for blocks in plan.rank(world // 2).hops[0].received.values() for block in blocks)
+        assert plan.received_bytes(world // 2) == rows * 2 * 128 * 2
+        return plan.received_bytes(world // 2, "backward") + plan.attention_flops(world // 2)
+
+    began = time.monotonic()
+    assert planned_bytes(4096) > 0
+    assert time.monotonic() - began < 10
+    most = {}
+    for world in (64, 4096):
+        tracemalloc.start()
+        planned_bytes(world)
+        most[world] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert most[4096] < 1.2 * most[64]
+
+
+@given(cases(), st.integers(1, 6), st.sampled_from(["contiguous", "zigzag"]))
+@settings(max_examples=150, deadline=None)
+def test_rows_that_are_counted_are_those_that_are_listed(case: Case, world: int, kind: str):
+    """Closed forms, the lists of both ends, and the definition by facts that are given as arrays."""
+    if kind == "zigzag":
+        case = replace(case, seq_len=-(-case.seq_len // (2 * world)) * 2 * world)
+    layout = Layout.even(case.seq_len, world, kind)
+    arrays = planned(case, layout)
+    facts = replace(arrays.facts, order=case.order) if case.positions == "default" else arrays.facts
+    plan = Plan(case.pattern, layout, facts, arrays.shapes)
+    if case.order is not None and case.positions == "default" and case.causal:
+        tokens = case.order.permutation(case.seq_len).numpy()[None]
+        arrays = Plan(case.pattern, layout, replace(facts, order=None, positions=tokens), arrays.shapes)
+    for reader in range(world):
+        counts, shipments = plan.crossings.counts(reader), plan.crossings.shipments(reader)
+        for owner in range(world):
+            listed = shipments.get(owner, [])
+            assert counts[owner] == plan.crossings.count(reader, owner) == sum(block.size for block in listed)
+            for other in (plan.crossings.shipment(reader, owner), arrays.crossings.shipment(reader, owner)):
+                assert [(b.entries, b.head, b.rows.tolist()) for b in other] == [
+                    (b.entries, b.head, b.rows.tolist()) for b in listed
+                ]
+
+
 def test_causality_halves_the_bytes():
     full, causal = million_tokens(causal=False), million_tokens(causal=True)
     mib = np.array([causal.received_bytes(rank) / MIB for rank in range(64)])
@@ -42,13 +124,14 @@ def test_causality_halves_the_bytes():
     assert returned == 2 * sum(causal.received_bytes(rank) for rank in range(64))
 
 
-def planned(case: Case, lengths: tuple[int, ...]) -> Plan:
+def planned(case: Case, layout: Layout, strategy: str = "exchange") -> Plan:
     facts = {name: None if x is None else np.atleast_2d(x.numpy()) for name, x in case.facts().items()}
     return Plan(
         case.pattern,
-        Layout(lengths),
+        layout,
         Facts(case.seq_len, case.causal, facts["positions"] if case.causal else None, facts["document_ids"]),
         Shapes(case.batch, case.heads, case.kv_heads, case.head_dim, torch.float32),
+        strategy,
     )
 
 
@@ -56,7 +139,7 @@ def planned(case: Case, lengths: tuple[int, ...]) -> Plan:
 @settings(max_examples=100, deadline=None)
 def test_bytes_and_flops_are_those_of_the_definition(case: Case, world: int, kind: str):
     lengths = splits(case.seq_len, world, kind if world > 1 else "even", case.seed)
-    plan = planned(case, lengths)
+    plan = planned(case, Layout(lengths))
     facts = case.facts()
     positions = facts["positions"] if facts["positions"] is not None else torch.arange(case.seq_len)
     seen = rh.reference.allowed(case.causal, positions, facts["document_ids"])

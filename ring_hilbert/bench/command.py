@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ring_hilbert.bench import attention, attention_report, exactness, kernels, wire
+from ring_hilbert.bench import attention, attention_report, exactness, kernels, scale, wire
 from ring_hilbert.bench.records import RESULTS, append
 
 Record = dict[str, Any]
@@ -74,6 +74,14 @@ MEASUREMENTS = {
         "bytes received per rank at a million tokens, from the plan",
         wire.__doc__,
         lambda *_: wire.rows(),
+        on_device=False,
+    ),
+    "scale": Measurement(
+        "bytes and FLOPs per rank from 2 to 4096 ranks, from the plan",
+        scale.__doc__,
+        lambda chosen, *_: scale.rows(chosen),
+        scale.add_options,
+        scale.report,
         on_device=False,
     ),
     "attention": Measurement(

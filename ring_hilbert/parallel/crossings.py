@@ -19,18 +19,20 @@ from ring_hilbert.parallel.layout import Layout
 
 Windows = Sequence[tuple[int, int]]  # runs of rows `[start, stop)`, ascending
 
+KEPT_READERS = 16
+
 
 class Block(NamedTuple):
-    """Part of a shipment: the same ascending `rows` for all of `entries` (of the batch) and all of `heads` (kv)."""
+    """Part of a shipment: the ascending `rows` of one kv head, the same for all of `entries` (of the batch)."""
 
     entries: range
-    heads: tuple[int, ...]
+    head: int
     rows: np.ndarray
 
     @property
     def size(self) -> int:
-        """How many (entry, head, row) payload rows this is."""
-        return len(self.entries) * len(self.heads) * len(self.rows)
+        """How many (entry, row) payload rows this is."""
+        return len(self.entries) * len(self.rows)
 
 
 class Reach(NamedTuple):
@@ -122,6 +124,7 @@ class Crossings:
         return self._blocks(self.reaches(reader), self._elsewhere(reader))
 
     def _blocks(self, reaches: list[Reach], windows: Windows) -> dict[int, list[Block]]:
+        """By owner, by entry and head: both ends of a shipment find the same blocks in the same order."""
         cuts, owners = self.layout.cuts, self.layout.owners
         blocks: dict[int, list[Block]] = {}
         for entry, heads, rows in self._needed(reaches, windows):
@@ -130,8 +133,10 @@ class Crossings:
             for chunk in np.flatnonzero(np.diff(ends)):
                 parts.setdefault(int(owners[chunk]), []).append(rows[ends[chunk] : ends[chunk + 1]])
             for owner, runs in parts.items():
-                block = Block(self.batch(entry), heads, runs[0] if len(runs) == 1 else np.concatenate(runs))
-                blocks.setdefault(owner, []).append(block)
+                held = runs[0] if len(runs) == 1 else np.concatenate(runs)
+                blocks.setdefault(owner, []).extend(Block(self.batch(entry), head, held) for head in heads)
+        for found in blocks.values():
+            found.sort(key=lambda block: (block.entries.start, block.head))
         return blocks
 
     def _needed(self, reaches: list[Reach], windows: Windows) -> Iterator[tuple[int, tuple[int, ...], np.ndarray]]:
@@ -172,6 +177,8 @@ class Crossings:
     def reaches(self, reader: int) -> list[Reach]:
         """The segments that reach out of the chunks of `reader`."""
         if reader not in self._reaches:
+            if len(self._reaches) >= KEPT_READERS:
+                self._reaches.clear()
             self._reaches[reader] = list(self._find_reaches(reader))
         return self._reaches[reader]
 

@@ -67,15 +67,12 @@ def _of(name: str) -> str:
 
 
 def _payload_index(blocks: list[Block], rank_plan: RankPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(batch entry, local row, kv head) of every payload row, in the order `Block` defines: entry, head, row."""
-    parts = []
-    for block in blocks:
-        grid = np.meshgrid(
-            np.asarray(block.entries), np.asarray(block.heads), _local(block.rows, rank_plan), indexing="ij"
-        )
-        parts.append(np.stack([axis.reshape(-1) for axis in grid]))
-    entry, head, row = np.concatenate(parts, axis=1) if parts else np.empty((3, 0), np.int64)
-    return entry, row, head
+    """(batch entry, local row, kv head) of every payload row: block by block, in these by entry, then row."""
+    sizes = [block.size for block in blocks]
+    empty = np.empty(0, np.int64)
+    entry = np.concatenate([empty, *(np.repeat(block.entries, len(block.rows)) for block in blocks)])
+    row = np.concatenate([empty, *(np.tile(_local(block.rows, rank_plan), len(block.entries)) for block in blocks)])
+    return entry, row, np.repeat(np.array([block.head for block in blocks], np.int64), sizes)
 
 
 def _local(rows: np.ndarray, rank_plan: RankPlan) -> np.ndarray:

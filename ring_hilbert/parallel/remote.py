@@ -74,9 +74,8 @@ class _Arena:
         for owner in sorted(received):
             for block in received[owner]:
                 for entry in block.entries:
-                    for head in block.heads:
-                        parts.setdefault((entry, head), []).append((block.rows, size))
-                        size += len(block.rows)
+                    parts.setdefault((entry, block.head), []).append((block.rows, size))
+                    size += len(block.rows)
         self._at: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         for key, found in parts.items():
             rows = np.concatenate([rows for rows, _ in found])
