@@ -50,6 +50,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         (["--help"], ["pretrain"]),
         (["pretrain", "--help"], ["--config", "torchrun", "key.sub=value"]),
+        (["plan", "--help"], ["--config", "--link-gbps", "--plot", "examples:"]),
         (["bench", "--help"], ["exactness", "wire", "attention"]),
         (["bench", "attention", "--help"], ["--lengths", "--no-causal", "--dense-limit", "--output", "floor"]),
         (["bench", "wire", "--help"], ["--output"]),
@@ -68,6 +69,49 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         main(arguments)
     assert ended.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+PLANNED = (
+    "plan --length 4096 --ranks 8 --segment-lengths 256 all --dilation-rates 1 16 --heads 8 --kv-heads 4 --head-dim 16"
+)
+
+
+def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line per strategy, the choice with its reason, warnings, a picture; from flags and from a run's configuration."""
+    picture = tmp_path / "needs.png"
+    assert main([*PLANNED.split(), "--link-gbps", "1", "100", "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("exchange ", "ring ", "ulysses ", "ms at 100 GB/s", "auto takes exchange:", "rows of 12 residues"):
+        assert words in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["plan", "--config", str(config_file(tmp_path)), "parallel.sp=2"]) == 0
+    assert "over 2 ranks" in capsys.readouterr().out
+
+
+def test_plan_takes_heads_for_a_dense_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    dense = ["plan", "--length", "65536", "--segment-lengths", "all", "--dilation-rates", "1", "--full", "--ranks"]
+    assert main([*dense, "64"]) == 0
+    printed = capsys.readouterr().out
+    assert "auto takes ring: an exchange would hold" in printed and "64 ranks are more than the 32 heads" in printed
+    assert main([*dense, "8", "--link-gbps", "5"]) == 0
+    assert "auto takes ulysses: fewer seconds than ring" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ("--ranks 16 --strategy ulysses", "16 ranks are more than the 8 heads"),
+        ("--length 4097 --layout zigzag", "2 x 8 equal chunks"),
+        ("--kv-heads 3", "--heads 8 must be a multiple of --kv-heads 3"),
+        ("--layout spiral", "layout='spiral' is not supported"),
+        ("--plot needs.gif", "must end in"),
+        ("--link-gbps 0", "must be above 0"),
+        ("train.steps=3", "--config FILE is not given"),
+    ],
+)
+def test_impossible_plans(changes: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PLANNED.split(), *changes.split()]) == 2
+    assert f"{words}" in capsys.readouterr().err
 
 
 def test_bench_wire(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

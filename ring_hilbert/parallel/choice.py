@@ -12,7 +12,7 @@ from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.plan import PASSES, Plan, Shapes
 
 BACKWARD_FLOPS = 2.5  # of forward
-MOST_RECEIVED = 4.0  # what an exchange may hold of other ranks, in q, k, v and out of the rank's own rows
+MOST_RECEIVED = 2.0  # K and V that an exchange may hold of other ranks, in q, k, v and out of the rank's own rows
 
 
 class Speeds(NamedTuple):
@@ -31,7 +31,6 @@ class Cost:
         forward_bytes, backward_bytes: received; backward with what is fetched again.
         flops: of the pairs, in forward.
         memory: bytes of a layer's attention, see `Plan.memory_bytes`.
-        seconds: of forward and backward; an exchange or ring computes while rows travel, Ulysses does not.
         fits: not more is held of other ranks than an exchange may.
     """
 
@@ -40,13 +39,20 @@ class Cost:
     backward_bytes: int
     flops: int
     memory: int
-    seconds: float
     fits: bool
 
     @property
     def strategy(self) -> str:
         """Its name."""
         return self.plan.strategy
+
+    def seconds(self, speeds: Speeds) -> float:
+        """Forward and backward of the slowest rank: an exchange or ring computes while rows travel, Ulysses does not."""
+        join, slowest = sum if self.strategy == "ulysses" else max, 0.0
+        for flops, forward, backward in zip(self.plan.all_flops, *_received(self.plan), strict=True):
+            passes = [(flops, forward), (BACKWARD_FLOPS * flops, backward)]
+            slowest = max(slowest, sum(join((work / speeds.flops, size / speeds.link)) for work, size in passes))
+        return slowest
 
     @property
     def imbalance(self) -> float:
@@ -75,7 +81,7 @@ def choose(
     costs, impossible = {}, {}
     for strategy in ("exchange", "ring", "ulysses"):
         try:
-            costs[strategy] = _cost(Plan(pattern, layout, facts, shapes, strategy), speeds)
+            costs[strategy] = _cost(Plan(pattern, layout, facts, shapes, strategy))
         except ValueError as problem:
             impossible[strategy] = str(problem)
     exchange = costs["exchange"]
@@ -84,26 +90,22 @@ def choose(
     mine, why = "exchange", "its rows travel behind the local visits"
     if not exchange.fits:
         mine, why = "ring", f"an exchange would hold over {MOST_RECEIVED:g} times a rank's own rows"
-    if "ulysses" in costs and costs["ulysses"].seconds < costs[mine].seconds:
+    if "ulysses" in costs and costs["ulysses"].seconds(speeds) < costs[mine].seconds(speeds):
         return Choice("ulysses", f"fewer seconds than {mine} for the slowest rank", costs, impossible)
     return Choice(mine, why, costs, impossible)
 
 
-def _cost(plan: Plan, speeds: Speeds) -> Cost:
-    world = range(plan.layout.world_size)
+def _received(plan: Plan) -> tuple[list[int], list[int]]:
+    """Bytes that every rank receives in forward and in backward, with what it fetches again."""
     forward, returned = (plan.traffic[pass_] for pass_ in PASSES)
-    refetched = [0 if plan.strategy == "ulysses" else received for received in forward]
-    backward = [a + b for a, b in zip(refetched, returned, strict=True)]
-    flops = plan.all_flops
-    seconds = 0.0
-    for work, there, back in zip(flops, forward, backward, strict=True):
-        pairs = [(work / speeds.flops, there / speeds.link), (BACKWARD_FLOPS * work / speeds.flops, back / speeds.link)]
-        join = sum if plan.strategy == "ulysses" else max
-        seconds = max(seconds, sum(map(join, pairs)))
-    shapes, item = plan.shapes, plan.shapes.dtype.itemsize
-    row = 2 * shapes.head_dim * item * shapes.batch_size
-    held = [received * (2 if plan.strategy == "exchange" else 0) for received in forward]
-    own = [(shapes.num_heads + shapes.num_kv_heads) * row * rows for rows in plan.layout.lengths]
-    fits = all(h <= MOST_RECEIVED * o for h, o in zip(held, own, strict=True))
-    memory = max(plan.memory_bytes(rank) for rank in world)
-    return Cost(plan, max(forward), max(backward), max(flops), memory, seconds, fits)
+    again = [0 if plan.strategy == "ulysses" else received for received in forward]
+    return forward, [a + b for a, b in zip(again, returned, strict=True)]
+
+
+def _cost(plan: Plan) -> Cost:
+    forward, backward = _received(plan)
+    shapes = plan.shapes
+    row = 2 * shapes.batch_size * (shapes.num_heads + shapes.num_kv_heads) * shapes.head_dim * shapes.dtype.itemsize
+    fits = all(r <= MOST_RECEIVED * row * rows for r, rows in zip(forward, plan.layout.lengths, strict=True))
+    memory = max(plan.memory_bytes(rank) for rank in range(plan.layout.world_size))
+    return Cost(plan, max(forward), max(backward), max(plan.all_flops), memory, fits or plan.strategy != "exchange")

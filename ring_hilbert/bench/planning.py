@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ring-hilbert plan`: what every strategy costs, which one "auto" takes and why, and what to look out for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ring_hilbert as rh
+from ring_hilbert.parallel.choice import Choice, Speeds, choose
+from ring_hilbert.parallel.facts import Facts
+from ring_hilbert.parallel.layout import Layout
+from ring_hilbert.parallel.plan import Shapes, order_warnings
+
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Args:
+        pattern, order, causal, layout: of the attention.
+        seq_len, world: rows of the sequence, and ranks.
+        shapes: of q, k and v.
+        strategy: the one that is asked for, or "auto".
+        rotated: head_shift differs between layers, so that every residue has a head in some of them.
+    """
+
+    pattern: rh.DilatedPattern
+    seq_len: int
+    world: int
+    shapes: Shapes
+    order: rh.TokenOrder | None = None
+    causal: bool = True
+    layout: str = "contiguous"
+    strategy: str = "auto"
+    rotated: bool = False
+
+
+def from_config(path: Path, overrides: Sequence[str]) -> Question:
+    """The first dilated layer of a run's configuration.
+
+    Raises:
+        ValueError: the file is not the configuration of a run.
+    """
+    from ring_hilbert.training.config import load_config
+    from ring_hilbert.training.model import model_config
+
+    config = load_config(path, overrides)
+    model = model_config(config).get_text_config(decoder=True)
+    attention, train = config.attention, config.train
+    heads = model.num_attention_heads
+    dim = getattr(model, "head_dim", None) or model.hidden_size // heads
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    shift = 0 if attention.head_shift == "auto" else attention.head_shift
+    pattern = rh.DilatedPattern(
+        tuple(attention.segment_lengths), tuple(attention.dilation_rates), attention.offset_rule, shift,
+        attention.segment_shift,
+    )  # fmt: skip
+    order = None if attention.order is None else rh.TokenOrder(**attention.order.model_dump(exclude_none=True))
+    shapes = Shapes(train.micro_batch, heads, getattr(model, "num_key_value_heads", None) or heads, dim, dtype)
+    return Question(
+        pattern, config.data.seq_len, config.parallel.sp, shapes, order, True, attention.layout, attention.strategy,
+        attention.head_shift == "auto",
+    )  # fmt: skip
+
+
+def answer(question: Question, speeds: Speeds) -> Choice:
+    """The costs of every strategy, and the choice.
+
+    Raises:
+        ValueError: for a layout that does not divide, or a strategy asked for that is not possible.
+    """
+    layout = Layout.even(question.seq_len, question.world, question.layout)
+    facts = Facts(question.seq_len, question.causal, order=question.order)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        choice = choose(question.pattern, layout, facts, question.shapes, speeds)
+    if question.strategy in choice.impossible:
+        raise ValueError(choice.impossible[question.strategy])
+    return choice
+
+
+def report(question: Question, choice: Choice, speeds: Speeds, links: Sequence[float]) -> str:
+    """A page for a person: what was asked, a line per strategy, the choice, warnings. `links`: bytes per second."""
+    shapes = question.shapes
+    branches = ", ".join(f"{'all' if w is None else w}/{r}" for w, r in question.pattern.branches)
+    lines = [
+        f"{question.seq_len} rows over {question.world} ranks ({question.layout}), B {shapes.batch_size}, H "
+        f"{shapes.num_heads}, Hkv {shapes.num_kv_heads}, D {shapes.head_dim}, {str(shapes.dtype).removeprefix('torch.')}, "
+        f"{'causal' if question.causal else 'not causal'}; branches w/r: {branches}",
+        "",
+        "Per rank and layer, at the rank with most of it; backward includes K and V that are fetched again. An exchange or",
+        f"ring computes while rows travel (seconds: the longer of both), at {speeds.flops / 1e12:g} TFLOP/s.",
+        "",
+        f"{'strategy':10}{'forward MiB':>13}{'backward MiB':>14}{'forward TFLOP':>15}{'imbalance':>11}{'memory GiB':>12}"
+        + "".join(f"{f'ms at {link / 1e9:g} GB/s':>17}" for link in links),
+    ]
+    for name, cost in choice.costs.items():
+        lines.append(
+            f"{name:10}{cost.forward_bytes / MIB:13.1f}{cost.backward_bytes / MIB:14.1f}{cost.flops / 1e12:15.3f}"
+            f"{cost.imbalance:11.3f}{cost.memory / GIB:12.2f}"
+            + "".join(f"{1e3 * cost.seconds(speeds._replace(link=link)):17.2f}" for link in links)
+        )
+    lines += [f"{name:10}not possible: {why}" for name, why in choice.impossible.items()]
+    lines += ["", f"auto takes {choice.strategy}: {choice.reason}."]
+    if question.strategy not in ("auto", choice.strategy):
+        lines.append(f"Asked for is {question.strategy}.")
+    found = list(cautions(question))
+    lines += ["", *(f"Note: {caution}." for caution in found)] if found else []
+    return "\n".join(lines)
+
+
+def cautions(question: Question) -> Iterator[str]:
+    """What a person may not have meant."""
+    yield from order_warnings(question.pattern, question.order, question.causal)
+    kv_heads = question.shapes.num_kv_heads
+    for branch in question.pattern.branches:
+        w, r = branch
+        kept = {residue.offset for residue in question.pattern.residues(branch, kv_heads)}
+        if len(kept) < r and not question.rotated:
+            name = "all" if w is None else w
+            yield (
+                f"branch {name}/{r} has {r} residues but {kv_heads} kv heads: rows of {r - len(kept)} residues are in it for "
+                "no head; another head_shift in every layer (attention.head_shift: auto) covers them in turn"
+            )
+    if question.causal and question.layout == "contiguous" and question.world > 1:
+        far = [
+            w for w, r in question.pattern.branches if r == 1 and (w is None or w > question.seq_len // question.world)
+        ]
+        if far:
+            yield (
+                f"the undilated branch of {'all' if None in far else max(w for w in far if w)} rows crosses ranks, so later "
+                "ranks compute more than earlier ones; layout zigzag balances it"
+            )
+
+
+def draw(path: Path, choice: Choice, strategy: str) -> None:
+    """Who needs whose rows: a line per reader, a column per owner, MiB of K and V in forward."""
+    from ring_hilbert.bench.picture import check_path, figure_of, save
+
+    check_path(path)
+    name = strategy if strategy in ("exchange", "ring") else "exchange"
+    plan = choice.costs[name].plan
+    world = plan.layout.world_size
+    row = 2 * plan.shapes.head_dim * plan.shapes.dtype.itemsize / MIB
+    needed = np.stack([plan.crossings.counts(rank) * row for rank in range(world)])
+    figure, panels = figure_of(2)
+    panel: Any = panels[0]
+    shown = panel.imshow(np.where(needed > 0, needed, np.nan), cmap="viridis", interpolation="nearest", vmin=0)
+    figure.colorbar(shown, ax=panel, label="MiB")
+    panel.set(title=f"K and V rows that a rank reads, {name}", xlabel="owner", ylabel="reader")
+    panels[1].plot(needed.sum(1), label="K, V received in forward")
+    panels[1].plot(np.asarray(plan.traffic["backward"]) / MIB, label="dK, dV received in backward")
+    panels[1].set(title="MiB per rank", xlabel="rank", ylim=(0, None))
+    panels[1].legend()
+    save(figure, path)
