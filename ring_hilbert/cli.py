@@ -98,6 +98,21 @@ def add_plan(commands: Any) -> None:
     parser.set_defaults(run=_plan)
 
 
+def add_check(commands: Any) -> None:
+    """`ring-hilbert check`: whether these ranks compute the right thing, and how fast they are joined."""
+    parser = commands.add_parser(
+        "check",
+        help="equality with one rank, link bandwidth and versions on these ranks: OK, or what to do",
+        description="Check the operator on the ranks at hand: every strategy against one rank, the links, the versions.",
+        epilog="example:\n  torchrun --nproc-per-node 8 -m ring_hilbert.cli check",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for another rank; default: 60"
+    )
+    parser.set_defaults(run=_check)
+
+
 PLOT_EXAMPLES = """\
 pictures (--what):
   overview   the mask of a row, the curve, and who reads whose rows: the picture of the README
@@ -146,7 +161,7 @@ def add_plot(commands: Any) -> None:
     parser.set_defaults(run=_plot)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_pretrain, add_plan, add_bench, add_plot)
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_pretrain, add_plan, add_check, add_bench, add_plot)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -237,6 +252,19 @@ def _plan(chosen: argparse.Namespace) -> int:
         print(f"ring-hilbert plan: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check(chosen: argparse.Namespace) -> int:
+    from ring_hilbert.bench.check import check
+
+    try:
+        page, mine = check(chosen.timeout)
+    except (ValueError, RuntimeError) as error:
+        print(f"ring-hilbert check: NOT OK: {error}", file=sys.stderr)
+        return 1
+    if mine:
+        print(page)
+    return 1 if page.faults else 0
 
 
 def _question(chosen: argparse.Namespace) -> Any:

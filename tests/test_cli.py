@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from ring_hilbert.bench import wire
+import ring_hilbert as rh
+from ring_hilbert.bench import check, wire
 from ring_hilbert.cli import main
 from ring_hilbert.training.metrics import read_metrics
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_ranks_collect
 from tests.tiny_run import tiny_config, write_texts
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--help"], ["pretrain"]),
         (["pretrain", "--help"], ["--config", "torchrun", "key.sub=value"]),
         (["plan", "--help"], ["--config", "--link-gbps", "--plot", "examples:"]),
+        (["check", "--help"], ["--timeout", "torchrun"]),
         (["bench", "--help"], ["exactness", "wire", "attention"]),
         (["bench", "attention", "--help"], ["--lengths", "--no-causal", "--dense-limit", "--output", "floor"]),
         (["bench", "wire", "--help"], ["--output"]),
@@ -112,6 +115,40 @@ def test_plan_takes_heads_for_a_dense_pattern(capsys: pytest.CaptureFixture[str]
 def test_impossible_plans(changes: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PLANNED.split(), *changes.split()]) == 2
     assert f"{words}" in capsys.readouterr().err
+
+
+def test_check_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page ends in OK; a result that is off, in what to do."""
+    assert main(["check"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith("OK\n") and "float64" in printed and "start it under torchrun" in printed
+    right = rh.dilated_attention
+    monkeypatch.setattr(rh, "dilated_attention", lambda q, *rest, **facts: right(q * 1.001, *rest, **facts))
+    assert main(["check"]) == 1
+    assert "NOT OK\n- exchange, contiguous, float64: rank 0 is off by" in capsys.readouterr().out
+
+
+def _checked(rank: int, world: int, timeout: float) -> str:
+    """What a rank finds; with a missing rank 1, what it is told."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(world))
+        patch.setattr(dist, "init_process_group", lambda *_, **__: None)
+        patch.setattr(dist, "destroy_process_group", lambda *_: None)
+        patch.setattr(check, "MESSAGE", 1 << 20)
+        if rank == 1 and timeout:
+            return ""
+        return str(check.check(60)[0])
+
+
+def test_check_of_ranks() -> None:
+    pages = run_ranks(_checked, 3, 0.0)
+    for page in pages:
+        assert page.endswith("OK") and "NOT" not in page and "ulysses" in page and "GB/s received" in page
+
+
+def test_check_says_who_does_not_come() -> None:
+    outcomes = run_ranks_collect(_checked, 2, 1.0, timeout=20)
+    assert isinstance(outcomes[0], RuntimeError) and "rank 0: not all ranks arrived" in str(outcomes[0])
 
 
 def test_bench_wire(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
