@@ -4,7 +4,7 @@
 from ring_hilbert import integrations
 from ring_hilbert.attention import dilated_attention
 from ring_hilbert.checkpointing import checkpoint_contexts
-from ring_hilbert.modules import MultiheadDilatedAttention
+from ring_hilbert.modules import MultiheadDilatedAttention, UlyssesAttention
 from ring_hilbert.ops import reference
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import Branch, DilatedPattern
@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "Prepared",
     "TokenOrder",
+    "UlyssesAttention",
     "checkpoint_contexts",
     "dilated_attention",
     "plan",

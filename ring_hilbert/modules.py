@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-head dilated self-attention as a module: projections around the operator."""
+"""The operator as modules: between projections, and for the heads that another library hands to this rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ring_hilbert.attention import dilated_attention
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
-from ring_hilbert.parallel.prepare import Prepared
+from ring_hilbert.parallel.heads import head_shares
+from ring_hilbert.parallel.prepare import Group, Prepared, resolve_group
 
 
 class MultiheadDilatedAttention(nn.Module):
@@ -114,3 +115,79 @@ class MultiheadDilatedAttention(nn.Module):
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, causal={self.causal}, {self.pattern}{order}"
         )
+
+
+class UlyssesAttention(nn.Module):
+    """Dilated attention of the heads of one rank, for libraries that exchange heads for rows themselves (DeepSpeed Ulysses).
+
+        attention = deepspeed.sequence.layer.DistributedAttention(rh.UlyssesAttention(pattern, group, 32, 8), group)
+        out = attention(q, k, v, 0)  # q [B, S_local, 32, D]; k, v [B, S_local, 8, D]; 0: the axis of the batch
+
+    Heads keep the offsets that they have among all heads, so the result is that of `dilated_attention` on all of them. Without
+    another library, `dilated_attention(..., strategy="ulysses")` does all of it. Source: arXiv 2309.14509.
+
+    Args:
+        pattern: segment lengths and dilation rates.
+        group: process group or 1-D DeviceMesh over which heads are exchanged for rows.
+        num_heads, num_kv_heads: of q, and of k and v, over all ranks; default as many kv heads as heads.
+        causal, scale, backend: as in `dilated_attention`; `causal` is that of `prepared`, if there is one.
+        batch_dim: axis of the batch, 0 for `[B, S, heads, D]`, 1 for `[S, B, heads, D]`.
+
+    Raises:
+        ValueError: for more ranks than heads, or heads that do not divide.
+    """
+
+    def __init__(
+        self,
+        pattern: DilatedPattern,
+        group: Group,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        backend: str = "auto",
+        batch_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
+        if batch_dim not in (0, 1):
+            raise ValueError(f"batch_dim must be 0 or 1, got {batch_dim!r}")
+        _, rank, world = resolve_group(group)
+        self.share = head_shares(num_heads, num_kv_heads, world)[rank]
+        self.pattern = pattern.for_heads(self.share.kv_heads.start, num_kv_heads)
+        self.causal, self.scale, self.backend, self.batch_dim = causal, scale, backend, batch_dim
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, prepared: Prepared | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            q, k, v: `[B, S, heads of this rank, D]`, or as `batch_dim` says; all rows of the sequence.
+            prepared: facts of all rows, from `prepare` or `shard_batch` without a group.
+
+        Returns:
+            The shape and dtype of q.
+
+        Raises:
+            ValueError: if the heads are not those of this rank, or as `dilated_attention`.
+        """
+        given, own = (q.shape[2], k.shape[2]), (len(self.share.heads), len(self.share.kv_heads))
+        if given != own:
+            raise ValueError(
+                f"q and k have {given[0]} and {given[1]} heads, but this rank's are {own[0]} (from {self.share.heads.start} on) "
+                f"and {own[1]} (from {self.share.kv_heads.start} on): heads are shared out evenly, first ranks one more"
+            )
+        if prepared is not None and prepared.group is not None:
+            raise ValueError("prepared is of sharded rows; here all rows are at hand: prepare(...) without a group")
+        q, k, v = (x.transpose(0, self.batch_dim) for x in (q, k, v))
+        out = dilated_attention(
+            q, k, v, self.pattern, causal=self.causal if prepared is None else None, scale=self.scale, backend=self.backend,
+            prepared=prepared,
+        )  # fmt: skip
+        return out.transpose(0, self.batch_dim)
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the module."""
+        return f"heads={self.share.heads}, kv_heads={self.share.kv_heads}, {self.pattern}"

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import ring_hilbert as rh
-from ring_hilbert.bench import attention, attention_report, contenders, flex, longnet, timing
+from ring_hilbert.bench import attention, attention_report, contenders, flex, longnet, overlap, peers, timing
 from ring_hilbert.cli import main
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 DENSE = rh.DilatedPattern((None,), (1,))
@@ -271,3 +275,46 @@ def test_table() -> None:
     header, line = attention_report.table(records).splitlines()
     assert len(header) == len(line)
     assert line.split()[-1] == "-" and "longnet" in line.split()
+
+
+# ---- over ranks
+
+
+def _overlap(_rank: int, _world: int, load: float):
+    chosen = argparse.Namespace(local_length=256, heads=4, head_dim=16, load=load, repeats=2)
+    return list(overlap.rows(chosen, torch.device("cpu"), dist.group.WORLD)), chosen.traces
+
+
+def test_overlap_on_a_slow_link(tmp_path: Path):
+    """A record per strategy and pass, and a picture; rows that take far longer than the work to hide them are not hidden."""
+    (records, traces), _ = run_ranks(_overlap, 2, 0.5)
+    assert [(r["strategy"], r["pass"]) for r in records] == list(traces)
+    assert len(records) == 4
+    overlap.draw(tmp_path / "trace.png", traces)
+    assert (tmp_path / "trace.png").stat().st_size > 1000
+    (slow, _), _ = run_ranks(_overlap, 2, 20.0)
+    for record in slow:
+        assert float(record["hidden"]) < 0.6
+        assert float(record["ms"]) > 0.9 * float(record["travel_ms"])
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"), [(overlap, "bench overlap runs on CPU ranks"), (peers, "bench peers compares ranks")]
+)
+def test_measurements_that_need_ranks(measure, words: str):
+    with pytest.raises(ValueError, match=words):
+        next(iter(measure.rows(argparse.Namespace(), torch.device("cpu"), None)))
+
+
+def _peers(_rank: int, _world: int):
+    chosen = argparse.Namespace(dense_length=64, dilated_length=128, heads=2, head_dim=8, buckets=[16], repeats=1)
+    return list(peers.rows(chosen, torch.device("cpu"), dist.group.WORLD))
+
+
+def test_peers():
+    if importlib.util.find_spec("ring_attention_pytorch") is None:
+        with pytest.raises(ValueError, match="pip install ring-attention-pytorch"):
+            run_ranks(_peers, 2)
+    else:
+        records, _ = run_ranks(_peers, 2)
+        assert {r["problem"] for r in records} == {"dense", "dilated"} and len(records) == 5

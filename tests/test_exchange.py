@@ -256,50 +256,73 @@ def test_subgroups_with_and_without_a_mesh():
 # ---- bytes
 
 
-def _count_bytes(rank: int, world: int, problems: list[tuple[Case, tuple[int, ...]]], dtype: torch.dtype):
-    """(counted forward, counted backward, planned forward, planned backward) per problem."""
+def _count_bytes(rank: int, world: int, problems: list[tuple[Case, tuple[int, ...], Way]], dtype: torch.dtype):
+    """Per problem what arrived by each message of forward, and of backward; what the plan says of both and of refetching."""
     counts = []
-    real = dist.all_to_all_single
-    for case, lengths in problems:
+    together, apart = dist.all_to_all_single, dist.batch_isend_irecv
+    for case, lengths, way in problems:
         received: list[int] = []
 
         def counting(output, sending, output_splits, input_splits, seen=received, **kwargs):
             assert output_splits[rank] == 0 and sum(output_splits) == len(output)
-            seen.append(output.numel() * output.element_size())
-            return real(output, sending, output_splits, input_splits, **kwargs)
+            seen.append(output.nbytes)
+            return together(output, sending, output_splits, input_splits, **kwargs)
 
-        dist.all_to_all_single = counting
+        def counting_messages(messages, seen=received):
+            seen.append(sum(message.tensor.nbytes for message in messages if message.op is dist.irecv))
+            return apart(messages)
+
+        x = {n: shard(t, Layout(lengths, way.layout), rank).clone() for n, t in case.tensors(dtype).items()}
+        facts = {n: None if t is None else shard(t, Layout(lengths, way.layout), rank) for n, t in case.facts().items()}
+        q, k, v = (x[n].requires_grad_() for n in "qkv")
+        prepared = rh.prepare(lengths[rank], causal=case.causal, group=dist.group.WORLD, **facts, **way._asdict())
+        dist.all_to_all_single, dist.batch_isend_irecv = counting, counting_messages
         try:
-            _, plan = attend(case, lengths, rank, dist.group.WORLD, dtype, shared_prepared=True)
+            out = rh.dilated_attention(q, k, v, case.pattern, prepared=prepared)
+            forward = sum(received)
+            received.clear()
+            out.backward(x["dout"])
         finally:
-            dist.all_to_all_single = real
-        forward, refetch, backward = received if received else (0, 0, 0)
-        assert forward == refetch
-        counts.append((forward, backward, plan.received_bytes(rank), plan.received_bytes(rank, "backward")))
+            dist.all_to_all_single, dist.batch_isend_irecv = together, apart
+        plan = prepared.plan(case.pattern, next(iter(prepared._executions))[1])
+        planned = plan.received_bytes(rank), plan.received_bytes(rank, "backward"), plan.refetched_bytes(rank)
+        counts.append((forward, sum(received), planned))
     return counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_bytes_on_the_wire_are_the_plans(dtype: torch.dtype):
-    problems = problems_for(4)
-    ranks = run_ranks(_count_bytes, 4, problems, dtype)
-    for i, (case, lengths) in enumerate(problems):
-        for rank in range(4):
-            forward, backward, planned_forward, planned_backward = ranks[rank][i]
-            assert (forward, backward) == (planned_forward, planned_backward), (case, lengths, rank)
-            assert planned_forward == crossing_rows(case, lengths, rank) * 2 * case.head_dim * dtype.itemsize
+    problems = [(*problem, EXCHANGE) for problem in problems_for(4)] + problems_in_every_way(4, every=4)
+    check_bytes(4, problems, dtype)
 
 
-def crossing_rows(case: Case, lengths: tuple[int, ...], rank: int) -> int:
+@pytest.mark.full
+@pytest.mark.parametrize("world", [2, 3, 6, 8])
+def test_bytes_on_the_wire_are_the_plans_in_all_combinations(world: int):
+    check_bytes(world, problems_in_every_way(world), torch.float32)
+
+
+def check_bytes(world: int, problems: list[tuple[Case, tuple[int, ...], Way]], dtype: torch.dtype):
+    ranks = run_ranks(_count_bytes, world, problems, dtype, timeout=240)
+    for i, (case, lengths, way) in enumerate(problems):
+        for rank in range(world):
+            forward, backward, (planned, returned, refetched) = ranks[rank][i]
+            assert forward == planned, (case, lengths, way, rank)
+            assert backward == returned + (0 if way.save_remote else refetched), (case, lengths, way, rank)
+            if way.strategy != "ulysses":
+                rows = crossing_rows(case, Layout(lengths, way.layout), rank)
+                assert planned == rows * 2 * case.head_dim * dtype.itemsize
+
+
+def crossing_rows(case: Case, layout: Layout, rank: int) -> int:
     """By definition: (entry, kv head, row) of other ranks for which a query row of `rank` has multiplicity > 0."""
     facts = case.facts()
     positions = facts["positions"] if facts["positions"] is not None else torch.arange(case.seq_len)
     seen = rh.reference.allowed(case.causal, positions, facts["document_ids"])
     count = rh.reference.multiplicity(case.pattern, case.seq_len, case.kv_heads)
     m = (seen[:, None] & (count > 0)).expand(case.batch, -1, -1, -1)  # [B, Hkv, query, key]
-    start = sum(lengths[:rank])
     mine = torch.zeros(case.seq_len, dtype=torch.bool)
-    mine[start : start + lengths[rank]] = True
+    mine[torch.from_numpy(layout.rows(rank))] = True
     return int(m[:, :, mine][..., ~mine].any(2).sum())
 
 

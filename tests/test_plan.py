@@ -147,7 +147,7 @@ def test_bytes_and_flops_are_those_of_the_definition(case: Case, world: int, kin
     pairs = (pairs * seen[:, None]).expand(case.batch, -1, -1, -1).sum((0, 1, 3)) * (case.heads // case.kv_heads)
     start = 0
     for rank, length in enumerate(lengths):
-        assert plan.received_bytes(rank) == crossing_rows(case, lengths, rank) * 2 * case.head_dim * 4
+        assert plan.received_bytes(rank) == crossing_rows(case, Layout(lengths), rank) * 2 * case.head_dim * 4
         assert plan.attention_flops(rank) == int(pairs[start : start + length].sum()) * 4 * case.head_dim
         start += length
 

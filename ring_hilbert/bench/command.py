@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ring_hilbert.bench import attention, attention_report, exactness, kernels, scale, wire
+from ring_hilbert.bench import attention, attention_report, exactness, kernels, overlap, peers, scale, wire
 from ring_hilbert.bench.records import RESULTS, append
 
 Record = dict[str, Any]
@@ -90,6 +90,22 @@ MEASUREMENTS = {
         lambda chosen, device, _: attention.rows(chosen, device),
         attention.add_options,
         report_attention,
+    ),
+    "overlap": Measurement(
+        "how much of the rows' travel is hidden behind attention, on a link made slow, under torchrun",
+        overlap.__doc__,
+        overlap.rows,
+        overlap.add_options,
+        overlap.report,
+        over_ranks=True,
+    ),
+    "peers": Measurement(
+        "time and bytes over ranks against ring-attention-pytorch, under torchrun",
+        peers.__doc__,
+        peers.rows,
+        peers.add_options,
+        peers.report,
+        over_ranks=True,
     ),
     "kernels": Measurement(
         "TFLOP/s of the Triton kernels against dense kernels, FlexAttention and published LongNet; what they compile to",

@@ -222,7 +222,7 @@ class TritonCore:
         sums: torch.dtype,
         share: float,
     ) -> BackwardState:
-        """Begin the gradients: those of the rows at hand over themselves, or (`share < 1`) only that of q.
+        """Begin the gradients: those of the rows at hand over themselves, or (`share < 1`, and at most one hop) only that of q.
 
         The arguments are those of forward and what it returned. dK and dV are summed in `sums`, the dtype of k or wider.
         """
@@ -232,7 +232,7 @@ class TritonCore:
         allocate = torch.empty if self.covers else torch.zeros
         dq = allocate(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (allocate(k.shape, dtype=sums, device=k.device) for _ in range(2))
-        state = BackwardState(dq, dk, dv, q, k, v, terms, self._staging(q), scale, share < 1)
+        state = BackwardState(dq, dk, dv, q, k, v, terms, self._staging(q), scale, share < 1 and len(self.remotes) <= 1)
         if q.shape[1]:
             launch.dq(q, k, v, terms, dq, *self.local["dq"], scale, state.staging)
         if not state.owes_keys:

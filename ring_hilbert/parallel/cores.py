@@ -7,6 +7,7 @@ Both classes have the steps of a forward (`begin`, `forward_hop` for every hop, 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ring_hilbert.ops import torch_core
 from ring_hilbert.ops.dense import DenseKernel, dense_kernel
 from ring_hilbert.ops.merge import RunningSoftmax
+from ring_hilbert.ops.pattern import Heads
 from ring_hilbert.ops.sight import RowFacts, clear_sight, sight
 from ring_hilbert.ops.torch_core import Scope, Weights
 from ring_hilbert.ops.triton_core import Facts as WalkFacts
@@ -26,6 +28,8 @@ from ring_hilbert.ops.visits import Visit
 from ring_hilbert.parallel.facts import PADDING
 from ring_hilbert.parallel.plan import Plan, RankPlan
 from ring_hilbert.parallel.remote import Hop, RemoteVisit
+
+PARTS = 6  # of the local backward: some hide what is fetched, others what is returned
 
 
 @dataclass
@@ -57,7 +61,6 @@ class TorchVisits:
         opening = [scope for _, scope in local if scope.opens_queries]
         self.opens_queries = bool(opening) and all(scope.sight.covers for scope in opening)
         self.opens_keys = self.opens_queries and all(scope.opens_keys for scope in opening)
-        self.first = len(opening) if self.opens_queries else 0  # these come before all others
         self.local = [
             (
                 visit,
@@ -70,6 +73,7 @@ class TorchVisits:
             for visit, scope in local
         ]
         self.hops = [[_BoundVisit(visit, plan, own, kernel, device) for visit in hop.visits] for hop in part.hops]
+        self.in_parts = _in_parts(self.local) if self.hops else self.local  # some before the hops, some after
 
     # ---- forward
 
@@ -122,8 +126,13 @@ class TorchVisits:
         dtype, kv_heads = torch_core.compute_dtype(q.dtype), k.shape[2]
         exact = lse.double() + residue
         exact = exact.masked_fill(lse == float("-inf"), float("inf"))  # no key, no gradient
-        fresh_q = torch.empty if self.opens_queries else torch.zeros
-        fresh_k = torch.empty if self.opens_keys else torch.zeros
+        done = np.cumsum([visit.cost for visit, _ in self.in_parts])
+        upto = int(np.searchsorted(done, share * done[-1] - 0.5)) + 1 if share and len(done) else 0
+        opens = upto >= sum(
+            scope.opens_queries for _, scope in self.in_parts
+        )  # else hops add to rows before they are opened
+        fresh_q = torch.empty if self.opens_queries and opens else torch.zeros
+        fresh_k = torch.empty if self.opens_keys and opens else torch.zeros
         dq = fresh_q(q.shape, dtype=dtype, device=q.device)
         sums = torch_core.compute_dtype(sums)
         dk, dv = (fresh_k(k.shape, dtype=sums, device=k.device) for _ in range(2))
@@ -134,18 +143,13 @@ class TorchVisits:
             grads = (_queries(dq_grouped, visit), *dkeys)
             torch_core.backward(grads, q_rows, *keys, dout_rows, out_rows, lse_rows, scope, scale)
 
-        def add_local(visit: Visit, scope: Scope) -> None:
-            k_rows, v_rows, dk_rows, dv_rows = (visit.view(x, visit.keys) for x in (k, v, dk, dv))
-            add(visit, scope, (k_rows, v_rows), (dk_rows, dv_rows))
+        def add_local(visits: list[tuple[Visit, Scope]]) -> None:
+            for visit, scope in visits:
+                k_rows, v_rows, dk_rows, dv_rows = (visit.view(x, visit.keys) for x in (k, v, dk, dv))
+                scope = scope if opens else replace(scope, opens_queries=False, opens_keys=False)
+                add(visit, scope, (k_rows, v_rows), (dk_rows, dv_rows))
 
-        done = np.cumsum([visit.cost for visit, _ in self.local])
-        upto = (
-            max(self.first, int(np.searchsorted(done, share * done[-1] - 0.5)) + 1)
-            if len(done) and share
-            else self.first
-        )
-        for visit, scope in self.local[:upto]:
-            add_local(visit, scope)
+        add_local(self.in_parts[:upto])
         return BackwardState(dq, dk, dv, (add, add_local, upto, dtype))
 
     def backward_hop(self, state: BackwardState, hop: int, received: Tensor) -> Tensor:
@@ -163,8 +167,7 @@ class TorchVisits:
     def rest_of_backward(self, state: BackwardState) -> None:
         """The visits among own rows that `begin_backward` left."""
         _, add_local, upto, _ = state.inputs
-        for visit, scope in self.local[upto:]:
-            add_local(visit, scope)
+        add_local(self.in_parts[upto:])
 
 
 class TritonVisits(TritonCore):
@@ -200,6 +203,18 @@ def _walk_remote(hop: Hop, plan: Plan, queries: WalkFacts) -> Remote:
                     there = places >= 0
                     values[0, places[there]] = np.broadcast_to(column, places.shape)[there]
     return Remote(visits, queries, keys)
+
+
+def _in_parts(local: list[tuple[Visit, Scope]]) -> list[tuple[Visit, Scope]]:
+    """The same visits, expensive ones cut into some for each thread's worth of their heads."""
+    most, parts = sum(visit.cost for visit, _ in local) / PARTS, []
+    for visit, scope in local:
+        start, stop, step = visit.heads
+        heads = len(visit.heads.indices)
+        size = max(torch.get_num_threads(), -(-heads // PARTS)) if visit.cost > most else heads
+        cuts = [min(start + i * step, stop) for i in range(0, heads, size)] + [stop]
+        parts += [(replace(visit, heads=Heads(a, b, step)), scope) for a, b in itertools.pairwise(cuts)]
+    return parts
 
 
 class _BoundVisit:

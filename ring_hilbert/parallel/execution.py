@@ -102,7 +102,7 @@ class Execution:
         pending = None if arrived else self._fetch(0, k, v, name)
         share = 1.0 if not hops else 0.0 if arrived else FETCHED_SHARE
         with record_function("ring_hilbert: local backward"):
-            state = core.begin_backward(dout, q, k, v, out, lse, residue, scale, sums, share if hops <= 1 else 1.0)
+            state = core.begin_backward(dout, q, k, v, out, lse, residue, scale, sums, share)
         returning: tuple[Exchange, Pending] | None = None
         for i, exchange in enumerate(self.exchanges):
             if arrived is not None:
