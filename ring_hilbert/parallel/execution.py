@@ -20,8 +20,6 @@ from ring_hilbert.parallel.exchange import Exchange
 from ring_hilbert.parallel.plan import Plan
 from ring_hilbert.parallel.wire import Pending, communicator
 
-FETCHED_SHARE = 1 / 3  # of the bytes of a backward, what is fetched: K and V, the rest being their gradients in float32
-
 
 class Execution:
     """Runs `plan.rank(rank)`, an exchange or a ring, on local tensors.
@@ -100,7 +98,10 @@ class Execution:
         core, hops = self.core, len(self.exchanges)
         arrived = self._unpack(kept[0], k) if kept else None
         pending = None if arrived else self._fetch(0, k, v, name)
-        share = 1.0 if not hops else 0.0 if arrived else FETCHED_SHARE
+        item = (
+            k.dtype.itemsize
+        )  # what is fetched travels behind that share of the local visits, what returns behind the rest
+        share = 1.0 if not hops else 0.0 if arrived else item / (item + max(4, item))
         with record_function("ring_hilbert: local backward"):
             state = core.begin_backward(dout, q, k, v, out, lse, residue, scale, sums, share)
         returning: tuple[Exchange, Pending] | None = None
