@@ -67,7 +67,11 @@ def pairs_of(walk: Walk, entry: int, head: int, outer_rows: int, inner_rows: int
 
 
 def walk_of(
-    case: Case, blocks: tuple[int, int], transposed: bool, deduplicate: bool = True, cut: slice = slice(None)
+    case: Case,
+    blocks: tuple[int, int],
+    transposed: bool,
+    deduplicate: bool = True,
+    cut: slice | np.ndarray = slice(None),
 ) -> Walk:
     facts = {name: None if x is None else x.numpy().reshape(-1, case.seq_len) for name, x in case.facts().items()}
     pattern, rows = case.pattern, np.arange(case.seq_len)
@@ -95,14 +99,15 @@ def defined(case: Case) -> np.ndarray:
     return (count[None] * mask[:, None]).numpy()
 
 
-def check(case: Case, blocks: tuple[int, int], deduplicate: bool = True) -> None:
-    exact = defined(case)
-    in_some_branch = rh.reference.multiplicity(case.pattern, case.seq_len, case.kv_heads).diagonal(0, 1, 2) > 0
+def check(case: Case, blocks: tuple[int, int], deduplicate: bool = True, rows: np.ndarray | None = None) -> None:
+    rows = np.arange(case.seq_len) if rows is None else rows
+    exact = defined(case)[:, :, rows][..., rows]
+    in_some_branch = rh.reference.multiplicity(case.pattern, case.seq_len, case.kv_heads).diagonal(0, 1, 2)[:, rows] > 0
     for transposed in (False, True):
-        walk = walk_of(case, blocks, transposed, deduplicate)
+        walk = walk_of(case, blocks, transposed, deduplicate, rows)
         for entry in range(len(exact)):
             for head in range(case.kv_heads):
-                found = pairs_of(walk, entry, head, case.seq_len, case.seq_len, transposed)
+                found = pairs_of(walk, entry, head, len(rows), len(rows), transposed)
                 expected = np.where(
                     in_some_branch[head][:, None], exact[entry, head].T if transposed else exact[entry, head], -1
                 )
@@ -145,27 +150,12 @@ def test_nested_patterns(case: Case, pattern: rh.DilatedPattern, blocks: tuple[i
     check(replace(case, pattern=pattern), blocks)
 
 
-def test_rows_with_gaps():
-    """The rows of a rank need not follow each other."""
-    case = Case(rh.DilatedPattern((8, 16, 48), (1, 2, 4), segment_shift=3), 96, kv_heads=2)
-    rows = np.r_[0:20, 70:90]
-    facts = Facts()
-    offsets = [[case.pattern.offset(b, g, 2) for g in range(2)] for b in case.pattern.branches]
-    for transposed in (False, True):
-        walk = plan_rows(
-            chains(case.pattern.branches, offsets),
-            3,
-            rows,
-            facts,
-            causal=True,
-            block_outer=4,
-            block_inner=4,
-            transposed=transposed,
-        )
-        for head in range(2):
-            exact = defined(case)[0, head][rows][:, rows]
-            found = pairs_of(walk, 0, head, len(rows), len(rows), transposed)
-            np.testing.assert_array_equal(found, exact.T if transposed else exact)
+@given(cases(max_length=90), blocks, st.booleans(), st.data())
+@settings(max_examples=150)
+def test_rows_with_gaps(case: Case, blocks: tuple[int, int], deduplicate: bool, data: st.DataObject):
+    """The rows of a rank need not follow each other: two runs of the sequence."""
+    edges = sorted(data.draw(st.lists(st.integers(0, case.seq_len), min_size=4, max_size=4)))
+    check(case, blocks, deduplicate, np.r_[edges[0] : edges[1], edges[2] : edges[3]])
 
 
 @given(st.integers(0, 2**16), st.booleans(), st.booleans(), blocks)

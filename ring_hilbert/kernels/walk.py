@@ -354,8 +354,11 @@ def _tiles_of(levels: list[_Levels], rule: Rule, entry: int, deduplicate: bool, 
         number = [1 + np.count_nonzero(np.diff(x[rows])) for x in segments]
         order = sorted(range(len(segments)), key=lambda i: -number[i])
         # Tiles end where segments do, of the shortest that hold half a tile; rows of several shorter ones are masked apart.
+        # Of rows with gaps, which no mask can tell apart by their place in the tensor, tiles end where any segment does.
         long = (i for i in order if len(rows) >= rule.block_outer // 2 * number[i])
-        inner, cut = segments[order[0]], segments[next(long, order[-1]) if unbroken else order[0]]
+        inner, cut = segments[order[0]], segments[next(long, order[-1])]
+        if not unbroken:
+            cut = np.cumsum([0, *np.any([np.diff(x) != 0 for x in segments], axis=0)])
         rows = rows[np.lexsort([*(key[rows] for key in levels[0].sorting.keys), inner[rows], cut[rows]])]
         own, starts = _cut_into_tiles(rows, cut[rows], rule.block_outer)
         for level, depth in zip(levels, depths, strict=True):
