@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -150,12 +151,17 @@ def test_nested_patterns(case: Case, pattern: rh.DilatedPattern, blocks: tuple[i
     check(replace(case, pattern=pattern), blocks)
 
 
-@given(cases(max_length=90), blocks, st.booleans(), st.data())
-@settings(max_examples=150)
-def test_rows_with_gaps(case: Case, blocks: tuple[int, int], deduplicate: bool, data: st.DataObject):
-    """The rows of a rank need not follow each other: two runs of the sequence."""
-    edges = sorted(data.draw(st.lists(st.integers(0, case.seq_len), min_size=4, max_size=4)))
-    check(case, blocks, deduplicate, np.r_[edges[0] : edges[1], edges[2] : edges[3]])
+@pytest.mark.parametrize("seed", range(120))
+def test_rows_with_gaps(seed: int):
+    """The rows of a rank need not follow each other: two runs of the sequence, and segments that end within them."""
+    dice = random.Random(seed)
+    lengths = sorted(dice.randint(1, 40) for _ in range(2))
+    rates = (dice.choice([1, dice.randint(1, lengths[0])]), dice.randint(1, lengths[1]))
+    pattern = rh.DilatedPattern(tuple(lengths), rates, segment_shift=dice.randint(0, 9))
+    facts = {"documents": dice.choice(["none", "none", "shared", "padding"]), "causal": dice.random() < 0.7}
+    edges = sorted(dice.randint(0, 90) for _ in range(4))
+    rows = np.r_[edges[0] : edges[1], edges[2] : edges[3]]
+    check(Case(pattern, 90, seed=seed, **facts), (dice.choice([2, 4, 8]), 4), dice.random() < 0.5, rows)
 
 
 @given(st.integers(0, 2**16), st.booleans(), st.booleans(), blocks)

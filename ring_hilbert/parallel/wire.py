@@ -27,7 +27,7 @@ def communicator(group: dist.ProcessGroup) -> dist.ProcessGroup:
         own: Any = group
         if len(ranks) > 1:
             timeout = group._get_backend(_device(group)).options._timeout
-            unsorted = {} if ranks == sorted(ranks) else {"sort_ranks": False}  # torch 2.11 has sorted groups only
+            unsorted: Any = {} if ranks == sorted(ranks) else {"sort_ranks": False}  # torch 2.11 has sorted groups only
             own = dist.new_group(
                 ranks, timeout=timeout, backend=dist.get_backend_config(group), use_local_synchronization=True,
                 group_desc="ring_hilbert", **unsorted,
