@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 import ring_hilbert as rh
+from ring_hilbert import compat
+
+NAMED = {name: getattr(rh, name) for name in rh.__all__} | {f"compat.{x}": getattr(compat, x) for x in compat.__all__}
 
 
 def exported() -> Iterator[tuple[str, Any]]:
-    """Every name of `rh.__all__`, and every public function, method and property of those that are modules or classes."""
-    for name in rh.__all__:
-        thing = getattr(rh, name)
+    """Every name of an `__all__`, and every public function, method and property of those that are modules or classes."""
+    for name, thing in NAMED.items():
         yield name, thing
         if isinstance(thing, ModuleType):
             members = {key: x for key, x in vars(thing).items() if getattr(x, "__module__", None) == thing.__name__}
@@ -30,7 +32,7 @@ def exported() -> Iterator[tuple[str, Any]]:
 
 
 EXPORTED = dict(exported())
-CALLED = {name: EXPORTED[name] for name in rh.__all__ if callable(EXPORTED[name])}
+CALLED = {name: thing for name, thing in NAMED.items() if callable(thing)}
 
 
 def documentation(thing: Any) -> str:
@@ -42,8 +44,9 @@ def parameters(thing: Any) -> list[str]:
     return [name for name in inspect.signature(thing).parameters if name not in ("self", "cls")]
 
 
-def test_all_is_sorted_and_there():
-    assert sorted(rh.__all__) == rh.__all__ and all(hasattr(rh, name) for name in rh.__all__)
+@pytest.mark.parametrize("module", [rh, compat])
+def test_all_is_sorted_and_there(module: ModuleType):
+    assert sorted(module.__all__) == module.__all__ and all(hasattr(module, name) for name in module.__all__)
 
 
 @pytest.mark.parametrize("name", EXPORTED)
