@@ -290,10 +290,10 @@ def _count_bytes(rank: int, world: int, problems: list[tuple[Case, tuple[int, ..
     return counts
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_bytes_on_the_wire_are_the_plans(dtype: torch.dtype):
-    problems = [(*problem, EXCHANGE) for problem in problems_for(4)] + problems_in_every_way(4, every=4)
-    check_bytes(4, problems, dtype)
+@pytest.mark.parametrize(("world", "dtype"), [(4, torch.float64), (4, torch.bfloat16), (3, torch.float32)])
+def test_bytes_on_the_wire_are_the_plans(world: int, dtype: torch.dtype):
+    problems = [(*problem, EXCHANGE) for problem in problems_for(world)] + problems_in_every_way(world, every=4)
+    check_bytes(world, problems, dtype)
 
 
 @pytest.mark.full

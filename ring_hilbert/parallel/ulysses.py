@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from ring_hilbert.ops import torch_core
 from ring_hilbert.parallel.execution import Execution
 from ring_hilbert.parallel.plan import Plan
 from ring_hilbert.parallel.wire import collective, communicator
@@ -61,10 +62,12 @@ class Ulysses:
         batch, rows, _, dim = dout.shape
         kv_shape = (batch, rows, self.plan.shapes.num_kv_heads, dim)
         dq, dk, dv = (gradients[0].new_zeros(dout.shape), *(x.new_zeros(kv_shape) for x in gradients[1:]))
+        # Shares of replicated kv heads are added at home, so their rows travel with more bits.
+        travels = torch_core.compute_dtype(dout.dtype) if self.replicates else dout.dtype
+        sent = gradients[0], gradients[1].to(travels), gradients[2].to(travels)
         kinds = (self.heads, self.kv_heads, self.kv_heads)
-        parts = [slice(0, 1), slice(1, 3)] if gradients[1].dtype != dq.dtype else [slice(0, 3)]
-        for part in parts:  # one message of each dtype
-            self._to_rows(gradients[part], (dq, dk, dv)[part], kinds[part], f"dq, dK and dV rows{_of(name)}")
+        for part in [slice(0, 3)] if travels == dq.dtype else [slice(0, 1), slice(1, 3)]:  # one message of each dtype
+            self._to_rows(sent[part], (dq, dk, dv)[part], kinds[part], f"dq, dK and dV rows{_of(name)}")
         return (dq, dk, dv) if wide else (dq, dk.to(dout.dtype), dv.to(dout.dtype))
 
     # ---- rows for heads, heads for rows
