@@ -326,6 +326,32 @@ def crossing_rows(case: Case, layout: Layout, rank: int) -> int:
     return int(m[:, :, mine][..., ~mine].any(2).sum())
 
 
+# ---- the choice of a strategy
+
+
+def _auto(rank: int, world: int):
+    """What "auto" takes for a dilated and for a dense pattern, and once more for a shorter batch; results as of exchange."""
+    taken, differences = [], []
+    for pattern in (ALIGNED, rh.DilatedPattern((None,), (1,))):
+        for rows in (48, 24):
+            case = Case(pattern, rows * world, 1, 4, 4, 8, causal=False)
+            layout = Layout.even(case.seq_len, world)
+            x = {name: shard(value, layout, rank) for name, value in case.tensors().items()}
+            results = []
+            for strategy in ("auto", "exchange"):
+                prepared = rh.prepare(rows, group=dist.group.WORLD, causal=False, strategy=strategy)
+                results.append(rh.dilated_attention(x["q"], x["k"], x["v"], pattern, prepared=prepared))
+                taken += [key[-1] for key in prepared._executions] if strategy == "auto" else []
+            differences.append(float((results[0] - results[1]).abs().max()))
+    return taken, max(differences)
+
+
+def test_auto_is_one_choice_on_all_ranks():
+    ranks = run_ranks(_auto, 4)
+    assert all(taken == ["exchange", "exchange", "ulysses", "ulysses"] for taken, _ in ranks), ranks
+    assert all(difference < 1e-12 for _, difference in ranks)
+
+
 # ---- mistakes of one rank
 
 

@@ -29,7 +29,7 @@ Group = dist.ProcessGroup | DeviceMesh | None
 
 log = logging.getLogger(__name__)
 
-_chosen: dict[tuple[Any, ...], str] = {}
+_chosen: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 _agreed: weakref.WeakKeyDictionary[dist.ProcessGroup, set[tuple]] = weakref.WeakKeyDictionary()
 
 
@@ -104,23 +104,23 @@ class Prepared:
         return self.execution(pattern, shapes, torch.device("cpu")).plan
 
     def strategy_for(self, pattern: DilatedPattern, shapes: Shapes, *, whole_heads: bool = False) -> str:
-        """The strategy of a call; an "auto" one is chosen once per process, from what every rank knows alike, and logged.
+        """The strategy of a call; an "auto" one is chosen once per group, from what its ranks know alike, and logged.
 
         `whole_heads`: not "ulysses".
         """
         if self.group is None or self.strategy != "auto":
             return "exchange" if self.strategy == "auto" else self.strategy
-        batch_free = shapes._replace(batch_size=1)
-        key = (pattern, batch_free, self.layout.kind, self.layout.world_size, self.causal, self.order, whole_heads)
-        if key not in _chosen:
+        chosen = _chosen.setdefault(self.group, {})
+        key = (pattern, shapes._replace(batch_size=1), self.layout.kind, self.causal, self.order, whole_heads)
+        if key not in chosen:
             choice = choose(pattern, self.layout, self.facts, shapes)
-            _chosen[key], reason = choice.strategy, choice.reason
+            chosen[key], reason = choice.strategy, choice.reason
             if whole_heads and choice.strategy == "ulysses":
-                _chosen[key] = "exchange" if choice.costs["exchange"].fits else "ring"
+                chosen[key] = "exchange" if choice.costs["exchange"].fits else "ring"
                 reason = "compiled code takes 'ulysses' only if that is asked for"
             if self.rank == 0:
-                log.info("strategy %r for %s over %d ranks: %s", _chosen[key], pattern, self.layout.world_size, reason)
-        return _chosen[key]
+                log.info("strategy %r for %s over %d ranks: %s", chosen[key], pattern, self.layout.world_size, reason)
+        return chosen[key]
 
     def execution(
         self,
