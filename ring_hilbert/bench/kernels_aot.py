@@ -32,6 +32,7 @@ class Variant:
     documents: bool = False
     segments: bool = False
     remote: bool = False
+    passed_on: bool = False  # to the launch of a further hop
 
     def walk(self, tile: Tile, transposed: bool) -> Walk:
         """A small walk of this kind."""
@@ -59,6 +60,8 @@ VARIANTS = {
     "causal by position, documents": Variant(causal=True, positions=True, documents=True),
     "received rows": Variant(remote=True),
     "received rows, causal, documents": Variant(causal=True, positions=True, documents=True, remote=True),
+    "rows of a hop": Variant(remote=True, passed_on=True),
+    "rows of a hop, causal, documents": Variant(True, True, True, remote=True, passed_on=True),
 }
 
 
@@ -139,14 +142,15 @@ def _arguments(
     staging = None
     if variant.remote:
         staging = launch.Staging.allocate(q, torch.zeros(1, KV_HEADS, ROWS, dtype=torch.int32), ROWS)
+    stage = "pass on" if variant.passed_on else "finish" if variant.remote else "leave"
     terms = launch.RowTerms(q, output.lse, output.lse)
     found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     run, kernel.run = kernel.run, lambda *args, **options: found.append((args, options))
     try:
         if pass_ == "forward":
-            launch.forward(q, k, v, tile, walk, 1.0, output, staging, stage="finish" if variant.remote else "leave")
+            launch.forward(q, k, v, tile, walk, 1.0, output, staging, stage=stage)
         elif pass_ == "dq":
-            launch.dq(q, k, v, terms, q, tile, walk, 1.0, staging, stage="finish" if variant.remote else "leave")
+            launch.dq(q, k, v, terms, q, tile, walk, 1.0, staging, stage=stage)
         else:
             launch.dkdv(q, k, v, terms, (k, v), tile, walk, 1.0)
     finally:

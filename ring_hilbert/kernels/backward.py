@@ -129,6 +129,8 @@ def dq_kernel(
 
     if STAGED == 1 or STAGED == 3:
         store_rows(s_values, values_strides[1], slot, in_slot, columns, gradient, D)
+        if STAGED == 3:
+            return
         exists = exists & (slot < 0)
     dq += batch * dq_strides[0] + head * dq_strides[2]
     store_rows(dq, dq_strides[1], outer, exists, columns, gradient * scale, D)

@@ -122,6 +122,8 @@ def forward_kernel(
         tl.store(s_maximum + s_row, maximum, mask=in_slot)
         tl.store(s_total + s_row, total, mask=in_slot)
         store_rows(s_values, values_strides[1], slot, in_slot, columns, values, D)
+        if STAGED == 3:  # all its rows have a slot
+            return
         exists = exists & (slot < 0)
     some = total > 0
     values = values / tl.where(some, total, 1.0)[:, None]
