@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import functools
 import gc
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -80,7 +82,20 @@ def _answer(task: Task) -> Report:
         _wait_for_others()
     if dist.is_initialized():
         dist.destroy_process_group()
+        _forget_meshes()
     return report
+
+
+def _forget_meshes() -> None:
+    """Clear DTensor's caches: a mesh is equal to one of an earlier call, whose groups are gone."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    for name, clear in vars(importlib.import_module("torch.distributed.tensor.debug")).items():
+        if name.startswith("_clear") and name.endswith("_cache"):
+            clear()
+    for thing in gc.get_objects():
+        if isinstance(thing, functools._lru_cache_wrapper) and str(thing.__module__).startswith("torch.distributed"):
+            thing.cache_clear()
 
 
 def _call(task: Task) -> Report:

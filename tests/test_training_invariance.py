@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same losses whatever the number of ranks, how they share the work, and how many micro-steps a batch takes."""
+"""The same losses and gradients whatever the engine, the number of ranks, how they share the work, and the micro-steps."""
 
 from __future__ import annotations
 
@@ -7,34 +7,65 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
+from ring_hilbert.integrations.transformers_config import order_of
+from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.checkpoint import Checkpoints
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.engine import make_engine
 from ring_hilbert.training.evaluate import evaluate
 from ring_hilbert.training.loop import Run
-from ring_hilbert.training.model import build_model, model_config
+from ring_hilbert.training.model import initial_weights, model_config
 from ring_hilbert.training.world import open_world
 from tests.ranks import run_ranks
 from tests.tiny_run import VOCAB, PaddedDataset, tiny_config
 
 STEPS = 20
+Gradients = dict[str, torch.Tensor]
 
 
-def train(rank: int, world_size: int, config: RunConfig) -> dict[str, list[float]]:
-    """Losses and gradient norms of `STEPS` steps, and the held-out loss and its positions after them."""
+def true_gradients(config: RunConfig) -> Gradients:
+    """Of the first step, by autograd of Transformers' own model and loss on whole sequences, in float64."""
+    hf_config = model_config(config)
+    model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float64)
+    initial_weights(config, hf_config).fill(model)
+    samples = [PaddedDataset()[number] for number in range(config.sequences_per_step)]
+    full = {key: torch.stack([torch.from_numpy(sample[key]) for sample in samples]) for key in samples[0]}
+    batch = shard_batch(full, order=None if config.attention.order is None else order_of(hf_config))
+    labels = batch.pop("shift_labels").flatten()
+    logits = model(**batch).logits.flatten(0, 1)
+    (F.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def train(rank: int, world_size: int, config: RunConfig, truth: Gradients) -> dict[str, list[float]]:
+    """Losses and gradient norms of `STEPS` steps, relative errors of the first gradients, and the held-out loss at the end."""
     assert world_size == config.parallel.world_size
     with open_world(config.parallel) as world:
         assert world.rank == rank
         dataset = PaddedDataset()
         hf_config = model_config(config)
-        engine = make_engine(build_model(config, hf_config), config, world)
+        engine = make_engine(config, hf_config, world)
         run = Run(config, world, engine, Checkpoints(config, world), dataset, dataset, hf_config)
         assert run.eval_batches is not None
+        errors: list[float] = []
+        update = engine.step
+
+        def compare_and_update(learning_rate: float) -> float:
+            if not errors:
+                gradients = engine.gradients()
+                assert gradients.keys() == truth.keys()
+                errors.extend(((gradients[name] - true).norm() / true.norm()).item() for name, true in truth.items())
+            return update(learning_rate)
+
+        engine.step = compare_and_update  # type: ignore[method-assign]
         steps = [run.train_step() for _ in range(STEPS)]
         evaluation = evaluate(engine.model, run.eval_batches, VOCAB, world)
         seen = torch.isfinite(evaluation.position_loss)
         return {
+            "errors": errors,
             "losses": [loss for loss, _, _ in steps],
             "norms": [norm for _, norm, _ in steps],
             "tokens": [run.progress.tokens, run.progress.sequences],
@@ -44,31 +75,63 @@ def train(rank: int, world_size: int, config: RunConfig) -> dict[str, list[float
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """One rank, the whole batch in one micro-step."""
-    (result,) = run_ranks(train, 1, tiny_config(tmp_path_factory.mktemp("run"), train__micro_batch=4))
+def truth(tmp_path_factory: pytest.TempPathFactory) -> Gradients:
+    return true_gradients(tiny_config(tmp_path_factory.mktemp("run")))
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory, truth: Gradients) -> dict[str, list[float]]:
+    """One rank, the whole batch in one micro-step, float64."""
+    config = tiny_config(tmp_path_factory.mktemp("run"), train__micro_batch=4, train__precision="fp64")
+    (result,) = run_ranks(train, 1, config, truth)
+    assert max(result["errors"]) < 1e-10
     assert result["losses"][-1] < 0.9 * result["losses"][0]  # it learns, so equal losses say something
     return result
 
 
-@pytest.mark.parametrize(
-    ("sp", "dp", "micro_batch"), [(1, 1, 1), (2, 1, 2), (1, 2, 2), (1, 2, 1), (4, 1, 2), (2, 2, 2), (1, 4, 1)]
-)
-def test_same_losses(tmp_path: Path, one_rank: dict[str, list[float]], sp: int, dp: int, micro_batch: int) -> None:
-    """Relative 1e-5 at each of 20 steps, in evaluation too, and the very same number on every rank."""
-    config = tiny_config(tmp_path, parallel__sp=sp, parallel__dp_replicate=dp, train__micro_batch=micro_batch)
-    results = run_ranks(train, sp * dp, config)
+def check(results: list[dict[str, list[float]]], expected: dict[str, list[float]], tolerance: float) -> None:
+    """Every rank has the very same numbers, and these are the expected ones up to rounding."""
     assert all(result == results[0] for result in results)
+    assert results[0]["tokens"] == expected["tokens"]
+    assert max(results[0]["errors"]) < tolerance
     for key in ("losses", "evaluation"):
-        assert results[0][key] == pytest.approx(one_rank[key], rel=1e-5)
+        assert results[0][key] == pytest.approx(expected[key], rel=tolerance)
     for key in ("norms", "positions"):
-        assert results[0][key] == pytest.approx(one_rank[key], rel=1e-3)
-    assert results[0]["tokens"] == one_rank["tokens"]
+        assert results[0][key] == pytest.approx(expected[key], rel=100 * tolerance)
 
 
-def test_bf16_keeps_float32_weights(tmp_path: Path, one_rank: dict[str, list[float]]) -> None:
-    """Computing in bfloat16 follows the float32 run closely, over ranks and micro-steps too."""
+@pytest.mark.parametrize(
+    ("sp", "shard", "replicate", "micro_batch"),
+    [(1, 1, 1, 1), (2, 1, 1, 2), (1, 2, 1, 2), (1, 1, 2, 1), (4, 1, 1, 2), (2, 2, 1, 2), (2, 1, 2, 1), (1, 2, 2, 1)],
+)
+def test_torch_engine(
+    tmp_path: Path,
+    truth: Gradients,
+    one_rank: dict[str, list[float]],
+    sp: int,
+    shard: int,
+    replicate: int,
+    micro_batch: int,
+) -> None:
+    """Losses and first gradients in float32, with 1, 2 or 4 micro-steps, documents and padding unevenly spread."""
+    parallel = {"sp": sp, "dp_shard": shard, "dp_replicate": replicate}
+    config = tiny_config(tmp_path, parallel=parallel, train__micro_batch=micro_batch)
+    check(run_ranks(train, config.parallel.world_size, config, truth), one_rank, 1e-5)
+
+
+@pytest.mark.parametrize(("sp", "shard", "replicate"), [(1, 2, 2), (2, 2, 1), (4, 1, 1)])
+def test_torch_engine_in_float64(
+    tmp_path: Path, truth: Gradients, one_rank: dict[str, list[float]], sp: int, shard: int, replicate: int
+) -> None:
+    """The same to 1e-10."""
+    parallel = {"sp": sp, "dp_shard": shard, "dp_replicate": replicate}
+    config = tiny_config(tmp_path, parallel=parallel, train__precision="fp64")
+    check(run_ranks(train, 4, config, truth), one_rank, 1e-10)
+
+
+def test_bf16_keeps_float32_weights(tmp_path: Path, truth: Gradients, one_rank: dict[str, list[float]]) -> None:
+    """Computing in bfloat16 follows the exact run closely, over ranks and micro-steps too."""
     config = tiny_config(tmp_path, train__precision="bf16", parallel__sp=2)
-    losses = run_ranks(train, 2, config)[0]["losses"]
+    losses = run_ranks(train, 2, config, truth)[0]["losses"]
     assert losses == pytest.approx(one_rank["losses"], rel=5e-3)
     assert losses != one_rank["losses"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small parts of the trainer: loss, schedule, unigram model, metrics file, gradient sums, agreement of ranks."""
+"""The small parts of the trainer: loss, schedule, unigram model, metrics file, agreement of ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ring_hilbert.training import engine_torch, loss
-from ring_hilbert.training.engine_torch import sum_gradients
+from ring_hilbert.training import loss
 from ring_hilbert.training.evaluate import Evaluation
-from ring_hilbert.training.loss import count_targets, token_losses
+from ring_hilbert.training.loss import LossHead, count_targets
 from ring_hilbert.training.metrics import Metrics, read_metrics
 from ring_hilbert.training.plots import plot_loss_by_position
 from ring_hilbert.training.schedule import learning_rate, with_decay_steps
@@ -24,31 +23,52 @@ from tests.tiny_run import tiny_config
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 40, 10**6])
-def test_token_losses(monkeypatch: pytest.MonkeyPatch, chunk_elements: int) -> None:
-    """Chunked or not: the float32 cross-entropy of bfloat16 logits and its gradient; zero where there is no target."""
+@pytest.mark.parametrize("bias", [False, True])
+def test_loss_head(monkeypatch: pytest.MonkeyPatch, chunk_elements: int, bias: bool) -> None:
+    """Chunked or not: the cross-entropy of the logits and its gradients; zero where there is no target."""
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_elements)
-    logits = torch.randn(2, 7, 11, dtype=torch.bfloat16, requires_grad=True)
+    output = torch.nn.Linear(5, 11, bias=bias, dtype=torch.float64)
+    head = LossHead(output)
+    hidden = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 11, (2, 7))
     labels[0, 3:], labels[1, 6] = -100, -100
-    losses = token_losses(logits, labels)
-    assert losses.dtype == torch.float32
+    losses = head(hidden, labels)
     assert losses.shape == (2, 7)
     assert (losses[labels == -100] == 0).all()
     assert count_targets(labels) == 9
-    (gradient,) = torch.autograd.grad(losses.sum(), logits)
-    plain = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
-    assert losses.sum().item() == pytest.approx(plain.item(), rel=1e-6)
-    torch.testing.assert_close(gradient, torch.autograd.grad(plain, logits)[0])
+    weights = torch.rand(2, 7, dtype=torch.float64)  # a gradient of its own for every row
+    plain = F.cross_entropy(output(hidden).flatten(0, 1), labels.flatten(), reduction="none").view(2, 7)
+    torch.testing.assert_close(losses, plain)
+    of = [hidden, *output.parameters()]
+    expected = torch.autograd.grad((plain * weights).sum(), of)
+    torch.testing.assert_close(torch.autograd.grad((losses * weights).sum(), of), expected)
+
+
+def test_loss_head_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are float32, and the weights' gradient is rounded about once however many chunks are summed."""
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 11 * 4)
+    output = torch.nn.Linear(8, 11, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(1, 4096, 8, dtype=torch.bfloat16)
+    labels = torch.randint(0, 11, (1, 4096))
+    losses = LossHead(output)(hidden, labels)
+    assert losses.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(losses.sum(), output.weight)
+    exact = output.weight.detach().double().requires_grad_()
+    plain = F.cross_entropy(F.linear(hidden.double(), exact)[0], labels[0], reduction="sum")
+    (expected,) = torch.autograd.grad(plain, exact)
+    assert losses.sum().item() == pytest.approx(plain.item(), rel=2e-3)
+    assert (gradient - expected).norm() < 4e-3 * expected.norm()
 
 
 def test_loss_of_padding_alone() -> None:
-    """Zero, with a gradient of zeros."""
-    logits = torch.randn(1, 5, 3, requires_grad=True)
-    total = token_losses(logits, torch.full((1, 5), -100)).sum()
-    total.backward()
-    assert total.item() == 0
-    assert logits.grad is not None
-    assert (logits.grad == 0).all()
+    """Zero, with a gradient of zeros; no rows at all are fine too."""
+    for rows in (5, 0):
+        hidden = torch.randn(1, rows, 3, requires_grad=True)
+        total = LossHead(torch.nn.Linear(3, 4))(hidden, torch.full((1, rows), -100)).sum()
+        total.backward()
+        assert total.item() == 0
+        assert hidden.grad is not None
+        assert (hidden.grad == 0).all()
 
 
 def test_schedule(tmp_path: Path) -> None:
@@ -116,28 +136,6 @@ def test_metrics_continue(tmp_path: Path) -> None:
         metrics.write("train", 1, loss=9.0)
     assert (tmp_path / "metrics.0.jsonl").read_bytes() == before
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [9.0]
-
-
-def summed(rank: int, world_size: int, folder: Path, bucket: int) -> list[torch.Tensor]:
-    """Gradients rank + 1, rank 1's last one missing."""
-    engine_torch.BUCKET_ELEMENTS, kept = bucket, engine_torch.BUCKET_ELEMENTS
-    try:
-        with open_world(tiny_config(folder, parallel__sp=world_size).parallel) as world:
-            parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 2), (5,))]
-            for parameter in parameters[: 2 if rank == 1 else 3]:
-                parameter.grad = torch.full_like(parameter, rank + 1)
-            sum_gradients(parameters, world)
-            return [parameter.grad for parameter in parameters if parameter.grad is not None]
-    finally:
-        engine_torch.BUCKET_ELEMENTS = kept
-
-
-@pytest.mark.parametrize("bucket", [1, 5, 100])
-def test_sum_gradients(tmp_path: Path, bucket: int) -> None:
-    """The sum, not the mean, whatever the buckets; a rank without a gradient adds nothing."""
-    for gradients in run_ranks(summed, 2, tmp_path, bucket):
-        expected = [torch.full((3,), 3.0), torch.full((2, 2), 3.0), torch.full((5,), 1.0)]
-        assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
 
 
 def disagree(rank: int, world_size: int, folder: Path, kind: str) -> None:

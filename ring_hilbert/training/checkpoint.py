@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are whole or not there, and exact resume.
 
-A checkpoint is a folder `step_<n>` of `torch.distributed.checkpoint` with a `run.json` (progress, configuration, digest). It is
-written under another name, synced and renamed, so that a crash leaves at most a folder that nothing reads.
+A checkpoint is a folder `step_<n>` with the files of the engine, the random state of every rank and a `run.json` (progress,
+configuration, digest). It is written under another name, synced and renamed, so that a crash leaves at most a folder that nothing
+reads.
 """
 
 from __future__ import annotations
@@ -11,17 +12,13 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.engine import Engine
@@ -30,15 +27,17 @@ from ring_hilbert.training.world import World
 COMPLETE = re.compile(r"step_(\d{8})")
 UNFINISHED = ".unfinished"
 RUN_FILE = "run.json"
+ENGINE = "engine"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimizer steps done, sequences read (the data cursor), target tokens trained on."""
+    """How far a run is: steps done, sequences read (the data cursor), target tokens, steps that updated nothing."""
 
     step: int = 0
     sequences: int = 0
     tokens: int = 0
+    skipped: int = 0
 
 
 class Checkpoints:
@@ -66,9 +65,10 @@ class Checkpoints:
         final = self.folder / f"step_{progress.step:08d}"
         unfinished = final.with_name(final.name + UNFINISHED)
         self.world.from_main(self._remove_unfinished)
-        state = {**engine.state(), "rng": {str(self.world.rank): _rng_state(self.world.device)}}
-        with _alone_is_fine():
-            save(state, checkpoint_id=unfinished)
+        with self.world.together():
+            (unfinished / ENGINE).mkdir(parents=True, exist_ok=True)
+            torch.save(_rng_state(self.world.device), unfinished / f"rng_{self.world.rank}.pt")
+        engine.save(unfinished / ENGINE)
         self.world.from_main(lambda: self._publish(unfinished, final, progress))
 
     def load(self, path: Path, engine: Engine) -> Progress:
@@ -78,14 +78,9 @@ class Checkpoints:
         """
         run = self.world.from_main(lambda: _read_run(path))
         progress = Progress(**run["progress"])
-        state = engine.state()
+        engine.load(path / ENGINE)
         if run["world_size"] == self.world.size:
-            state["rng"] = {str(self.world.rank): _rng_state(self.world.device)}
-        with _alone_is_fine():
-            load(state, checkpoint_id=path)
-        engine.load_state(state)
-        if "rng" in state:
-            _set_rng_state(state["rng"][str(self.world.rank)], self.world.device)
+            _set_rng_state(torch.load(path / f"rng_{self.world.rank}.pt", weights_only=True), self.world.device)
         else:
             seed_rank(self.config, self.world, progress.step)
         return progress
@@ -174,10 +169,3 @@ def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-@contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield

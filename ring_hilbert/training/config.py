@@ -170,6 +170,7 @@ class OptimConfig(Section):
     weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     clip_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)  # of the global gradient; null: no clipping
+    max_skipped: int = Field(default=10, ge=0)  # steps in a row without an update, their gradient not being finite
 
     @model_validator(mode="after")
     def _betas(self) -> OptimConfig:
@@ -184,7 +185,7 @@ class TrainConfig(Section):
     steps: int = Field(ge=1)
     global_batch_tokens: int = Field(ge=1)
     micro_batch: int = Field(default=1, ge=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # bf16 computes in it, on float32 weights; fp64 is for tests
     seed: int = Field(default=0, ge=0)
     checkpoint_activations: bool = True
 
@@ -279,7 +280,10 @@ class RunConfig(Section):
         """
         train = {"global_batch_tokens", "precision", "seed"}
         include = {"model": True, "attention": True, "data": True, "optim": True, "train": train}
-        exclude = {"attention": {"strategy", "backend", "layout"}, "data": {"eval": {"field", "every", "sequences"}}}
+        exclude = {
+            "attention": {"strategy", "backend", "layout"}, "data": {"eval": {"field", "every", "sequences"}},
+            "optim": {"max_skipped"},
+        }  # fmt: skip
         return self.model_dump(mode="json", include=include, exclude=exclude)
 
     def digest(self) -> str:

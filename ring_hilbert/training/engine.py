@@ -7,13 +7,14 @@ An engine owns the parameters and how they lie over the ranks, the gradients' su
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.engine_torch import TorchEngine
+from ring_hilbert.training.model import LossModel, build_skeleton, initial_weights
 from ring_hilbert.training.world import World
 
 
@@ -22,7 +23,7 @@ class Engine(Protocol):
 
     @property
     def model(self) -> torch.nn.Module:
-        """What computes: called with a micro-batch, it returns an object with `logits`."""
+        """What computes: called with what `shard_batch` returns, it gives the loss of every row."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -30,19 +31,26 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rate: float) -> float:
-        """Sum the gradients over all ranks, clip, update, clear them; returns the global gradient norm before clipping."""
+        """Clip the gradients, summed over all ranks, update, clear them; returns their global norm before clipping.
+
+        Where that is not finite nothing is updated.
+        """
         ...
 
-    def state(self) -> dict[str, Any]:
-        """Model and optimizer state for `torch.distributed.checkpoint` to save, or to load into."""
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Whole gradients by the name of the parameter, before `step`: to look at, in small models."""
         ...
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over a `state()` that has been loaded into."""
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer below `folder`, which is new."""
         ...
 
-    def export(self, folder: Path) -> None:
-        """Write the model as Transformers does (`save_pretrained`), from rank 0."""
+    def load(self, folder: Path) -> None:
+        """Take over what `save` wrote."""
+        ...
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """The model's whole float32 state dict, on the CPU of rank 0; empty on the others."""
         ...
 
 
@@ -50,17 +58,19 @@ def check_engine(config: RunConfig) -> None:
     """Refuse what no engine does yet.
 
     Raises:
-        ValueError: `engine` or `parallel` asks for it.
+        ValueError: `engine` asks for it.
     """
     if config.engine != "torch":
         raise ValueError(f"engine: {config.engine} is not available in this version; use engine: torch")
-    if config.parallel.dp_shard > 1:
-        raise ValueError(
-            f"parallel.dp_shard {config.parallel.dp_shard}: engine torch keeps whole parameters on every rank; use "
-            f"parallel.dp_shard=1 parallel.dp_replicate={config.parallel.dp}"
-        )
 
 
-def make_engine(model: PreTrainedModel, config: RunConfig, world: World) -> Engine:
-    """The engine of a checked configuration; `model` is in float32, the same on every rank."""
-    return TorchEngine(model, config, world)
+def make_engine(config: RunConfig, hf_config: PretrainedConfig, world: World) -> Engine:
+    """The engine of a checked configuration, with its model in initial state.
+
+    Raises:
+        ValueError: the model cannot be made or loaded.
+    """
+    with world.together():
+        weights = initial_weights(config, hf_config)
+        model = LossModel(build_skeleton(config, hf_config))
+    return TorchEngine(model, weights, config, world)

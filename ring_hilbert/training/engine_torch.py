@@ -1,123 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain engine: whole parameters on every rank, gradients summed in float32, AdamW."""
+"""The engine of PyTorch alone: FSDP2 over `dp_shard x sp` ranks, replicas over `dp_replicate`, AdamW on float32 shards."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from transformers import PreTrainedModel
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.model import LossModel
+from ring_hilbert.training.optimizer import adamw
+from ring_hilbert.training.weights import Weights, decoder_layers
 from ring_hilbert.training.world import World
-
-BUCKET_ELEMENTS = 2**24  # float32 gradients per all-reduce (64 MiB)
 
 
 class TorchEngine:
-    """Replicated parameters. `master` is float32 and belongs to the optimizer; `model` computes, and is a bfloat16 copy in bf16."""
+    """See `Engine`. A layer's parameters are whole while it computes; gradients are summed in float32, at every micro-step."""
 
-    def __init__(self, model: PreTrainedModel, config: RunConfig, world: World) -> None:
-        self.world = world
+    def __init__(self, model: LossModel, weights: Weights, config: RunConfig, world: World) -> None:
         self.clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
-        self.master = model.to(world.device)  # type: ignore[arg-type]  # the stub of Transformers lacks self
-        for tensor in (*self.master.parameters(), *self.master.buffers()):
-            world.broadcast(tensor.data)
-        self.model = self.master
-        if config.train.precision == "bf16":
-            self.model = copy.deepcopy(self.master)
-            for parameter in self.model.parameters():  # buffers stay: RoPE frequencies need float32
-                parameter.data = parameter.data.bfloat16()
-        parameters = list(self.master.parameters())
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.optim.weight_decay},
-                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # norms and biases
-            ],
-            lr=config.optim.lr,
-            betas=(config.optim.betas[0], config.optim.betas[1]),
-        )
+        self.world = world
+        self.model = model
+        _shard(model, config, world)
+        model.to_empty(device=world.device)
+        if config.train.precision == "fp64":
+            model.double()
+        _fill(model.model, weights)
+        self.optimizer = adamw(model, config)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate in float32 on this rank; see `Engine`."""
+        """See `Engine`."""
         loss.backward()
-        if self.model is not self.master:
-            for computed, kept in zip(self.model.parameters(), self.master.parameters(), strict=True):
-                if computed.grad is not None:
-                    gradient = computed.grad.float()
-                    kept.grad = gradient if kept.grad is None else kept.grad.add_(gradient)
-                    computed.grad = None
 
     def step(self, learning_rate: float) -> float:
-        """See `Engine`.
-
-        Raises:
-            FloatingPointError: the gradient norm is not finite; the parameters are as they were.
-        """
-        parameters = list(self.master.parameters())
-        sum_gradients(parameters, self.world)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the global gradient norm is {norm}; a lower optim.lr or a longer warm-up may help"
-            )
+        """See `Engine`."""
+        total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._refresh()
         return norm
 
-    def state(self) -> dict[str, Any]:
+    def gradients(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
-        model, optimizer = get_state_dict(self.master, self.optimizer)
+        named = self.model.model.named_parameters()
+        return {name: _whole(p.grad) for name, p in named if p.grad is not None}
+
+    def save(self, folder: Path) -> None:
+        """See `Engine`: `torch.distributed.checkpoint` files, which any number of ranks can load."""
+        save(self._state(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine`."""
+        state = self._state()
+        load(state, checkpoint_id=folder)
+        model, optimizer = state["model"], state["optimizer"]
+        set_state_dict(self.model.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """See `Engine`."""
+        return get_model_state_dict(self.model.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model.model, self.optimizer)
         return {"model": model, "optimizer": optimizer}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """See `Engine`."""
-        set_state_dict(
-            self.master, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
-        self._refresh()
 
-    def export(self, folder: Path) -> None:
-        """See `Engine`. Weights are the float32 ones; the saved `dtype` is that of training, which loading converts to."""
-        if self.world.is_main:
-            self.model.save_pretrained(folder, state_dict=self.master.state_dict())
-
-    def _refresh(self) -> None:
-        if self.model is not self.master:
-            with torch.no_grad():
-                for computed, kept in zip(self.model.parameters(), self.master.parameters(), strict=True):
-                    computed.copy_(kept)
+def _shard(model: LossModel, config: RunConfig, world: World) -> None:
+    """Make every layer, and what is left, a unit of FSDP2 that sums gradients instead of averaging them."""
+    assert world.mesh is not None
+    mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shard"]
+    bf16 = config.train.precision == "bf16"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for module in (*decoder_layers(model), model):
+        unit = fully_shard(module, mesh=mesh, mp_policy=policy)
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter], world: World) -> None:
-    """Replace every gradient by its sum over all ranks, one all-reduce per bucket; a missing one counts as zero."""
-    for bucket in _buckets(parameters):
-        for parameter in bucket:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if world.size > 1:
-            gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
-            flat = world.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(total.view_as(gradient))
+def _fill(model: torch.nn.Module, weights: Weights) -> None:
+    """Give every tensor of `model` this rank's part of its initial values."""
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    with torch.no_grad():
+        for part in weights:
+            for name, value in part.items():
+                target = tensors[name]
+                if isinstance(target, DTensor):
+                    mine = distribute_tensor(
+                        value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+                    )
+                    target.to_local().copy_(mine.to_local())
+                else:
+                    target.copy_(value)
 
 
-def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    bucket: list[torch.nn.Parameter] = []
-    elements = 0
-    for parameter in parameters:
-        bucket.append(parameter)
-        elements += parameter.numel()
-        if elements >= BUCKET_ELEMENTS:
-            yield bucket
-            bucket, elements = [], 0
-    if bucket:
-        yield bucket
+def _whole(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient

@@ -10,7 +10,6 @@ import torch
 from ring_hilbert.parallel.sharding import IGNORED
 from ring_hilbert.training.batches import Batches
 from ring_hilbert.training.data import PackedDataset
-from ring_hilbert.training.loss import token_losses
 from ring_hilbert.training.world import World
 
 UNIGRAM_TOKENS = 2**22  # of training data that the unigram model is fitted on, at most
@@ -49,8 +48,8 @@ def evaluate(model: torch.nn.Module, batches: Batches, vocab: int, world: World)
     model.eval()
     for number in range(batches.rounds(length)):
         batch = batches.load(0, length, number)
-        labels = batch.pop("shift_labels")
-        per_token = token_losses(model(**batch, use_cache=False).logits, labels)
+        labels = batch["shift_labels"]
+        per_token = model(**batch)
         real = labels != IGNORED
         tokens = batch["ring_hilbert"].rows.to(world.device).expand_as(labels)[real]  # the natural index of each
         losses.index_add_(0, tokens, per_token[real].double())

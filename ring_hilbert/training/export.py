@@ -6,21 +6,31 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
+from transformers import PretrainedConfig
+
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.engine import Engine
+from ring_hilbert.training.model import build_skeleton
 from ring_hilbert.training.tokens import load_tokenizer
 from ring_hilbert.training.world import World
 
 
-def export_model(engine: Engine, config: RunConfig, world: World, folder: Path) -> None:
-    """Write model, configuration (with its `ring_hilbert`) and tokenizer, whole or not at all; replaces an older export."""
+def export_model(engine: Engine, config: RunConfig, hf_config: PretrainedConfig, world: World, folder: Path) -> None:
+    """Write model, configuration (with its `ring_hilbert`) and tokenizer, whole or not at all; replaces an older export.
+
+    Weights are the float32 ones; the saved `dtype` is that of training, which loading converts to.
+    """
+    state = engine.whole_state()
+    world.from_main(lambda: _write(config, hf_config, state, folder))
+
+
+def _write(config: RunConfig, hf_config: PretrainedConfig, state: dict[str, torch.Tensor], folder: Path) -> None:
     unfinished = folder.with_name(folder.name + ".unfinished")
-    world.from_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-    engine.export(unfinished)
-    world.from_main(lambda: _finish(config, unfinished, folder))
-
-
-def _finish(config: RunConfig, unfinished: Path, folder: Path) -> None:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model = build_skeleton(config, hf_config)
+    model.config.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    model.save_pretrained(unfinished, state_dict=state)
     load_tokenizer(config.data.tokenizer).save_pretrained(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +20,9 @@ from ring_hilbert.training.data import PackedDataset, open_dataset
 from ring_hilbert.training.engine import Engine, check_engine, make_engine
 from ring_hilbert.training.evaluate import Evaluation, count_tokens, evaluate
 from ring_hilbert.training.export import export_model
-from ring_hilbert.training.loss import count_targets, token_losses
+from ring_hilbert.training.loss import count_targets
 from ring_hilbert.training.metrics import Metrics, peak_memory, read_metrics
-from ring_hilbert.training.model import build_model, model_config, vocab_size
+from ring_hilbert.training.model import check_model, model_config, vocab_size
 from ring_hilbert.training.plots import plot_loss, plot_loss_by_position
 from ring_hilbert.training.schedule import learning_rate, with_decay_steps
 from ring_hilbert.training.world import World, open_world
@@ -46,21 +47,20 @@ def pretrain(config: RunConfig) -> Summary:
 
     Raises:
         ValueError: the configuration cannot be run; on every rank, naming the rank that found it.
-        FloatingPointError: the loss diverged.
+        FloatingPointError: the gradient was not finite in optim.max_skipped steps in a row.
     """
     check_engine(config)
     config = with_decay_steps(config)
     with open_world(config.parallel) as world:
         with world.together():
             hf_config = model_config(config)
+            check_model(hf_config)
         world.from_main(lambda: _open_data(config, hf_config))  # fills the cache of tokenised documents for the others
         with world.together():
             train_set, eval_set = _open_data(config, hf_config)
         checkpoints = Checkpoints(config, world)
         found = checkpoints.latest()
-        with world.together():
-            model = build_model(config, hf_config)
-        engine = make_engine(model, config, world)
+        engine = make_engine(config, hf_config, world)
         seed_rank(config, world, 0)
         run = Run(config, world, engine, checkpoints, train_set, eval_set, hf_config)
         if found is not None:
@@ -93,12 +93,14 @@ class Run:
         self.world = world
         self.engine = engine
         self.checkpoints = checkpoints
+        self.hf_config = hf_config
         self.vocab = vocab_size(hf_config)
         self.train_set = train_set
         order = order_of(hf_config)
         self.train_batches = Batches(train_set, config, order, world)
         self.eval_batches = None if eval_set is None else Batches(eval_set, config, order, world)
         self.progress = Progress()
+        self.skipped_in_a_row = 0
 
     def go(self, resumed_from: int | None) -> Summary:
         """Train the steps that are left, then evaluate, export and draw."""
@@ -131,14 +133,26 @@ class Run:
         tokens = int(self.world.sum(targets))
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in batches:
-            labels = batch.pop("shift_labels")
-            loss_sum = token_losses(self.engine.model(**batch, use_cache=False).logits, labels).sum()
+            loss_sum = self.engine.model(**batch).sum()
             self.engine.backward(loss_sum / max(tokens, 1))
             total += loss_sum.detach()
         rate = learning_rate(config, progress.step)
         norm = self.engine.step(rate)
-        self.progress = Progress(progress.step + 1, stop, progress.tokens + tokens)
+        self._count_skipped(norm)
+        self.progress = Progress(progress.step + 1, stop, progress.tokens + tokens, self.progress.skipped)
         return self.world.sum(total).item() / max(tokens, 1), norm, rate
+
+    def _count_skipped(self, norm: float) -> None:
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
+        if self.skipped_in_a_row >= max(1, self.config.optim.max_skipped):
+            raise FloatingPointError(
+                f"the global gradient norm is {norm}, and was not finite in {self.skipped_in_a_row} steps in a row; none of them "
+                "updated the model; a lower optim.lr or a longer warm-up may help"
+            )
 
     def _make_folders(self) -> None:
         for folder in (self.config.checkpoint.dir, self.config.log.dir):
@@ -156,6 +170,7 @@ class Run:
             learning_rate=rate,
             gradient_norm=norm,
             tokens=self.progress.tokens,
+            skipped=self.progress.skipped,
             tokens_per_second=speed,
             memory_bytes=peak_memory(self.world.device),
         )
@@ -179,7 +194,7 @@ class Run:
                 f"final held-out loss {evaluation.loss:.4f} nats per token over {evaluation.tokens:,} tokens; "
                 f"unigram model {unigram:.4f}; ratio {evaluation.loss / unigram:.3f}"
             )
-        export_model(self.engine, config, self.world, folder)
+        export_model(self.engine, config, self.hf_config, self.world, folder)
         self.world.from_main(lambda: self._draw(metrics, evaluation, unigram))
         metrics.say(f"model: {folder}   metrics and plots: {config.log.dir}")
         return Summary(self.progress, None if evaluation is None else evaluation.loss, unigram, folder)

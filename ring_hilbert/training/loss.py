@@ -1,35 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Next-token loss per token in float32, from local logits and already shifted labels."""
+"""Next-token loss per token in float32 or better, from hidden states: logits exist only a chunk at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from ring_hilbert.parallel.sharding import IGNORED
 
-CHUNK_ELEMENTS = 2**24  # float32 logits held at once (64 MiB), in forward and in backward
+CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
 
-def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy (nats) of every row: `logits [B, S, V]`, `labels [B, S]` int64 -> `[B, S]` float32, 0 where IGNORED.
+class LossHead(nn.Module):
+    """The output layer of a language model and its cross-entropy, in one.
 
-    Chunks are recomputed in backward, so that next to the logits no more than a chunk of them exists in float32.
+    A module of its own, with the output layer's parameters, so that engines that shard them gather them around it.
     """
-    rows, targets = logits.flatten(0, -2), labels.flatten()
-    chunk = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    losses = [
-        checkpoint(_chunk_losses, some, wanted, use_reentrant=False, preserve_rng_state=False)
-        for some, wanted in zip(rows.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.cat(losses).view(labels.shape)
+
+    def __init__(self, output: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = output.weight, output.bias
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy (nats) of every row: `hidden [B, S, E]`, `labels [B, S]` int64 -> `[B, S]`, 0 where IGNORED.
+
+        float32, float64 for float64. Backward computes a chunk's logits again and sums the gradient of the weights in the
+        same dtype.
+        """
+        return _LinearLoss.apply(hidden, self.weight, self.bias, labels)
 
 
-def count_targets(labels: torch.Tensor) -> torch.Tensor:
+def count_targets(labels: Tensor) -> Tensor:
     """How many rows of `labels` have a target: int64 scalar on the device of `labels`."""
     return (labels != IGNORED).sum()
 
 
-def _chunk_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+class _LinearLoss(torch.autograd.Function):
+    """Cross-entropy of `hidden @ weight.T + bias` by rows; keeps a logarithm per row for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        result = hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        hidden, labels, losses = hidden.flatten(0, -2), labels.flatten(), result.view(-1)
+        totals = torch.empty_like(losses)  # log sum exp of a row's logits
+        for rows in _chunks(hidden, weight):
+            logits = F.linear(hidden[rows], weight, bias).to(losses.dtype)
+            totals[rows] = logits.logsumexp(-1)
+            wanted = logits.gather(-1, labels[rows].clamp_min(0)[:, None]).squeeze(-1)
+            losses[rows] = totals[rows] - wanted
+        ctx.save_for_backward(hidden, weight, bias, labels, totals)
+        losses.masked_fill_(labels == IGNORED, 0)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, totals = ctx.saved_tensors
+        shape, upstream = (*upstream.shape, hidden.shape[-1]), upstream.flatten().masked_fill(labels == IGNORED, 0)
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.zeros_like(weight, dtype=totals.dtype)
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=totals.dtype)
+        for rows in _chunks(hidden, weight):
+            dlogits = F.linear(hidden[rows], weight, bias).to(totals.dtype).sub_(totals[rows, None]).exp_()
+            dlogits.scatter_add_(-1, labels[rows].clamp_min(0)[:, None], torch.full_like(dlogits[:, :1], -1))
+            dlogits *= upstream[rows, None]
+            rounded = dlogits.to(hidden.dtype)
+            torch.mm(rounded, weight, out=dhidden[rows])
+            dweight += rounded.T @ hidden[rows]
+            if dbias is not None:
+                dbias += dlogits.sum(0)
+        return dhidden.view(shape), dweight.to(weight.dtype), None if dbias is None else dbias.to(bias.dtype), None
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    step = max(1, CHUNK_ELEMENTS // len(weight))
+    return (slice(first, first + step) for first in range(0, len(hidden), step))

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Transformers model of a run: its configuration with our attention in it, and its weights. No model code of ours."""
+"""The Transformers model of a run: its configuration with our attention in it, and its loss. No model code of ours."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ring_hilbert.checkpointing import checkpoint_contexts
 from ring_hilbert.integrations.transformers_config import NAME
 from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.loss import LossHead
 from ring_hilbert.training.tokens import load_tokenizer
+from ring_hilbert.training.weights import Weights
 
 _LEGACY_KEYS = {
     "rope_theta",
@@ -58,31 +62,67 @@ def vocab_size(hf_config: PretrainedConfig) -> int:
     return hf_config.get_text_config(decoder=True).vocab_size
 
 
-def build_model(config: RunConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
-    """The model in float32 on the CPU, in training mode; fresh weights are drawn from `train.seed`, the same on every rank.
-
-    Raises:
-        ValueError: the model cannot be made or loaded from this configuration, or needs what our attention does not have.
-    """
-    torch.manual_seed(config.train.seed)
-    options: dict[str, Any] = {"attn_implementation": NAME, "dtype": torch.float32}
-    try:
-        if config.model.path is not None:
-            model = AutoModelForCausalLM.from_pretrained(
-                config.model.path, config=hf_config, local_files_only=True, **options
-            )
-        else:
-            model = AutoModelForCausalLM.from_config(hf_config, **options)
-        model.train()
-        with torch.no_grad():  # two tokens, so that what the attention refuses is known before anything is written
-            model(**shard_batch({"input_ids": torch.zeros(1, 2, dtype=torch.int64)}), use_cache=False)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"model: this causal language model cannot be made or run: {error}") from error
+def build_skeleton(config: RunConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
+    """The model without values, on the meta device, in training mode: `Weights` fills it. `check_model` accepts it."""
+    with torch.device("meta"):
+        model = _make(hf_config)
+    model.train()
     if config.train.checkpoint_activations:
         # The name of Transformers 5.2x; gradient_checkpointing_enable is the older one, deprecated there.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     return model
+
+
+def check_model(hf_config: PretrainedConfig) -> None:
+    """Run two tokens through the model without computing anything, so that what the attention refuses is known at once.
+
+    Raises:
+        ValueError: the model cannot be made, or needs what our attention does not have.
+    """
+    batch = shard_batch({"input_ids": torch.zeros(1, 2, dtype=torch.int64)})
+    prepared = batch.pop("ring_hilbert")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        batch = {key: mode.from_tensor(value) for key, value in batch.items()}
+        prepared.position_ids = batch["position_ids"]
+        try:
+            LossModel(_make(hf_config).train())(**batch, ring_hilbert=prepared)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"model: this causal language model cannot be made or run: {error}") from error
+
+
+def _make(hf_config: PretrainedConfig) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=NAME, dtype=torch.float32)
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear) or model.base_model is model:
+        raise ValueError(f"{type(model).__name__} has no linear output layer over a base model")
+    return model
+
+
+def initial_weights(config: RunConfig, hf_config: PretrainedConfig) -> Weights:
+    """What the parameters start with: drawn from train.seed, or those of model.path.
+
+    Raises:
+        ValueError: the folder has no safetensors files.
+    """
+    folder = None if config.model.path is None else Path(config.model.path)
+    return Weights(build_skeleton(config, hf_config), config.train.seed, folder)
+
+
+class LossModel(torch.nn.Module):
+    """A language model up to its loss per token: what an engine trains.
+
+    `model` is the Transformers model; `head` its output layer again, with the loss.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.head = LossHead(model.get_output_embeddings())
+
+    def forward(self, *, shift_labels: torch.Tensor, **batch: Any) -> torch.Tensor:
+        """What `shard_batch` returns -> cross-entropy of every row `[B, S_local]`, as `LossHead`."""
+        hidden = self.model.base_model(**batch, use_cache=False).last_hidden_state
+        return self.head(hidden, shift_labels)
 
 
 def _refuse_unknown(hf_config: PretrainedConfig, keys: dict[str, Any]) -> None:

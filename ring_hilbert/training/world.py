@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ranks of a run: process group, device, device mesh, and the few collectives that the trainer needs.
 
-Ranks of one sequence are neighbours: `rank = dp_index * sp + sp_index`, so that the exchange stays inside a host where it can.
+Ranks of one sequence are neighbours, so that the exchange stays inside a host where it can, and those that share parameters too:
+`rank = (replicate_index * dp_shard + shard_index) * sp + sp_index`.
 """
 
 from __future__ import annotations
@@ -32,26 +33,20 @@ class RankError(ValueError):
 class World:
     """This process among the others.
 
-    Alone, there is no process group: `mesh`, whose axes are dp and sp, and `control`, all ranks on the CPU, are None.
+    Args:
+        mesh: how parameters lie: the axes are replicate and shard. None without a process group.
+        sp_group: the ranks that share this rank's sequences; None if it has them for itself.
+        dp_index: which of the groups that read different sequences this rank is in.
+        control: all ranks, on the CPU. None without a process group.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    sp_group: dist.ProcessGroup | None = None
+    dp_index: int = 0
     control: dist.ProcessGroup | None = None
-
-    @property
-    def sp_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share this rank's sequences; None if it has them for itself."""
-        if self.mesh is None or self.mesh.size(1) == 1:
-            return None
-        return self.mesh.get_group("sp")
-
-    @property
-    def dp_index(self) -> int:
-        """Which of the groups that read different sequences this rank is in."""
-        return 0 if self.mesh is None else self.mesh.get_local_rank("dp")
 
     @property
     def is_main(self) -> bool:
@@ -107,7 +102,7 @@ class World:
 
 @contextmanager
 def open_world(parallel: ParallelConfig) -> Iterator[World]:
-    """Join the process group that torchrun describes, or the one already open, or stay alone; and lay the mesh over it.
+    """Join the process group that torchrun describes, or the one already open, or make one of this process; lay the mesh over it.
 
     Gloo on the CPU; with CUDA devices, NCCL for tensors on them and Gloo for the rest.
 
@@ -124,15 +119,17 @@ def open_world(parallel: ParallelConfig) -> Iterator[World]:
             f"`torchrun --nproc-per-node {parallel.world_size} -m ring_hilbert.cli pretrain ...`, or give "
             f"parallel.sp={size} parallel.dp_shard=1 parallel.dp_replicate=1"
         )
-    if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    if not dist.is_initialized():
-        yield World(0, 1, device)
-        return
+    opened = not dist.is_initialized()
+    if opened:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        alone = {} if ours else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=TIMEOUT, **alone)
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(control, dist.ProcessGroup)
-    yield World(dist.get_rank(), size, device, _mesh(device, parallel), control)
-    if ours:  # not after an error: the other ranks may be waiting inside a collective, which ending this process stops
+    yield lay_world(device, parallel, control)
+    if (
+        opened
+    ):  # not after an error: the other ranks may be waiting inside a collective, which ending this process stops
         dist.destroy_process_group()
 
 
@@ -149,11 +146,25 @@ def _device() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _mesh(device: torch.device, parallel: ParallelConfig) -> DeviceMesh:
-    ranks = torch.arange(parallel.world_size).reshape(parallel.dp, parallel.sp)
-    groups = []
-    for members in (ranks.T, ranks):  # the groups along dp, then those along sp
-        group, _ = dist.new_subgroups_by_enumeration(members.tolist(), timeout=TIMEOUT)
-        assert group is not None  # every rank is in exactly one of them
-        groups.append(group)
-    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("dp", "sp"))
+def lay_world(device: torch.device, parallel: ParallelConfig, control: dist.ProcessGroup) -> World:
+    """This rank's place in the open process group, with a group per axis of the mesh and per sequence."""
+    ranks = torch.arange(parallel.world_size)
+    sp_group = _subgroup(ranks.reshape(-1, parallel.sp)) if parallel.sp > 1 else None
+    mesh = ranks.reshape(parallel.dp_replicate, -1)
+    groups = [_subgroup(mesh.T), _subgroup(mesh)]
+    return World(
+        dist.get_rank(),
+        parallel.world_size,
+        device,
+        DeviceMesh.from_group(groups, device.type, mesh=mesh, mesh_dim_names=("replicate", "shard")),
+        sp_group,
+        dist.get_rank() // parallel.sp,
+        control,
+    )
+
+
+def _subgroup(members: torch.Tensor) -> dist.ProcessGroup:
+    """This rank's group, of the groups in the rows of `members`."""
+    group, _ = dist.new_subgroups_by_enumeration(members.tolist(), timeout=TIMEOUT)
+    assert group is not None  # every rank is in exactly one of them
+    return group

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Initial weights, a part of the model at a time: no process holds the whole of them to start with.
+
+Drawn weights depend on the seed and the module's name alone: they are the same at every world size and in every engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Weights:
+    """The values that parameters and buffers start with.
+
+    Args:
+        skeleton: the model on the meta device; it stays there.
+        seed: for what is drawn.
+        folder: a Transformers model folder with safetensors files, or None to draw all parameters.
+
+    Raises:
+        ValueError: the folder has no such files.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, seed: int, folder: Path | None) -> None:
+        self.skeleton = skeleton
+        self.seed = seed
+        self.files = None if folder is None else _Files(folder)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Tensors by name on the CPU, float32 where they are floating, a layer or a single other module at a time.
+
+        Tied parameters come once. Buffers are among them, though they may not be in the state dict.
+
+        Raises:
+            ValueError: the folder lacks a parameter or holds it in another shape.
+        """
+        seen: set[int] = set()
+        for name, module in _parts(self.skeleton):
+            parameters = {key: p for key, p in module.named_parameters() if id(p) not in seen}
+            seen |= {id(p) for p in parameters.values()}
+            buffers = dict(module.named_buffers())
+            if not parameters and not buffers:
+                continue
+            drawn = self._draw(name, module) if self.files is None or buffers else {}
+            part = {key: drawn[key] for key in (parameters if self.files is None else {}) | buffers}
+            if self.files is not None:
+                saved = {key: b for key, b in buffers.items() if _join(name, key) in self.files.place}
+                part |= {key: self.files.read(_join(name, key), t) for key, t in (parameters | saved).items()}
+            yield {_join(name, key): _float32(value) for key, value in part.items()}
+
+    def fill(self, model: nn.Module) -> None:
+        """Copy everything into `model`, which has the skeleton's names and whole tensors."""
+        tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        with torch.no_grad():
+            for part in self:
+                for name, value in part.items():
+                    tensors[name].copy_(value)
+
+    def _draw(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        real = copy.deepcopy(module).to_empty(device="cpu", recurse=True)
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            for part in real.modules():
+                self.skeleton._init_weights(part)
+        return {**dict(real.named_parameters()), **dict(real.named_buffers())}
+
+
+class _Files:
+    """The safetensors files of a model folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if (folder / INDEX).is_file():
+            self.place = json.loads((folder / INDEX).read_text())["weight_map"]
+        elif (folder / SINGLE).is_file():
+            with safe_open(folder / SINGLE, "pt") as file:
+                self.place = dict.fromkeys(file.keys(), SINGLE)
+        else:
+            raise ValueError(f"model.path: {folder} has neither {SINGLE} nor {INDEX}")
+
+    def read(self, name: str, like: Tensor) -> Tensor:
+        if name not in self.place:
+            raise ValueError(
+                f"model.path: the files of {self.folder} have no {name}; if they are of an older format, load and save the model "
+                "once with Transformers (from_pretrained, save_pretrained)"
+            )
+        with ExitStack() as stack:
+            value = stack.enter_context(safe_open(self.folder / self.place[name], "pt")).get_tensor(name)
+        if value.shape != like.shape:
+            raise ValueError(
+                f"model.path: {name} in {self.folder} is {list(value.shape)}, the model's is {list(like.shape)}"
+            )
+        return value
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a Transformers model: what is sharded, checkpointed and drawn as one."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _parts(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Layers, and modules outside of them that have no children; every parameter is in one of them."""
+    if isinstance(model, GradientCheckpointingLayer) or not any(True for _ in model.children()):
+        yield name, model
+        return
+    own = copy.copy(model)
+    own._modules = {}
+    yield name, own
+    for child, module in model.named_children():
+        yield from _parts(module, _join(name, child))
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _float32(value: Tensor) -> Tensor:
+    return value.detach().float() if value.is_floating_point() else value.detach()

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Initial weights come a part at a time: drawn by name, or read from a folder, and equal to what Transformers makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ring_hilbert.training.weights import Weights
+
+SMALL = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None,
+}  # fmt: skip
+
+
+def skeleton(model_type: str, **keys: Any) -> Any:
+    config = AutoConfig.for_model(model_type, **{**SMALL, **keys})
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def filled(weights: Weights) -> Any:
+    model = AutoModelForCausalLM.from_config(weights.skeleton.config).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(torch.nan)
+    weights.fill(model)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma", "phi3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_drawn(model_type: str, tied: bool) -> None:
+    """Everything gets a value, of the spread that Transformers gives it, and the same one every time."""
+    weights = Weights(skeleton(model_type, tie_word_embeddings=tied), 3, None)
+    model, theirs = filled(weights), AutoModelForCausalLM.from_config(weights.skeleton.config)
+    for name, expected in {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}.items():
+        mine = {**dict(model.named_parameters()), **dict(model.named_buffers())}[name]
+        if (expected == expected.flatten()[0]).all() or "inv_freq" in name:
+            assert torch.equal(mine, expected), name
+        else:
+            assert mine.std().item() == pytest.approx(expected.std().item(), rel=0.3), name
+    again = filled(Weights(skeleton(model_type, tie_word_embeddings=tied), 3, None))
+    other = filled(Weights(skeleton(model_type, tie_word_embeddings=tied), 4, None))
+    draws = [dict(x.named_parameters())["model.layers.1.mlp.down_proj.weight"] for x in (model, again, other)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], dict(model.named_parameters())["model.layers.0.mlp.down_proj.weight"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shards", ["1GB", "20KB"])
+def test_from_a_folder(tmp_path: Path, tied: bool, shards: str) -> None:
+    """The logits are those of the model that was saved, in one file or many, in bfloat16 too."""
+    config = skeleton("llama", tie_word_embeddings=tied).config
+    saved = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    saved.save_pretrained(tmp_path, max_shard_size=shards)
+    loaded = filled(Weights(skeleton("llama", tie_word_embeddings=tied), 0, tmp_path))
+    ids = torch.randint(0, 100, (1, 20))
+    assert torch.equal(loaded(ids).logits, saved.float()(ids).logits)
+
+
+def test_wrong_folders(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has neither model\.safetensors nor"):
+        Weights(skeleton("llama"), 0, tmp_path)
+    AutoModelForCausalLM.from_config(skeleton("llama").config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"files of .* have no model\.layers\.2\."):
+        list(Weights(skeleton("llama", num_hidden_layers=3), 0, tmp_path))
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight in .* is \[100, 32\], the model's is \[101, 32\]"):
+        list(Weights(skeleton("llama", vocab_size=101), 0, tmp_path))
