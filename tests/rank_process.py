@@ -94,7 +94,7 @@ def _forget_meshes() -> None:
         if name.startswith("_clear") and name.endswith("_cache"):
             clear()
     for thing in gc.get_objects():
-        if isinstance(thing, functools._lru_cache_wrapper) and str(thing.__module__).startswith("torch.distributed"):
+        if type(thing) is functools._lru_cache_wrapper and str(thing.__module__).startswith("torch.distributed"):
             thing.cache_clear()
 
 

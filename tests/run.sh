@@ -6,7 +6,7 @@
 #     bash tests/run.sh [--full] [pytest arguments ...]        e.g. tests/test_ranks.py -n 0
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/environment.sh train,dev
+. launch/environment.sh train,deepspeed,dev
 
 tier=()
 if [ "${1:-}" = --full ]; then

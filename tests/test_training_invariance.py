@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,15 @@ from ring_hilbert.training.evaluate import evaluate
 from ring_hilbert.training.loop import Run
 from ring_hilbert.training.model import initial_weights, model_config
 from ring_hilbert.training.world import open_world
+from tests.deepspeed_rank import STAGES, deepspeed_rank, zero
 from tests.ranks import run_ranks
 from tests.tiny_run import VOCAB, PaddedDataset, tiny_config
 
 STEPS = 20
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
+    reason="needs DeepSpeed, and g++ to build it",
+)
 Gradients = dict[str, torch.Tensor]
 
 
@@ -127,6 +134,24 @@ def test_torch_engine_in_float64(
     parallel = {"sp": sp, "dp_shard": shard, "dp_replicate": replicate}
     config = tiny_config(tmp_path, parallel=parallel, train__precision="fp64")
     check(run_ranks(train, 4, config, truth), one_rank, 1e-10)
+
+
+def train_each(rank: int, world_size: int, configs: list[RunConfig], truth: Gradients) -> list[dict[str, list[float]]]:
+    with deepspeed_rank(rank):
+        return [train(rank, world_size, config, truth) for config in configs]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("sp", "dp"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.full), pytest.param(1, 4, marks=pytest.mark.full)]
+)
+def test_deepspeed_engine(tmp_path: Path, truth: Gradients, one_rank: dict[str, list[float]], sp: int, dp: int) -> None:
+    """20 losses and the first gradients in float32; 4 / dp micro-steps, documents and padding unevenly spread."""
+    parallel = {"sp": sp, "dp_shard": dp}
+    configs = [tiny_config(tmp_path, **zero(stage), parallel=parallel) for stage in STAGES]
+    results = run_ranks(train_each, 4, configs, truth, timeout=280)
+    for each in zip(*results, strict=True):
+        check(list(each), one_rank, 1e-5)
 
 
 def test_bf16_keeps_float32_weights(tmp_path: Path, truth: Gradients, one_rank: dict[str, list[float]]) -> None:

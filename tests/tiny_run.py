@@ -39,6 +39,7 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
                 "num_hidden_layers": 2,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
+                "tie_word_embeddings": True,
             }
         },
         "attention": {

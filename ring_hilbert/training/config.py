@@ -208,12 +208,22 @@ class ParallelConfig(Section):
         return self.sp * self.dp
 
 
+class DeepSpeedConfig(Section):
+    """For `engine: deepspeed`: its JSON, a file or a mapping, without what the rest of this configuration says."""
+
+    config: str | dict[str, Any] = {"zero_optimization": {"stage": 1}}
+
+
 class CheckpointConfig(Section):
-    """Where checkpoints go, after how many steps, and how many are kept."""
+    """Where checkpoints go, after how many steps, and how many are kept.
+
+    `trust`: load DeepSpeed's checkpoints, which are pickles and could run any code.
+    """
 
     dir: str
     every: int = Field(default=50, ge=1)
     keep: int = Field(default=2, ge=1)
+    trust: bool = False
 
 
 class LogConfig(Section):
@@ -233,6 +243,7 @@ class RunConfig(Section):
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     engine: Literal["torch", "deepspeed"] = "torch"
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpoint: CheckpointConfig
     log: LogConfig
 

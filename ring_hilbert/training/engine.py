@@ -13,8 +13,9 @@ import torch
 from transformers import PretrainedConfig
 
 from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.engine_deepspeed import DeepSpeedEngine, deepspeed_settings
 from ring_hilbert.training.engine_torch import TorchEngine
-from ring_hilbert.training.model import LossModel, build_skeleton, initial_weights
+from ring_hilbert.training.model import build_skeleton, initial_weights
 from ring_hilbert.training.world import World
 
 
@@ -55,13 +56,13 @@ class Engine(Protocol):
 
 
 def check_engine(config: RunConfig) -> None:
-    """Refuse what no engine does yet.
+    """Find what is wrong with the settings of the chosen engine.
 
     Raises:
-        ValueError: `engine` asks for it.
+        ValueError: naming the key.
     """
-    if config.engine != "torch":
-        raise ValueError(f"engine: {config.engine} is not available in this version; use engine: torch")
+    if config.engine == "deepspeed":
+        deepspeed_settings(config)
 
 
 def make_engine(config: RunConfig, hf_config: PretrainedConfig, world: World) -> Engine:
@@ -72,5 +73,6 @@ def make_engine(config: RunConfig, hf_config: PretrainedConfig, world: World) ->
     """
     with world.together():
         weights = initial_weights(config, hf_config)
-        model = LossModel(build_skeleton(config, hf_config))
-    return TorchEngine(model, weights, config, world)
+        skeleton = build_skeleton(config, hf_config)
+    kind = DeepSpeedEngine if config.engine == "deepspeed" else TorchEngine
+    return kind(skeleton, weights, config, world)

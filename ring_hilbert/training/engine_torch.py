@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.model import LossModel
@@ -29,10 +30,10 @@ from ring_hilbert.training.world import World
 class TorchEngine:
     """See `Engine`. A layer's parameters are whole while it computes; gradients are summed in float32, at every micro-step."""
 
-    def __init__(self, model: LossModel, weights: Weights, config: RunConfig, world: World) -> None:
+    def __init__(self, skeleton: PreTrainedModel, weights: Weights, config: RunConfig, world: World) -> None:
         self.clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
         self.world = world
-        self.model = model
+        self.model = model = LossModel(skeleton)
         _shard(model, config, world)
         model.to_empty(device=world.device)
         if config.train.precision == "fp64":

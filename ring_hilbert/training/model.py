@@ -65,7 +65,11 @@ def vocab_size(hf_config: PretrainedConfig) -> int:
 def build_skeleton(config: RunConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
     """The model without values, on the meta device, in training mode: `Weights` fills it. `check_model` accepts it."""
     with torch.device("meta"):
-        model = _make(hf_config)
+        return for_training(_make(hf_config), config)
+
+
+def for_training(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
+    """`model` in training mode, with the activation checkpointing of `config`."""
     model.train()
     if config.train.checkpoint_activations:
         # The name of Transformers 5.2x; gradient_checkpointing_enable is the older one, deprecated there.

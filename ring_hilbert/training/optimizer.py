@@ -12,10 +12,13 @@ from ring_hilbert.training.config import RunConfig
 
 def parameter_groups(model: torch.nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """Matrices and embeddings with weight decay; norms and biases without."""
-    parameters = list(model.parameters())
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for parameter in model.parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor, and its shape here
+        groups[len(shape) >= 2].append(parameter)
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": groups[True], "weight_decay": config.optim.weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
     ]
 
 

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's engine: ZeRO 0 to 3 from its own JSON, sequence-parallel groups through an mpu."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ring_hilbert.integrations.deepspeed import SequenceParallel, loss_for_backward
+from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.model import LossModel, for_training
+from ring_hilbert.training.optimizer import adamw, parameter_groups
+from ring_hilbert.training.weights import Weights
+from ring_hilbert.training.world import World
+
+TAG = "deepspeed"
+OURS = "train.micro_batch, train.global_batch_tokens, train.precision and optim"  # what the JSON must leave to these
+
+
+class DeepSpeedEngine:
+    """See `Engine`."""
+
+    def __init__(self, skeleton: PreTrainedModel, weights: Weights, config: RunConfig, world: World) -> None:
+        deepspeed = _import(world)
+        settings = deepspeed_settings(config)
+        self.world, self.trust = world, config.checkpoint.trust
+        self.stage = settings["zero_optimization"]["stage"]
+        self.clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
+        if self.stage == 3:
+            model = LossModel(for_training(_partitioned(deepspeed, weights, settings), config))
+        else:
+            skeleton.to_empty(device="cpu")
+            skeleton.tie_weights()
+            weights.fill(skeleton)
+            model = LossModel(skeleton)
+        own = "optimizer" in settings
+        groups: Any = parameter_groups(model, config)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=groups if own else None,
+            optimizer=None if own else adamw(model, config),
+            config=settings,
+            mpu=None if world.sp_group is None else SequenceParallel(group=world.sp_group),
+            dist_init_required=False,
+        )
+        self.model = self.engine
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See `Engine`."""
+        self._finish_micro_step()
+        self.engine.backward(loss_for_backward(loss, self.engine), scale_wrt_gas=False)
+        self._unfinished = True
+
+    def step(self, learning_rate: float) -> float:
+        """See `Engine`."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = math.nan
+        if self.stage == 0:  # torch's own optimizer, which updates whatever has a gradient
+            norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.clip_norm).item()
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+        self._finish_micro_step()
+        return norm if self.stage == 0 else float(self.engine.get_global_grad_norm())
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """See `Engine`."""
+        from deepspeed.utils import safe_get_full_grad
+
+        named = self.engine.module.model.named_parameters()
+        return {name: gradient for name, p in named if (gradient := safe_get_full_grad(p)) is not None}
+
+    def save(self, folder: Path) -> None:
+        """See `Engine`: DeepSpeed's own files, which as many ranks and the same ZeRO stage can load."""
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine`.
+
+        Raises:
+            ValueError: `checkpoint.trust` is not set.
+        """
+        if not self.trust:
+            raise ValueError(
+                f"checkpoint.trust: DeepSpeed's files in {folder} are pickles, which can run any code when they are loaded; if "
+                "they are yours, checkpoint.trust=true"
+            )
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        if loaded is None:
+            raise ValueError(f"checkpoint.dir: DeepSpeed finds no checkpoint in {folder}")
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """See `Engine`."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        state = {}
+        for name, parameter in self.engine.module.model.named_parameters():
+            value = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            if self.world.is_main:
+                state[name] = value.float().cpu()
+        return state
+
+    _unfinished = False  # backward was called, and not yet the step that DeepSpeed wants after each
+
+    def _finish_micro_step(self) -> None:
+        if self._unfinished:
+            self.engine.step()
+            self._unfinished = False
+
+
+def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration: the run's JSON with what the rest of the run's configuration says.
+
+    Raises:
+        ValueError: the file cannot be read, has no ZeRO stage, or says what belongs elsewhere.
+    """
+    given = config.deepspeed.config
+    try:
+        settings = json.loads(Path(given).read_text()) if isinstance(given, str) else dict(given)
+        stage = settings["zero_optimization"]["stage"]
+    except OSError as error:
+        raise ValueError(f"deepspeed.config: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"deepspeed.config: {given} is not JSON: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"deepspeed.config: {given} has no zero_optimization.stage (0 to 3)") from error
+    if config.train.precision == "bf16" and stage == 0:
+        raise ValueError(
+            "deepspeed.config: ZeRO-0 keeps no float32 weights beside bf16 ones; use stage 1 to 3, or fp32"
+        )
+    if config.train.precision == "fp64":
+        raise ValueError("train.precision fp64 needs engine: torch")
+    if config.parallel.dp_replicate > 1:
+        raise ValueError("parallel.dp_replicate: DeepSpeed shards over all ranks; use dp_shard, or engine: torch")
+    filled = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": config.sequences_per_step // (config.train.micro_batch * config.parallel.dp),
+        "gradient_clipping": 0.0
+        if stage == 0
+        else config.optim.clip_norm or 0.0,  # of ZeRO-0, see DeepSpeedEngine.step
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "communication_data_type": "fp32",
+        "seq_parallel_communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    wrong = [key for key in (*filled, "fp16", "train_batch_size", "scheduler", "data_parallel_size", "sequence_parallel_size")
+             if key in settings and settings[key] != filled.get(key)]  # fmt: skip
+    if wrong:
+        raise ValueError(f"deepspeed.config: leave out {', '.join(wrong)}: they follow from {OURS}, parallel.sp")
+    return {"zero_allow_untested_optimizer": True, "steps_per_print": None, **settings, **filled}
+
+
+def _import(world: World) -> Any:
+    """DeepSpeed for the device of this run.
+
+    Raises:
+        ValueError: it is not installed, or cannot build what it needs.
+    """
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        scripts = str(Path(sys.executable).parent)  # where ninja is installed
+        if scripts not in os.environ["PATH"].split(os.pathsep):
+            os.environ["PATH"] = os.pathsep.join((scripts, os.environ["PATH"]))
+        if shutil.which("g++") is None and shutil.which("c++") is None:
+            raise ValueError(
+                "engine: deepspeed builds an extension on the CPU, but there is no g++; install a C++ compiler"
+            )
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            f"engine: deepspeed cannot be imported ({error}); pip install 'ring_hilbert[deepspeed]'"
+        ) from error
+    if world.device.type != deepspeed.get_accelerator().device_name():
+        raise ValueError(
+            f"engine: deepspeed was told to use {deepspeed.get_accelerator().device_name()} (DS_ACCELERATOR), this rank has "
+            f"{world.device}"
+        )
+    deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def _partitioned(deepspeed: Any, weights: Weights, settings: dict[str, Any]) -> PreTrainedModel:
+    """The model with every parameter divided among all ranks from the start."""
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        made = type(weights.skeleton)(weights.skeleton.config)
+    named = {**dict(made.named_buffers()), **dict(made.named_parameters())}
+    for part in weights:
+        whole = [named[name] for name in part]
+        with (
+            deepspeed.zero.GatheredParameters([t for t in whole if hasattr(t, "ds_id")], modifier_rank=0),
+            torch.no_grad(),
+        ):
+            for tensor, value in zip(whole, part.values(), strict=True):
+                if not hasattr(tensor, "ds_id") or torch.distributed.get_rank() == 0:
+                    tensor.copy_(value)
+    return made

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed in a rank process of `tests.ranks`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STAGES: list[dict[str, Any]] = [{"stage": stage} for stage in range(4)] + [{"stage": 3, "reduce_scatter": False}]
+
+
+def zero(stage: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"engine": "deepspeed", "deepspeed": {"config": {"zero_optimization": stage}}, **changes}
+
+
+@contextmanager
+def deepspeed_rank(rank: int) -> Iterator[None]:
+    """What a launcher sets, and afterwards nothing that DeepSpeed keeps of this process's groups: the next test has others."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+        if "deepspeed" in sys.modules:
+            import deepspeed
+
+            deepspeed.comm.comm.cdb = None
+            groups = vars(deepspeed.utils.groups)
+            kept = [name for name in groups if name == "mpu" or (name.startswith("_") and name.isupper())]
+            groups.update(dict.fromkeys(kept))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The DeepSpeed engine: the losses, gradients, checkpoints and exports of one process, at every ZeRO stage."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ring_hilbert.integrations.deepspeed import SequenceParallel, gradient_divisor
+from ring_hilbert.training.checkpoint import Checkpoints
+from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.engine import make_engine
+from ring_hilbert.training.engine_deepspeed import deepspeed_settings
+from ring_hilbert.training.loop import Run, Summary, pretrain
+from ring_hilbert.training.model import model_config
+from ring_hilbert.training.world import open_world
+from tests.deepspeed_rank import STAGES, deepspeed_rank, zero
+from tests.ranks import run_ranks, run_ranks_collect
+from tests.tiny_run import PaddedDataset, tiny_config, write_texts
+
+pytest.importorskip("deepspeed")
+if not torch.cuda.is_available() and shutil.which("g++") is None:
+    pytest.skip("DeepSpeed builds its CPU extension with g++", allow_module_level=True)
+
+
+def run_to(rank: int, world_size: int, config: RunConfig) -> Summary:
+    with deepspeed_rank(rank):
+        return pretrain(config)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    write_texts(folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_resume_and_export(tmp_path: Path, texts: Path, stage: int) -> None:
+    """Interrupted and resumed is not interrupted, in bfloat16 too; the exported folder holds what was trained."""
+
+    def config(name: str, steps: int, **changes: Any) -> RunConfig:
+        places = {"checkpoint__dir": str(tmp_path / name), "log__dir": str(tmp_path / f"{name}-logs")}
+        settings = zero({"stage": stage}, train__precision="bf16", parallel__sp=2, optim__decay_steps=8, **places)
+        return tiny_config(texts, **settings, train__steps=steps, checkpoint__every=4, **changes)
+
+    whole = run_ranks(run_to, 2, config("whole", 8), timeout=200)[0]
+    run_ranks(run_to, 2, config("parts", 4), timeout=200)
+    errors = run_ranks_collect(run_to, 2, config("parts", 8), timeout=200)
+    assert all("checkpoint.trust" in str(error) for error in errors)
+    parts = run_ranks(run_to, 2, config("parts", 8, checkpoint__trust=True), timeout=200)[0]
+    assert parts.eval_loss == pytest.approx(whole.eval_loss, rel=1e-6)
+    other = {"checkpoint__dir": str(tmp_path / "torch"), "log__dir": str(tmp_path / "torch-logs")}
+    again = tiny_config(texts, **other, model={"path": str(whole.model)}, train__steps=1, optim__lr=1e-9)
+    assert pretrain(again).eval_loss == pytest.approx(whole.eval_loss, rel=5e-3)
+
+
+def poisoned(rank: int, world_size: int, configs: list[RunConfig]) -> list[tuple[float, bool, float, bool]]:
+    """For each configuration the norm and whether weights moved, of a step with an infinite gradient and of the next one."""
+    found = []
+    with deepspeed_rank(rank):
+        for config in configs:
+            with open_world(config.parallel) as world:
+                hf_config = model_config(config)
+                engine = make_engine(config, hf_config, world)
+                data = PaddedDataset()
+                run = Run(config, world, engine, Checkpoints(config, world), data, None, hf_config)
+                states = [{name: value.clone() for name, value in engine.whole_state().items()}]
+                backward = engine.backward
+                engine.backward = lambda loss, do=backward: do(loss * (math.inf if rank == 1 else 1))  # type: ignore
+                norms = [run.train_step()[1]]
+                states.append({name: value.clone() for name, value in engine.whole_state().items()})
+                engine.backward = backward  # type: ignore[method-assign]
+                norms.append(run.train_step()[1])
+                states.append(engine.whole_state())
+                same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in itertools.pairwise(states)]
+                found.append((norms[0], not same[0], norms[1], not same[1]))
+    return found
+
+
+def test_gradients_that_are_not_finite(tmp_path: Path) -> None:
+    """On one rank: nothing moves, on any, and the next step is as if it had not been; every stage, and bfloat16."""
+    configs = [tiny_config(tmp_path, **zero(stage), parallel__sp=2) for stage in STAGES]
+    configs += [tiny_config(tmp_path, **zero({"stage": s}), parallel__sp=2, train__precision="bf16") for s in (1, 2, 3)]
+    results = run_ranks(poisoned, 2, configs, timeout=280)[0]
+    for config, (bad, moved, good, moved_then) in zip(configs, results, strict=True):
+        assert not math.isfinite(bad) and not moved
+        assert (
+            good == pytest.approx(results[0][2], rel=1e-5 if config.train.precision == "fp32" else 1e-2) and moved_then
+        )
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"config": {"zero_optimization": {"stage": 1}, "train_batch_size": 8}}, "leave out train_batch_size"),
+    ({"config": {"zero_optimization": {"stage": 1}, "gradient_clipping": 0.5}}, "leave out gradient_clipping"),
+    ({"config": {"zero_optimization": {"stage": 1}, "sequence_parallel_size": 2}}, "leave out sequence_parallel_size"),
+    ({"config": {}}, "has no zero_optimization.stage"),
+    ({"config": "/nowhere/zero.json"}, "/nowhere/zero.json"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), MISTAKES)
+def test_mistakes(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        deepspeed_settings(tiny_config(tmp_path, engine="deepspeed", deepspeed=settings))
+
+
+def test_settings_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
+    settings = deepspeed_settings(tiny_config(tmp_path, engine="deepspeed", deepspeed={"config": str(path)}))
+    assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert settings["gradient_accumulation_steps"] == 4
+
+
+class Bare:
+    """What `gradient_divisor` asks of an engine."""
+
+    sequence_parallel_size, mpu = 2, None
+
+    def __init__(self, stage: int) -> None:
+        self.zero_optimization_stage = lambda: stage
+        self.zero_reduce_scatter = lambda: True
+
+
+def refused_and_grouped(rank: int, world_size: int) -> tuple[int, int, list[int]]:
+    for stage in (1, 2):
+        with pytest.raises(ValueError, match="without an mpu"):
+            gradient_divisor(Bare(stage))
+    with pytest.raises(ValueError, match="must divide the 4 ranks, got 3"):
+        SequenceParallel(3)
+    mpu = SequenceParallel(2)
+    return mpu.dp_rank, mpu.get_sequence_parallel_rank(), dist.get_process_group_ranks(mpu.group)
+
+
+def test_groups() -> None:
+    assert run_ranks(refused_and_grouped, 4) == [(0, 0, [0, 1]), (0, 1, [0, 1]), (1, 0, [2, 3]), (1, 1, [2, 3])]
