@@ -187,6 +187,7 @@ class TrainConfig(Section):
     micro_batch: int = Field(default=1, ge=1)
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # bf16 computes in it, on float32 weights; fp64 is for tests
     seed: int = Field(default=0, ge=0)
+    probe: bool = True  # compare a gradient with the true one before a run over ranks
     checkpoint_activations: bool = True
 
 

@@ -54,6 +54,10 @@ class Engine(Protocol):
         """The model's whole float32 state dict, on the CPU of rank 0; empty on the others."""
         ...
 
+    def close(self) -> None:
+        """Let go of what it holds; it is not used any more."""
+        ...
+
 
 def check_engine(config: RunConfig) -> None:
     """Find what is wrong with the settings of the chosen engine.

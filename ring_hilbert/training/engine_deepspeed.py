@@ -24,6 +24,8 @@ from ring_hilbert.training.world import World
 TAG = "deepspeed"
 OURS = "train.micro_batch, train.global_batch_tokens, train.precision and optim"  # what the JSON must leave to these
 
+REFUSED = ("fp16", "train_batch_size", "optimizer", "scheduler", "data_parallel_size", "sequence_parallel_size")
+
 
 class DeepSpeedEngine:
     """See `Engine`."""
@@ -41,12 +43,9 @@ class DeepSpeedEngine:
             skeleton.tie_weights()
             weights.fill(skeleton)
             model = LossModel(skeleton)
-        own = "optimizer" in settings
-        groups: Any = parameter_groups(model, config)
-        self.engine, self.optimizer, *_ = deepspeed.initialize(
+        self.engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=groups if own else None,
-            optimizer=None if own else adamw(model, config),
+            optimizer=_optimizer(model, config, settings),
             config=settings,
             mpu=None if world.sp_group is None else SequenceParallel(group=world.sp_group),
             dist_init_required=False,
@@ -108,6 +107,10 @@ class DeepSpeedEngine:
                 state[name] = value.float().cpu()
         return state
 
+    def close(self) -> None:
+        """See `Engine`."""
+        self.engine.destroy()
+
     _unfinished = False  # backward was called, and not yet the step that DeepSpeed wants after each
 
     def _finish_micro_step(self) -> None:
@@ -151,8 +154,7 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
         "seq_parallel_communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
     }
-    wrong = [key for key in (*filled, "fp16", "train_batch_size", "scheduler", "data_parallel_size", "sequence_parallel_size")
-             if key in settings and settings[key] != filled.get(key)]  # fmt: skip
+    wrong = [key for key in (*filled, *REFUSED) if key in settings and settings[key] != filled.get(key)]
     if wrong:
         raise ValueError(f"deepspeed.config: leave out {', '.join(wrong)}: they follow from {OURS}, parallel.sp")
     return {"zero_allow_untested_optimizer": True, "steps_per_print": None, **settings, **filled}
@@ -186,6 +188,16 @@ def _import(world: World) -> Any:
         )
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+def _optimizer(model: LossModel, config: RunConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW; DeepSpeed's own, which runs on the host, for states that are kept there."""
+    if "offload_optimizer" not in settings["zero_optimization"]:
+        return adamw(model, config)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    betas = (config.optim.betas[0], config.optim.betas[1])
+    return DeepSpeedCPUAdam(parameter_groups(model, config), lr=config.optim.lr, betas=betas, adamw_mode=True)
 
 
 def _partitioned(deepspeed: Any, weights: Weights, settings: dict[str, Any]) -> PreTrainedModel:

@@ -76,6 +76,9 @@ class TorchEngine:
         """See `Engine`."""
         return get_model_state_dict(self.model.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
+    def close(self) -> None:
+        """See `Engine`: nothing is held beyond its life."""
+
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model.model, self.optimizer)
         return {"model": model, "optimizer": optimizer}

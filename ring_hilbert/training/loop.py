@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of
@@ -20,11 +19,12 @@ from ring_hilbert.training.data import PackedDataset, open_dataset
 from ring_hilbert.training.engine import Engine, check_engine, make_engine
 from ring_hilbert.training.evaluate import Evaluation, count_tokens, evaluate
 from ring_hilbert.training.export import export_model
-from ring_hilbert.training.loss import count_targets
 from ring_hilbert.training.metrics import Metrics, peak_memory, read_metrics
 from ring_hilbert.training.model import check_model, model_config, vocab_size
 from ring_hilbert.training.plots import plot_loss, plot_loss_by_position
+from ring_hilbert.training.probe import probe
 from ring_hilbert.training.schedule import learning_rate, with_decay_steps
+from ring_hilbert.training.step import accumulate
 from ring_hilbert.training.world import World, open_world
 
 EXPORT = "model"  # the folder in checkpoint.dir
@@ -60,6 +60,8 @@ def pretrain(config: RunConfig) -> Summary:
             train_set, eval_set = _open_data(config, hf_config)
         checkpoints = Checkpoints(config, world)
         found = checkpoints.latest()
+        if config.train.probe and world.size > 1:
+            probe(config, hf_config, world)
         engine = make_engine(config, hf_config, world)
         seed_rank(config, world, 0)
         run = Run(config, world, engine, checkpoints, train_set, eval_set, hf_config)
@@ -120,27 +122,15 @@ class Run:
             return self._finish(metrics)
 
     def train_step(self) -> tuple[float, float, float]:
-        """One optimizer step: global mean loss, global gradient norm before clipping, learning rate used.
-
-        The denominator is known before the first backward: one sum of counts over ranks and micro-steps. So every rank divides
-        by the same number, and gradients only ever need summing.
-        """
+        """One optimizer step: global mean loss, global gradient norm before clipping, learning rate used."""
         config, progress = self.config, self.progress
-        first, stop = progress.sequences, progress.sequences + config.sequences_per_step
-        rounds = range(self.train_batches.rounds(config.sequences_per_step))
-        batches = [self.train_batches.load(first, stop, number) for number in rounds]
-        targets = torch.stack([count_targets(batch["shift_labels"]) for batch in batches]).sum()
-        tokens = int(self.world.sum(targets))
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for batch in batches:
-            loss_sum = self.engine.model(**batch).sum()
-            self.engine.backward(loss_sum / max(tokens, 1))
-            total += loss_sum.detach()
+        stop = progress.sequences + config.sequences_per_step
+        loss, tokens = accumulate(self.engine, self.train_batches, self.world, progress.sequences, stop)
         rate = learning_rate(config, progress.step)
         norm = self.engine.step(rate)
         self._count_skipped(norm)
         self.progress = Progress(progress.step + 1, stop, progress.tokens + tokens, self.progress.skipped)
-        return self.world.sum(total).item() / max(tokens, 1), norm, rate
+        return loss, norm, rate
 
     def _count_skipped(self, norm: float) -> None:
         if math.isfinite(norm):

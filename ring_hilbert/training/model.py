@@ -65,7 +65,7 @@ def vocab_size(hf_config: PretrainedConfig) -> int:
 def build_skeleton(config: RunConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
     """The model without values, on the meta device, in training mode: `Weights` fills it. `check_model` accepts it."""
     with torch.device("meta"):
-        return for_training(_make(hf_config), config)
+        return for_training(make_model(hf_config), config)
 
 
 def for_training(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
@@ -90,12 +90,17 @@ def check_model(hf_config: PretrainedConfig) -> None:
         batch = {key: mode.from_tensor(value) for key, value in batch.items()}
         prepared.position_ids = batch["position_ids"]
         try:
-            LossModel(_make(hf_config).train())(**batch, ring_hilbert=prepared)
+            LossModel(make_model(hf_config).train())(**batch, ring_hilbert=prepared)
         except (ValueError, OSError) as error:
             raise ValueError(f"model: this causal language model cannot be made or run: {error}") from error
 
 
-def _make(hf_config: PretrainedConfig) -> PreTrainedModel:
+def make_model(hf_config: PretrainedConfig) -> PreTrainedModel:
+    """The model in float32 on the current device, with weights of Transformers' choosing.
+
+    Raises:
+        ValueError: it has no output layer that the loss could be computed with.
+    """
     model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=NAME, dtype=torch.float32)
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear) or model.base_model is model:
         raise ValueError(f"{type(model).__name__} has no linear output layer over a base model")

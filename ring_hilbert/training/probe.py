@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Before a run: does this engine, configured like this and on these ranks, compute the right gradient?
+
+A two-layer model of the same family makes one step's gradient through the engine, and the same gradient is computed from the
+definition: whole sequences in one process, Transformers' own loss, autograd. What differs by a factor (a mean in the place of a
+sum) or has no factor (ranks left out) is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PretrainedConfig
+
+from ring_hilbert.integrations.transformers_config import order_of
+from ring_hilbert.parallel.sharding import shard_batch
+from ring_hilbert.training.batches import Batches
+from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.engine import make_engine
+from ring_hilbert.training.model import initial_weights, make_model
+from ring_hilbert.training.step import accumulate
+from ring_hilbert.training.world import World
+
+VOCAB = 256
+ROWS = 32  # of a rank and sequence
+TOLERANCE = {"fp64": 1e-4, "fp32": 1e-3, "bf16": 0.1}  # of a factor, and of what no factor explains, relative
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The parameter with the worst gradient: `gradient = factor * truth + rest`, `rest` relative to the larger of both."""
+
+    name: str
+    factor: float
+    rest: float
+
+
+def probe(config: RunConfig, hf_config: PretrainedConfig, world: World) -> Finding:
+    """Compare one gradient with the true one. All ranks call it; takes seconds.
+
+    Raises:
+        ValueError: it is wrong; says by which factor, or that ranks are missing.
+    """
+    small, small_model = _small(config), _small_model(hf_config)
+    data = _Sequences(small)
+    random_state = torch.random.get_rng_state()
+    engine = make_engine(small, small_model, world)
+    accumulate(engine, Batches(data, small, order_of(small_model), world), world, 0, small.sequences_per_step)
+    gradients = engine.gradients()
+    truth = _truth(small, small_model, data)
+    finding = worst(gradients, truth)
+    engine.close()
+    torch.random.set_rng_state(random_state)
+    with world.together():
+        check(finding, TOLERANCE[config.train.precision], config)
+    return finding
+
+
+def worst(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> Finding:
+    """The finding of the parameter that is furthest from its true gradient."""
+    findings = []
+    for name, true in truth.items():
+        if name not in gradients:
+            return Finding(name, 0.0, 0.0)
+        mine = gradients[name].double().cpu()
+        factor = ((mine * true).sum() / (true * true).sum()).item()
+        rest = ((mine - factor * true).norm() / max(mine.norm().item(), true.norm().item())).item()
+        findings.append(Finding(name, factor, rest))
+    return max(findings, key=lambda finding: _distance(finding))
+
+
+def check(finding: Finding, tolerance: float, config: RunConfig) -> None:
+    """Refuse a wrong gradient.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if _distance(finding) <= tolerance:
+        return
+    parallel = config.parallel
+    where = (
+        f"engine {config.engine} on dp_shard {parallel.dp_shard} * dp_replicate {parallel.dp_replicate} * sp {parallel.sp} ranks: "
+        f"the gradient of {finding.name} in a two-layer probe is"
+    )
+    if finding.rest <= tolerance:
+        raise ValueError(
+            f"{where} {finding.factor:.4g} times the true one{_named(finding.factor, config)}: a mean is taken in place of a sum "
+            "over ranks, or the other way round; the versions in launch/constraints.txt have the right one"
+        )
+    raise ValueError(
+        f"{where} not a multiple of the true one ({finding.rest:.0%} of it is something else): a sum over the ranks of a sequence "
+        "is missing, or every rank divides its loss by its own count of targets instead of the global one"
+    )
+
+
+def _named(factor: float, config: RunConfig) -> str:
+    """What the factor is of this run, if it is something."""
+    parallel = config.parallel
+    sizes = {parallel.world_size: "the number of ranks", parallel.dp: "dp", parallel.sp: "sp"}
+    for size, name in sizes.items():
+        if size > 1 and math.isclose(factor, size, rel_tol=0.05):
+            return f" ({name})"
+        if size > 1 and math.isclose(factor * size, 1, rel_tol=0.05):
+            return f" (1 / {name})"
+    return ""
+
+
+def _distance(finding: Finding) -> float:
+    return max(abs(finding.factor - 1), finding.rest) if math.isfinite(finding.factor + finding.rest) else math.inf
+
+
+def _small(config: RunConfig) -> RunConfig:
+    """`config` with few, short sequences and a pattern for them; engine, ranks and precision as they are."""
+    length = ROWS * config.parallel.sp
+    steps = min(2, config.sequences_per_step // (config.parallel.dp * config.train.micro_batch))
+    train = {
+        "global_batch_tokens": length * config.parallel.dp * steps,
+        "micro_batch": 1,
+        "checkpoint_activations": config.train.checkpoint_activations,
+    }
+    attention = {
+        "segment_lengths": [ROWS, 2 * ROWS],
+        "dilation_rates": [1, 2],
+        "order": None,
+        "layers": {},
+        "head_shift": 0,
+    }
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": None, "config": {}}),
+            "attention": config.attention.model_copy(update=attention | {"segment_shift": 0}),
+            "data": config.data.model_copy(update={"seq_len": length}),
+            "train": config.train.model_copy(update=train),
+        }
+    )
+
+
+def _small_model(hf_config: PretrainedConfig) -> PretrainedConfig:
+    """Two layers of the same family and head size."""
+    small = copy.deepcopy(hf_config.get_text_config(decoder=True))
+    heads, kv_heads = (
+        small.num_attention_heads,
+        getattr(small, "num_key_value_heads", None) or small.num_attention_heads,
+    )
+    head_dim = getattr(small, "head_dim", None) or small.hidden_size // heads
+    small.num_hidden_layers = 2
+    small.num_attention_heads, small.num_key_value_heads = (2, 2) if heads == kv_heads else (4, 2)
+    small.hidden_size, small.intermediate_size = small.num_attention_heads * head_dim, 2 * head_dim
+    small.vocab_size, small.max_position_embeddings = VOCAB, 2**20
+    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
+    if getattr(small, "layer_types", None) is not None:
+        small.layer_types = small.layer_types[:2]
+    small.initializer_range = 1 / math.sqrt(small.hidden_size)
+    small.ring_hilbert = {
+        "segment_lengths": [ROWS, 2 * ROWS], "dilation_rates": [1, 2], "backend": hf_config.ring_hilbert["backend"],
+    }  # fmt: skip
+    return small
+
+
+class _Sequences:
+    """Sequences of random tokens, of two documents and more or less padding, so that ranks have unequal counts of targets."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.length, self.count = config.data.seq_len, config.sequences_per_step
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        ids = np.random.default_rng(number).integers(3, VOCAB, self.length)
+        documents = np.where(np.arange(self.length) < self.length // 3, 0, 1)
+        real = self.length - 5 - (number % 3) * (self.length // 4)
+        documents[real:] = -1
+        return {"input_ids": ids, "document_ids": documents}
+
+
+def _truth(config: RunConfig, hf_config: PretrainedConfig, data: _Sequences) -> dict[str, torch.Tensor]:
+    """The gradient of the mean loss over all targets, float64 on the CPU: one process, whole sequences."""
+    plain = copy.deepcopy(hf_config)
+    plain.ring_hilbert = {**plain.ring_hilbert, "backend": "torch"}
+    model = make_model(plain).double()
+    initial_weights(config, plain).fill(model)
+    samples = [data[number] for number in range(len(data))]
+    full = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
+    batch = shard_batch(full)
+    labels = batch.pop("shift_labels").flatten()
+    logits = model(**batch).logits.flatten(0, 1)
+    (F.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
