@@ -141,6 +141,22 @@ def train_each(rank: int, world_size: int, configs: list[RunConfig], truth: Grad
         return [train(rank, world_size, config, truth) for config in configs]
 
 
+SAVING = {"train__checkpoint_activations": True, "train__offload_activations": True, "train__mlp_tiles": 3}
+
+
+def test_what_saves_memory_changes_nothing(tmp_path: Path, truth: Gradients, one_rank: dict[str, list[float]]) -> None:
+    """Checkpointed layers whose inputs wait on the host, and a tiled MLP."""
+    config = tiny_config(tmp_path, parallel__sp=2, train__precision="fp64", **SAVING)
+    check(run_ranks(train, 2, config, truth), one_rank, 1e-10)
+
+
+@needs_deepspeed
+def test_what_saves_memory_in_zero_3(tmp_path: Path, truth: Gradients, one_rank: dict[str, list[float]]) -> None:
+    config = tiny_config(tmp_path, **zero({"stage": 3}), parallel__sp=2, **SAVING)
+    for each in zip(*run_ranks(train_each, 2, [config], truth, timeout=200), strict=True):
+        check(list(each), one_rank, 1e-5)
+
+
 @needs_deepspeed
 @pytest.mark.parametrize(
     ("sp", "dp"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.full), pytest.param(1, 4, marks=pytest.mark.full)]

@@ -56,7 +56,7 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
         "optim": {"lr": 3e-3, "warmup_steps": 4},
         "train": {"steps": 20, "global_batch_tokens": 4 * SEQ_LEN, "checkpoint_activations": False},
         "checkpoint": {"dir": str(folder / "checkpoints"), "every": 10},
-        "log": {"dir": str(folder / "logs"), "tensorboard": False},
+        "log": {"dir": str(folder / "logs"), "tensorboard": False, "memory_plan": False},
     }
     for dotted, value in changes.items():
         *parents, key = dotted.split("__")

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from ring_hilbert.parallel.choice import Choice, Speeds, choose
 from ring_hilbert.parallel.facts import Facts
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.plan import Shapes, order_warnings
+
+if TYPE_CHECKING:
+    from ring_hilbert.training.config import RunConfig
 
 MIB, GIB = 2**20, 2**30
 
@@ -45,15 +48,20 @@ class Question:
 
 
 def from_config(path: Path, overrides: Sequence[str]) -> Question:
-    """The first dilated layer of a run's configuration.
+    """The first dilated layer of a run's configuration; of its last stage, if it has stages.
 
     Raises:
         ValueError: the file is not the configuration of a run.
     """
     from ring_hilbert.training.config import load_config
+
+    return question_of(load_config(path, overrides))
+
+
+def question_of(config: RunConfig) -> Question:
+    """The first dilated layer of a run."""
     from ring_hilbert.training.model import model_config
 
-    config = load_config(path, overrides)
     model = model_config(config).get_text_config(decoder=True)
     attention, train = config.attention, config.train
     heads = model.num_attention_heads

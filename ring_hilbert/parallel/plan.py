@@ -236,17 +236,23 @@ class Plan:
         q, k, v, out, dout, dq, dk, dv, lse and its rounding; and received K and V with their gradients in float32 (a ring:
         of two hops), or the same tensors once more in the other layout ("ulysses").
         """
-        _, heads, kv_heads, dim, dtype = self.shapes
-        wide = max(4, dtype.itemsize)
+        return self.own_bytes(rank) + self.remote_bytes(rank)
 
-        def layer(rows: int, heads: int, kv_heads: int) -> int:
-            return self.shapes.batch_size * rows * (4 * (heads + kv_heads) * dim * dtype.itemsize + 2 * heads * wide)
+    def own_bytes(self, rank: int) -> int:
+        """Of `memory_bytes`, the tensors of the rank's own rows."""
+        return self._tensor_bytes(self.layout.lengths[rank], self.shapes.num_heads, self.shapes.num_kv_heads)
 
-        own = layer(self.layout.lengths[rank], heads, kv_heads)
+    def remote_bytes(self, rank: int) -> int:
+        """Of `memory_bytes`, what has arrived from other ranks."""
         if self.strategy == "ulysses":
             share = self.shares[rank]
-            return own + layer(self.layout.seq_len, len(share.heads), len(share.kv_heads))
-        return own + self.arena_rows(rank) * 2 * dim * (dtype.itemsize + wide)
+            return self._tensor_bytes(self.layout.seq_len, len(share.heads), len(share.kv_heads))
+        dtype = self.shapes.dtype
+        return self.arena_rows(rank) * 2 * self.shapes.head_dim * (dtype.itemsize + max(4, dtype.itemsize))
+
+    def _tensor_bytes(self, rows: int, heads: int, kv_heads: int) -> int:
+        batch, _, _, dim, dtype = self.shapes
+        return batch * rows * (4 * (heads + kv_heads) * dim * dtype.itemsize + 2 * heads * max(4, dtype.itemsize))
 
     def arena_rows(self, rank: int) -> int:
         """The most payload rows of other ranks that `rank` holds at a time, in an exchange or a ring."""

@@ -28,6 +28,7 @@ COMPLETE = re.compile(r"step_(\d{8})")
 UNFINISHED = ".unfinished"
 RUN_FILE = "run.json"
 ENGINE = "engine"
+EXPORT = "model"  # the folder of the exported model, beside the checkpoints
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,19 @@ class Checkpoints:
             seed_rank(self.config, self.world, progress.step)
         return progress
 
-    def _steps(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        names = (
-            path for path in self.folder.iterdir() if COMPLETE.fullmatch(path.name) and (path / RUN_FILE).is_file()
-        )
-        return sorted(names)
+    def start_from(self, folder: Path, engine: Engine) -> None:
+        """Take over weights and optimizer state, and nothing else, of the newest checkpoint of another run.
+
+        Raises:
+            ValueError: it has none.
+        """
+        found = self.world.from_main(lambda: _complete(folder))
+        if not found:
+            raise ValueError(f"checkpoint.init: there is no checkpoint in {folder}")
+        engine.load(found[-1] / ENGINE)
 
     def _latest(self) -> Path | None:
-        found = self._steps()
+        found = _complete(self.folder)
         if not found:
             return None
         run = _read_run(found[-1])
@@ -128,8 +132,22 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         unfinished.rename(final)
-        for old in self._steps()[: -self.config.checkpoint.keep]:
+        for old in _complete(self.folder)[: -self.config.checkpoint.keep]:
             shutil.rmtree(old)
+
+
+def finished(config: RunConfig) -> bool:
+    """Whether the run's last step is saved and its model exported."""
+    folder = Path(config.checkpoint.dir)
+    done = _complete(folder)
+    return bool(done) and (folder / EXPORT).is_dir() and _read_run(done[-1])["progress"]["step"] >= config.train.steps
+
+
+def _complete(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if COMPLETE.fullmatch(path.name) and (path / RUN_FILE).is_file())
 
 
 def seed_rank(config: RunConfig, world: World, step: int) -> None:

@@ -26,15 +26,21 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The Transformers model: a configuration to initialise (`config`, with a `model_type`) or a folder (`path`)."""
+    """The Transformers model: a configuration to initialise (`config`, with a `model_type`) or a folder (`path`).
+
+    `changes`: keys of the folder's configuration that get other values, `rope_parameters` for a longer context for instance.
+    """
 
     config: dict[str, Any] | None = None
     path: str | None = None
+    changes: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _one_of(self) -> ModelConfig:
         if (self.config is None) == (self.path is None):
             raise ValueError("give exactly one of `config` (a mapping with a model_type) and `path` (a model folder)")
+        if self.changes and self.path is None:
+            raise ValueError("`changes` are of the configuration in `path`; with `config`, write them there")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError(f"`config` needs a model_type, e.g. model_type: llama; it has {sorted(self.config)}")
         return self
@@ -189,6 +195,14 @@ class TrainConfig(Section):
     seed: int = Field(default=0, ge=0)
     probe: bool = True  # compare a gradient with the true one before a run over ranks
     checkpoint_activations: bool = True
+    offload_activations: bool = False  # the inputs of checkpointed layers wait in the host's memory
+    mlp_tiles: int = Field(default=1, ge=1)  # pieces of a rank's rows that go through a layer's MLP one after another
+
+    @model_validator(mode="after")
+    def _offload(self) -> TrainConfig:
+        if self.offload_activations and not self.checkpoint_activations:
+            raise ValueError("offload_activations needs checkpoint_activations: it moves what these keep")
+        return self
 
 
 class ParallelConfig(Section):
@@ -218,20 +232,33 @@ class DeepSpeedConfig(Section):
 class CheckpointConfig(Section):
     """Where checkpoints go, after how many steps, and how many are kept.
 
-    `trust`: load DeepSpeed's checkpoints, which are pickles and could run any code.
+    `trust`: load DeepSpeed's checkpoints, which are pickles and could run any code. `init`: the checkpoint.dir of another run of
+    the same model, whose weights and optimizer state a run without checkpoints of its own starts with.
     """
 
     dir: str
     every: int = Field(default=50, ge=1)
     keep: int = Field(default=2, ge=1)
     trust: bool = False
+    init: str | None = None
 
 
 class LogConfig(Section):
-    """Where metrics, plots and TensorBoard events go."""
+    """Where metrics, plots and TensorBoard events go, and what is looked at.
+
+    `wandb`: the project of Weights & Biases to log to as well, if it is installed. `breakdown_every`: how often a step is
+    profiled for the seconds in attention and exchange. `profile`: first and last step of which a trace is written.
+    `peak_tflops`: of one rank, for the MFU where the device's name does not say it. `memory_plan`: say before the first step how
+    much memory a rank will need (engine torch).
+    """
 
     dir: str
     tensorboard: bool = True
+    wandb: str | None = None
+    breakdown_every: int | None = Field(default=50, ge=1)
+    profile: list[int] | None = Field(default=None, min_length=2, max_length=2)
+    peak_tflops: float | None = Field(default=None, gt=0)
+    memory_plan: bool = True
 
 
 class RunConfig(Section):
@@ -303,17 +330,43 @@ class RunConfig(Section):
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def load_config(path: str | Path, overrides: list[str] | None = None, stage: str | None = None) -> RunConfig:
     """Read and validate a YAML file with `key.sub=value` overrides laid over it (`config_yaml.read_yaml` says how).
 
-    Relative paths in the file are relative to the working directory.
+    Relative paths in the file are relative to the working directory. Of a file with stages, `stage` is one (default: the last).
 
     Raises:
         ValueError: the file or an override cannot be read; a key is unknown (the message names it, the valid keys and
             the nearest match), is missing or has a wrong value; values contradict each other.
     """
-    raw = read_yaml(path, overrides or [])
-    try:
-        return RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ValueError(f"config {path} is not valid:\n{describe(error, RunConfig, raw)}") from None
+    stages = load_stages(path, overrides)
+    if stage is None:
+        return list(stages.values())[-1]
+    if stage not in stages:
+        raise ValueError(f"config {path} has no stage {stage!r}; it has {', '.join(stages) or 'none'}")
+    return stages[stage]
+
+
+def load_stages(path: str | Path, overrides: list[str] | None = None) -> dict[str, RunConfig]:
+    """The stages of a file by name, as `load_config`; a file without stages is one, named "".
+
+    Each has folders of its own below checkpoint.dir and log.dir, and starts from the weights and the optimizer's state that the
+    one before it ended with.
+    """
+    stages: dict[str, RunConfig] = {}
+    for name, raw in read_yaml(path, overrides or []).items():
+        try:
+            config = RunConfig.model_validate(raw)
+        except ValidationError as error:
+            where = f", stage {name}," if name else ""
+            raise ValueError(f"config {path}{where} is not valid:\n{describe(error, RunConfig, raw)}") from None
+        if name:
+            before = list(stages.values())[-1].checkpoint.dir if stages else config.checkpoint.init
+            folders = {"dir": str(Path(config.checkpoint.dir) / name), "init": before}
+            update = {
+                "checkpoint": config.checkpoint.model_copy(update=folders),
+                "log": config.log.model_copy(update={"dir": str(Path(config.log.dir) / name)}),
+            }
+            config = config.model_copy(update=update)
+        stages[name] = config
+    return stages

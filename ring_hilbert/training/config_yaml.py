@@ -20,10 +20,11 @@ _register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resol
 _register("python_stdlib", _python_stdlib, replace=True)
 
 
-def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, Any]:
-    """The mapping in a YAML file, each `key.sub=value` of `overrides` laid over it in turn, interpolations resolved.
+def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
+    """The mapping in a YAML file, each `key.sub=value` of `overrides` laid over it in turn, interpolations resolved; by stage.
 
-    Values of overrides are YAML; list elements are addressed by number (`data.sources.0.weight=2`).
+    A file with `stages`, a mapping of names to what is different in each, gives one mapping for each, in this order; any other
+    file gives one, named "". Values of overrides are YAML; list elements are addressed by number (`data.sources.0.weight=2`).
     `${python_stdlib:}` is the folder of the running interpreter's standard library.
 
     Raises:
@@ -46,8 +47,19 @@ def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, Any]:
         except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"override {override!r} cannot be applied to {path}: {error}") from error
     try:
-        resolved = OmegaConf.to_container(config, resolve=True)
+        stages = config.pop("stages", None)
+        if stages is None:
+            return {"": _plain(config)}
+        if not OmegaConf.is_dict(stages) or not stages:
+            raise ValueError(
+                f"config {path}: stages must be a mapping of names to sections, e.g. 128k: {{data: {{seq_len: 131072}}}}"
+            )
+        return {str(name): _plain(OmegaConf.merge(config, changes)) for name, changes in stages.items()}
     except OmegaConfBaseException as error:
         raise ValueError(f"config {path}: {error}") from error
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}

@@ -30,7 +30,7 @@ from ring_hilbert.training.world import World
 class TorchEngine:
     """See `Engine`. A layer's parameters are whole while it computes; gradients are summed in float32, at every micro-step."""
 
-    def __init__(self, skeleton: PreTrainedModel, weights: Weights, config: RunConfig, world: World) -> None:
+    def __init__(self, skeleton: PreTrainedModel, weights: Weights | None, config: RunConfig, world: World) -> None:
         self.clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
         self.world = world
         self.model = model = LossModel(skeleton)
@@ -38,7 +38,8 @@ class TorchEngine:
         model.to_empty(device=world.device)
         if config.train.precision == "fp64":
             model.double()
-        _fill(model.model, weights)
+        if weights is not None:  # else it is only to be looked at
+            _fill(model.model, weights)
         self.optimizer = adamw(model, config)
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -32,6 +32,15 @@ class Evaluation:
         log_probabilities = (smoothed / smoothed.sum()).log()
         return -(self.target_counts * log_probabilities).sum().item() / self.tokens
 
+    def by_position(self) -> dict[int, float]:
+        """Mean loss of the targets after tokens 2^i .. 2^(i+1) - 1 of a sequence, by 2^i; ranges without a target are left out."""
+        found = {}
+        for power in range(len(self.position_loss).bit_length()):
+            inside = self.position_loss[2**power - 1 : 2 ** (power + 1) - 1]
+            if torch.isfinite(inside).any():
+                found[2**power] = inside.nanmean().item()
+        return found
+
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, batches: Batches, vocab: int, world: World) -> Evaluation:

@@ -13,31 +13,32 @@ from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of
 from ring_hilbert.training.batches import Batches
-from ring_hilbert.training.checkpoint import Checkpoints, Progress, seed_rank
+from ring_hilbert.training.checkpoint import EXPORT, Checkpoints, Progress, finished, seed_rank
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.data import PackedDataset, open_dataset
 from ring_hilbert.training.engine import Engine, check_engine, make_engine
 from ring_hilbert.training.evaluate import Evaluation, count_tokens, evaluate
 from ring_hilbert.training.export import export_model
-from ring_hilbert.training.metrics import Metrics, peak_memory, read_metrics
-from ring_hilbert.training.model import check_model, model_config, vocab_size
+from ring_hilbert.training.memory import Planning
+from ring_hilbert.training.metrics import Metrics, check_log, peak_memory, read_metrics
+from ring_hilbert.training.model import build_skeleton, check_model, model_config, vocab_size
 from ring_hilbert.training.plots import plot_loss, plot_loss_by_position
 from ring_hilbert.training.probe import probe
 from ring_hilbert.training.schedule import learning_rate, with_decay_steps
+from ring_hilbert.training.signals import StopSignals
+from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops
 from ring_hilbert.training.step import accumulate
 from ring_hilbert.training.world import World, open_world
-
-EXPORT = "model"  # the folder in checkpoint.dir
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended; the losses are None without data.eval."""
+    """How a run ended; the losses are None without data.eval, and `model`, the exported folder, if it was told to stop."""
 
     progress: Progress
     eval_loss: float | None
     unigram_loss: float | None
-    model: Path
+    model: Path | None
 
 
 def pretrain(config: RunConfig) -> Summary:
@@ -50,6 +51,7 @@ def pretrain(config: RunConfig) -> Summary:
         FloatingPointError: the gradient was not finite in optim.max_skipped steps in a row.
     """
     check_engine(config)
+    check_log(config)
     config = with_decay_steps(config)
     with open_world(config.parallel) as world:
         with world.together():
@@ -60,6 +62,7 @@ def pretrain(config: RunConfig) -> Summary:
             train_set, eval_set = _open_data(config, hf_config)
         checkpoints = Checkpoints(config, world)
         found = checkpoints.latest()
+        planning = Planning(config) if world.is_main and config.log.memory_plan and config.engine == "torch" else None
         if config.train.probe and world.size > 1:
             probe(config, hf_config, world)
         engine = make_engine(config, hf_config, world)
@@ -67,7 +70,25 @@ def pretrain(config: RunConfig) -> Summary:
         run = Run(config, world, engine, checkpoints, train_set, eval_set, hf_config)
         if found is not None:
             run.progress = checkpoints.load(found, engine)
-        return run.go(None if found is None else run.progress.step)
+        elif config.checkpoint.init is not None:
+            checkpoints.start_from(Path(config.checkpoint.init), engine)
+        return run.go(None if found is None else run.progress.step, planning)
+
+
+def pretrain_stages(stages: dict[str, RunConfig]) -> Summary | None:
+    """`pretrain` of each stage in turn, but of those that are finished; stops after one that was told to stop.
+
+    Returns:
+        How the last one ended, None if all were finished before.
+    """
+    summary = None
+    for name, config in stages.items():
+        if name and finished(config):
+            continue
+        summary = pretrain(config)
+        if summary.model is None:
+            break
+    return summary
 
 
 def _open_data(config: RunConfig, hf_config: PretrainedConfig) -> tuple[PackedDataset, PackedDataset | None]:
@@ -103,29 +124,47 @@ class Run:
         self.eval_batches = None if eval_set is None else Batches(eval_set, config, order, world)
         self.progress = Progress()
         self.skipped_in_a_row = 0
+        self.computing = 0.0  # seconds of this rank in forward and backward of the last step
+        self.peak_flops = peak_flops(config, world)
+        self.flops = 0.0
+        if self.peak_flops is not None:
+            self.flops = step_flops(config, hf_config, multiplying_parameters(build_skeleton(config, hf_config)))
 
-    def go(self, resumed_from: int | None) -> Summary:
-        """Train the steps that are left, then evaluate, export and draw."""
+    def go(self, resumed_from: int | None, planning: Planning | None) -> Summary:
+        """Train the steps that are left, then evaluate, export and draw; or leave after a checkpoint when told to stop."""
         config = self.config
         self.world.from_main(self._make_folders)
-        with Metrics(config, self.world, resumed_from) as metrics:
+        with StopSignals() as signals, Metrics(config, self.world, resumed_from) as metrics:
             if resumed_from is not None:
                 metrics.say(f"resumed from step {resumed_from} in {config.checkpoint.dir}")
+            if planning is not None and (plan := planning.result()) is not None:
+                metrics.say(f"memory plan: {plan}")
+            watch = Watch(config, self.world)
             while self.progress.step < config.train.steps:
-                self._timed_step(metrics)
+                stop = self._timed_step(metrics, watch, signals.received)
                 step, last = self.progress.step, self.progress.step == config.train.steps
-                if config.data.eval is not None and step % config.data.eval.every == 0 and not last:
+                if config.data.eval is not None and step % config.data.eval.every == 0 and not last and not stop:
                     self._evaluate(metrics)
-                if step % config.checkpoint.every == 0 or last:
+                if step % config.checkpoint.every == 0 or last or stop:
                     self.checkpoints.save(self.engine, self.progress)
+                if stop and not last:
+                    metrics.close_bar()
+                    metrics.say(
+                        f"{signals.received or 'told to stop'}: left after step {step}; the same command goes on from there"
+                    )
+                    return Summary(self.progress, None, None, None)
             metrics.close_bar()
+            peak = self.world.gather(peak_memory(self.world.device)).max().item()
+            metrics.say(f"peak memory: {peak / 2**30:.2f} GiB on the rank with most")
             return self._finish(metrics)
 
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step: global mean loss, global gradient norm before clipping, learning rate used."""
         config, progress = self.config, self.progress
         stop = progress.sequences + config.sequences_per_step
+        start = time.perf_counter()
         loss, tokens = accumulate(self.engine, self.train_batches, self.world, progress.sequences, stop)
+        self.computing = time.perf_counter() - start
         rate = learning_rate(config, progress.step)
         norm = self.engine.step(rate)
         self._count_skipped(norm)
@@ -148,28 +187,33 @@ class Run:
         for folder in (self.config.checkpoint.dir, self.config.log.dir):
             Path(folder).mkdir(parents=True, exist_ok=True)
 
-    def _timed_step(self, metrics: Metrics) -> None:
-        start = time.perf_counter()
-        loss, norm, rate = self.train_step()
-        seconds = time.perf_counter() - start
-        speed = self.config.train.global_batch_tokens / seconds
-        metrics.write(
-            "train",
-            self.progress.step,
-            loss=loss,
-            learning_rate=rate,
-            gradient_norm=norm,
-            tokens=self.progress.tokens,
-            skipped=self.progress.skipped,
-            tokens_per_second=speed,
-            memory_bytes=peak_memory(self.world.device),
-        )
+    def _timed_step(self, metrics: Metrics, watch: Watch, signal: str | None) -> bool:
+        """A step and its metrics; whether any rank was told to stop."""
+        config, start = self.config, time.perf_counter()
+        with watch.step(self.progress.step + 1):
+            loss, norm, rate = self.train_step()
+        ranks = self.world.gather(time.perf_counter() - start, self.computing, signal is not None)
+        seconds = ranks[:, 0].max().item()
+        speed = config.train.global_batch_tokens / seconds
+        values = {
+            "loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": self.progress.tokens,
+            "skipped": self.progress.skipped, "tokens_per_second": speed, "seconds": seconds,
+            "seconds_spread": (ranks[:, 1].max() - ranks[:, 1].min()).item(), "memory_bytes": peak_memory(self.world.device),
+        }  # fmt: skip
+        if self.peak_flops is not None:
+            values["mfu"] = self.flops / seconds / self.peak_flops
+        if watch.breakdown:
+            values |= watch.breakdown
+            values["seconds_rest"] = seconds - sum(watch.breakdown.values())
+        metrics.write("train", self.progress.step, **values)
         metrics.advance(loss, speed)
+        return bool(ranks[:, 2].any())
 
     def _evaluate(self, metrics: Metrics) -> Evaluation:
         assert self.eval_batches is not None
         evaluation = evaluate(self.engine.model, self.eval_batches, self.vocab, self.world)
-        metrics.write("eval", self.progress.step, loss=evaluation.loss, tokens=evaluation.tokens)
+        positions = {f"loss_at_{first}": loss for first, loss in evaluation.by_position().items()}
+        metrics.write("eval", self.progress.step, loss=evaluation.loss, tokens=evaluation.tokens, **positions)
         metrics.say(f"step {self.progress.step}: held-out loss {evaluation.loss:.4f}")
         return evaluation
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ring_hilbert.parallel.sharding import IGNORED
 
-CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
+CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB in float32
 
 
 class LossHead(nn.Module):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells while it runs: a progress bar, one JSON line per step and evaluation, TensorBoard."""
+"""What a run tells while it runs: a progress bar, one JSON line per step and evaluation, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import sys
@@ -33,6 +34,7 @@ class Metrics:
         self.resumed_from = resumed_from
         self.path = Path(config.log.dir) / METRICS_FILE
         self._tensorboard: SummaryWriter | None = None
+        self._wandb: Any = None
         self._bar: tqdm[Any] | None = None
 
     def __enter__(self) -> Metrics:
@@ -42,6 +44,7 @@ class Metrics:
             self._file = self.path.open("a", buffering=1)
             if self.config.log.tensorboard:
                 self._tensorboard = SummaryWriter(str(self.path.parent), purge_step=start + 1)
+            self._wandb = _open_wandb(self.config)
             self._bar = tqdm(
                 total=self.config.train.steps,
                 initial=start,
@@ -59,6 +62,8 @@ class Metrics:
             self._file.close()
             if self._tensorboard is not None:
                 self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Record `values` of `kind` ("train" or "eval") after `step` steps, once."""
@@ -69,6 +74,8 @@ class Metrics:
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def advance(self, loss: float, tokens_per_second: float) -> None:
         """Move the progress bar by a step."""
@@ -88,6 +95,27 @@ class Metrics:
         """Print a line without disturbing the progress bar."""
         if self.world.is_main:
             tqdm.write(text)
+
+
+def check_log(config: RunConfig) -> None:
+    """Find what cannot be logged to.
+
+    Raises:
+        ValueError: log.wandb is set and the package is not installed.
+    """
+    if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError("log.wandb: Weights & Biases is not installed; pip install wandb, or log.wandb=null")
+
+
+def _open_wandb(config: RunConfig) -> Any:
+    """The run of Weights & Biases, or None if there is to be none."""
+    if config.log.wandb is None:
+        return None
+    import wandb
+
+    return wandb.init(
+        project=config.log.wandb, dir=config.log.dir, config=config.model_dump(mode="json"), resume="allow"
+    )
 
 
 def peak_memory(device: torch.device) -> int:

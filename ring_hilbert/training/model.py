@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ring_hilbert.checkpointing import checkpoint_contexts
@@ -19,7 +22,7 @@ from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.loss import LossHead
 from ring_hilbert.training.tokens import load_tokenizer
-from ring_hilbert.training.weights import Weights
+from ring_hilbert.training.weights import Weights, decoder_layers
 
 _LEGACY_KEYS = {
     "rope_theta",
@@ -41,6 +44,10 @@ def model_config(config: RunConfig) -> PretrainedConfig:
     try:
         if config.model.path is not None:
             hf_config = AutoConfig.from_pretrained(config.model.path, local_files_only=True)
+            _refuse_unknown(hf_config, config.model.changes)
+            longest = max(hf_config.max_position_embeddings, config.data.seq_len)
+            changed = hf_config.to_dict() | {"max_position_embeddings": longest} | config.model.changes
+            hf_config = type(hf_config).from_dict(changed)
         else:
             assert config.model.config is not None  # RunConfig checked that one of the two is there
             keys = {
@@ -53,6 +60,7 @@ def model_config(config: RunConfig) -> PretrainedConfig:
             _refuse_unknown(hf_config, keys)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise ValueError(f"model: Transformers cannot make a configuration of this: {error}") from error
+    _refuse_local_rope(hf_config, config)
     hf_config.ring_hilbert = config.attention.to_mapping()
     return hf_config
 
@@ -69,13 +77,48 @@ def build_skeleton(config: RunConfig, hf_config: PretrainedConfig) -> PreTrained
 
 
 def for_training(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
-    """`model` in training mode, with the activation checkpointing of `config`."""
+    """`model` in training mode, with the activation checkpointing and the tiled MLP of `config`.
+
+    Raises:
+        ValueError: the layers have no `mlp` to tile.
+    """
+    train = config.train
     model.train()
-    if config.train.checkpoint_activations:
+    if train.checkpoint_activations:
         # The name of Transformers 5.2x; gradient_checkpointing_enable is the older one, deprecated there.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+    for layer in decoder_layers(model):
+        if train.offload_activations:
+            layer._gradient_checkpointing_func = _offloaded(layer._gradient_checkpointing_func)
+        if train.mlp_tiles > 1:
+            if not isinstance(getattr(layer, "mlp", None), torch.nn.Module):
+                raise ValueError(f"train.mlp_tiles: {type(layer).__name__} has no mlp; use 1")
+            layer.mlp.forward = _tiled(layer.mlp.forward, train.mlp_tiles)
     return model
+
+
+def _offloaded(checkpointed: Callable[..., Any]) -> Callable[..., Any]:
+    """What the checkpoint keeps, the layer's input, waits on the host; pinned where there is a device to copy from."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return checkpointed(*args, **kwargs)
+
+    return run
+
+
+def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], tiles: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of every row alone, on `tiles` pieces of the rows, of which backward computes one at a time again.
+
+    As many pieces on every rank, some perhaps empty: engines that gather parameters for each need that. (ALST, arXiv 2506.13996.)
+    """
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        pieces = hidden.tensor_split(tiles, dim=1)
+        return torch.cat([checkpoint(forward, piece, use_reentrant=False) for piece in pieces], dim=1)
+
+    return run
 
 
 def check_model(hf_config: PretrainedConfig) -> None:
@@ -132,6 +175,18 @@ class LossModel(torch.nn.Module):
         """What `shard_batch` returns -> cross-entropy of every row `[B, S_local]`, as `LossHead`."""
         hidden = self.model.base_model(**batch, use_cache=False).last_hidden_state
         return self.head(hidden, shift_labels)
+
+
+def _refuse_local_rope(hf_config: PretrainedConfig, config: RunConfig) -> None:
+    """Two kinds of RoPE take their frequencies from the longest position in the batch, which is another one on every rank."""
+    rope = getattr(hf_config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    found = kinds & {"dynamic", "longrope"}
+    if found and config.parallel.sp > 1:
+        raise ValueError(
+            f"rope_type {found.pop()} depends on the longest position that a rank holds, so that ranks of a sequence would rotate "
+            "differently; use yarn, linear or llama3 in model.changes.rope_parameters, or parallel.sp=1"
+        )
 
 
 def _refuse_unknown(hf_config: PretrainedConfig, keys: dict[str, Any]) -> None:

@@ -59,10 +59,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """Overwrite `tensor` on every rank with rank 0's."""
-        if self.mesh is not None:
-            dist.broadcast(tensor, src=0)
+    def gather(self, *values: float) -> torch.Tensor:
+        """The values of every rank, `[ranks, values]` float64 on the CPU."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        if self.control is None:
+            return mine[None]
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine, group=self.control)
+        return torch.stack(rows)
 
     @contextmanager
     def together(self) -> Iterator[None]:

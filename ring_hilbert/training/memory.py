@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory a rank will need, found by going through a whole step of the run without computing or allocating anything.
+
+The engine, the model, its checkpointing and its loss are those of the run, on fake tensors and a process group that sends nothing;
+PyTorch's memory tracker adds up what lives. What the attention holds of other ranks' rows comes from its plan.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import PretrainedConfig
+
+from ring_hilbert.integrations.transformers_config import order_of, pattern_of
+from ring_hilbert.parallel.layout import Layout
+from ring_hilbert.parallel.plan import plan
+from ring_hilbert.parallel.sharding import shard_batch
+from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.engine_torch import TorchEngine
+from ring_hilbert.training.model import build_skeleton, check_model, model_config
+from ring_hilbert.training.world import lay_world
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of the rank that needs most, at the peak of a step.
+
+    `exchange` is what the attention of a layer has from other ranks; `temporary` what lives shorter than a layer.
+    """
+
+    model_parameters: int  # how many there are, over all ranks
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporary: int
+    exchange: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(asdict(self).values()) - self.model_parameters
+
+    def __str__(self) -> str:
+        parts = {key: value for key, value in asdict(self).items() if key != "model_parameters"}
+        named = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
+        count = f"{self.model_parameters / 1e6:,.1f} M parameters"
+        return f"{self.total / GIB:.2f} GiB per rank at the peak of a step ({named}); {count}"
+
+
+def plan_memory(config: RunConfig) -> MemoryPlan:
+    """The plan of a run, from a process without a process group (it makes one that sends nothing, and closes it).
+
+    Raises:
+        ValueError: the configuration cannot be run, or its engine is not torch.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if config.engine != "torch":
+        raise ValueError(
+            "a memory plan is made for engine: torch; DeepSpeed's own estimates are in deepspeed.runtime.zero"
+        )
+    hf_config = model_config(config)
+    check_model(hf_config)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.parallel.world_size)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _simulate(config, hf_config)
+    finally:
+        dist.destroy_process_group()
+
+
+def _simulate(config: RunConfig, hf_config: PretrainedConfig) -> MemoryPlan:
+    control = dist.group.WORLD
+    assert control is not None
+    world = lay_world(torch.device("cpu"), config.parallel, control)
+    rows = max(Layout.even(config.data.seq_len, config.parallel.sp, config.attention.layout).lengths)
+    batch = shard_batch({"input_ids": torch.zeros(config.train.micro_batch, rows, dtype=torch.int64)})
+    prepared = batch.pop("ring_hilbert")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        engine = TorchEngine(build_skeleton(config, hf_config), None, config, world)
+        for parameter in engine.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        engine.optimizer.step()  # makes its state
+        engine.optimizer.zero_grad()
+        fakes = {key: mode.from_tensor(value) for key, value in batch.items()}
+        prepared.position_ids = fakes["position_ids"]
+        tracker = MemTracker()
+        tracker.track_external(engine.model, engine.optimizer)
+        with tracker:
+            engine.backward(engine.model(**fakes, ring_hilbert=prepared).sum())
+        found = {
+            kind.name: value
+            for kind, value in tracker.get_tracker_snapshot("peak")[world.device].items()
+            if kind != "Total"
+        }
+        count = sum(parameter.numel() for parameter in engine.model.parameters())
+    return MemoryPlan(
+        count, found["PARAM"], found["GRAD"], found["OPT"], found["ACT"], found["TEMP"] + found["BUFFER"] + found["OTH"],
+        _from_others(config, hf_config),
+    )  # fmt: skip
+
+
+def _from_others(config: RunConfig, hf_config: PretrainedConfig) -> int:
+    """The most that the attention of any layer holds on any rank beyond its own rows."""
+    text, ranks = hf_config.get_text_config(decoder=True), config.parallel.sp
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    most = 0
+    for pattern in {pattern_of(text, layer) for layer in range(text.num_hidden_layers)}:
+        made = plan(
+            pattern, config.data.seq_len, ranks, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, dtype=dtype,
+            batch_size=config.train.micro_batch, layout=config.attention.layout, order=order_of(text),
+            strategy=config.attention.strategy,
+        )  # fmt: skip
+        most = max(most, *(made.remote_bytes(rank) for rank in range(ranks)))
+    return most
+
+
+class Planning:
+    """The plan of a run, made by another process while this one gets ready."""
+
+    def __init__(self, config: RunConfig) -> None:
+        environment = {
+            key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+        }
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ring_hilbert.training.memory"], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert self.process.stdin is not None
+        self.process.stdin.write(config.model_dump_json())
+        self.process.stdin.close()
+
+    def result(self) -> MemoryPlan | None:
+        """Wait for the plan; None if it could not be made."""
+        assert self.process.stdout is not None
+        answer = self.process.stdout.read()
+        return TypeAdapter(MemoryPlan).validate_json(answer) if self.process.wait() == 0 else None
+
+
+if __name__ == "__main__":
+    made = plan_memory(RunConfig.model_validate_json(sys.stdin.read()))
+    sys.stdout.write(TypeAdapter(MemoryPlan).dump_json(made).decode())

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a step's time goes: FLOPs against the device's, seconds by part, and a trace on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import PretrainedConfig
+
+from ring_hilbert.integrations.transformers_config import order_of, pattern_of
+from ring_hilbert.parallel.plan import plan
+from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.world import World
+
+# Dense bfloat16 TFLOP/s by what the device's name has in it (vendors' data sheets, SXM where there are several).
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312}
+
+
+def step_flops(config: RunConfig, hf_config: PretrainedConfig, parameters: int) -> float:
+    """Model FLOPs of one step over all ranks: 6 per parameter and token, and attention's pairs, backward 2.5 times forward.
+
+    Recomputation is not counted (the convention of PaLM, appendix B). `parameters`: those that multiply, embeddings left out.
+    """
+    text = hf_config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    patterns = [pattern_of(text, layer) for layer in range(text.num_hidden_layers)]
+    forward = {
+        pattern: sum(
+            plan(
+                pattern, config.data.seq_len, 1, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, dtype=torch.bfloat16,
+                order=order_of(text),
+            ).all_flops
+        )
+        for pattern in set(patterns)
+    }  # fmt: skip
+    attention = 3.5 * sum(forward[pattern] for pattern in patterns) * config.sequences_per_step
+    return 6.0 * parameters * config.train.global_batch_tokens + attention
+
+
+def multiplying_parameters(model: torch.nn.Module) -> int:
+    """Parameters of the model but its input embeddings; tied to the output layer, they multiply there."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight  # type: ignore[operator]
+    return count if tied else count - model.get_input_embeddings().weight.numel()  # type: ignore[operator]
+
+
+def peak_flops(config: RunConfig, world: World) -> float | None:
+    """FLOP/s of all ranks together, from `log.peak_tflops` or the device's name; None if neither says."""
+    per_rank = config.log.peak_tflops
+    if per_rank is None and world.device.type == "cuda":
+        name = torch.cuda.get_device_name(world.device)
+        per_rank = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return None if per_rank is None else per_rank * 1e12 * world.size
+
+
+class Watch:
+    """Profiles the steps that the configuration names: `log.breakdown_every` and `log.profile`."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.breakdown: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around step `number` (from 1). Afterwards `breakdown` has the seconds by part, if this step was measured."""
+        log, self.breakdown = self.config.log, {}
+        traced = log.profile is not None and log.profile[0] <= number <= log.profile[1]
+        if not traced and (log.breakdown_every is None or number % log.breakdown_every):
+            yield
+            return
+        cuda = self.world.device.type == "cuda"
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+            yield
+        self.breakdown = _breakdown(profiler, cuda)
+        if traced:
+            folder = Path(log.dir) / "trace"
+            folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(folder / f"step_{number}_rank_{self.world.rank}.json"))
+
+
+def _breakdown(profiler: profile, cuda: bool) -> dict[str, float]:
+    """Seconds of this rank in the operator's partial attentions, and with rows of other ranks on their way.
+
+    The latter is on the CPU the time that attention waited, with CUDA the time that transfers took, hidden or not.
+    """
+    events = profiler.key_averages()
+    ours = [event for event in events if event.key.startswith("ring_hilbert: ")]
+    attention = [event for event in ours if "local" in event.key or "remote" in event.key]
+    if cuda:
+        exchange = sum(event.device_time_total for event in events if "SendRecv" in event.key)
+        return {
+            "seconds_attention": sum(e.device_time_total for e in attention) / 1e6,
+            "seconds_exchange": exchange / 1e6,
+        }
+    waiting = sum(event.cpu_time_total for event in ours if "wait" in event.key)
+    return {"seconds_attention": sum(e.cpu_time_total for e in attention) / 1e6, "seconds_exchange": waiting / 1e6}

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a long run needs: a memory plan, a dry run, stages, leaving when told to, and seeing where time goes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ring_hilbert.cli import main
+from ring_hilbert.training import loop
+from ring_hilbert.training.config import RunConfig, load_config, load_stages
+from ring_hilbert.training.loop import Summary, pretrain, pretrain_stages
+from ring_hilbert.training.memory import Planning, plan_memory
+from ring_hilbert.training.metrics import read_metrics
+from ring_hilbert.training.model import model_config
+from tests.ranks import run_ranks
+from tests.tiny_run import SEQ_LEN, VOCAB, tiny_config, write_texts
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    write_texts(folder)
+    return folder
+
+
+def places(folder: Path) -> dict[str, Any]:
+    return {"checkpoint__dir": str(folder / "checkpoints"), "log__dir": str(folder / "logs")}
+
+
+def test_memory_plan(tmp_path: Path) -> None:
+    """Linear in the rows of a rank, with a vocabulary of any size; states are divided among the ranks."""
+    wide = {
+        "model__config__vocab_size": 32_000,
+        "model__config__hidden_size": 64,
+        "train__checkpoint_activations": True,
+    }
+
+    def planned(ranks: int, rows: int, **changes: Any) -> Any:
+        length = rows * ranks
+        sizes = {"data__seq_len": length, "train__global_batch_tokens": length, "parallel__sp": ranks}
+        return plan_memory(tiny_config(tmp_path, **sizes, **{**wide, **changes}))
+
+    small, middle, large = (planned(2, rows) for rows in (4096, 8192, 16384))
+    assert large.total - middle.total == pytest.approx(2 * (middle.total - small.total), rel=0.02)
+    assert planned(4, 4096).optimizer == pytest.approx(small.optimizer / 2, rel=0.05)
+    tiled = planned(2, 16384, train__mlp_tiles=4, model__config__intermediate_size=1024)
+    assert tiled.total < 0.8 * planned(2, 16384, model__config__intermediate_size=1024).total
+    assert Planning(tiny_config(tmp_path, parallel__sp=2)).result() == plan_memory(
+        tiny_config(tmp_path, parallel__sp=2)
+    )
+
+
+def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 64 ranks, from one process."""
+    tiny = ["model.config.vocab_size=1000", "model.config.num_hidden_layers=2", "data.seq_len=65536"]
+    tiny += ["train.global_batch_tokens=65536", "parallel.sp=64", "train.mlp_tiles=1"]
+    assert main(["pretrain", "--dry-run", "--config", str(CONFIGS / "llama_1b_1m.yaml"), *tiny]) == 0
+    printed = capsys.readouterr().out
+    assert "64 ranks, dp_replicate 1 * dp_shard 1 * sp 64; a step is 1 sequences of 65,536 tokens" in printed
+    assert "auto takes exchange" in printed
+    assert "GiB per rank at the peak of a step (parameters" in printed
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    for config in load_stages(path).values():
+        assert config.sequences_per_step >= 1
+        if config.model.config is not None:
+            model_config(config)
+
+
+def stop_after(rank: int, world_size: int, config: RunConfig, step: int) -> Summary:
+    """Rank 1 is told to stop in its step `step`."""
+    learning_rate = loop.learning_rate
+
+    def signalling(config: RunConfig, done: int) -> float:
+        if rank == 1 and done == step - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return learning_rate(config, done)
+
+    loop.learning_rate = signalling
+    try:
+        return pretrain(config)
+    finally:
+        loop.learning_rate = learning_rate
+
+
+def test_a_signal_on_one_rank_ends_the_run_after_a_checkpoint(tmp_path: Path, texts: Path) -> None:
+    """All ranks leave together, and the next start goes on to what an uninterrupted run reaches."""
+    config = tiny_config(texts, **places(tmp_path), train__steps=6, parallel__sp=2, checkpoint__every=100)
+    for summary in run_ranks(stop_after, 2, config, 3):
+        assert summary.progress.step in (3, 4) and summary.model is None
+    resumed = run_ranks(stop_after, 2, config, 99)[0]
+    whole = run_ranks(stop_after, 2, tiny_config(texts, **places(tmp_path / "x"), train__steps=6, parallel__sp=2), 99)[
+        0
+    ]
+    assert resumed.progress == whole.progress
+    assert resumed.eval_loss == whole.eval_loss
+
+
+def test_where_time_goes(tmp_path: Path, texts: Path) -> None:
+    """MFU, seconds by part and their spread in the metrics; loss by position; a trace of the steps asked for."""
+    look = {"log__breakdown_every": 2, "log__profile": [3, 3], "log__peak_tflops": 0.1, "log__memory_plan": True}
+    pretrain(tiny_config(texts, **places(tmp_path), train__steps=4, **look))
+    lines = read_metrics(tmp_path / "logs" / "metrics.jsonl")
+    train = [line for line in lines if line["kind"] == "train"]
+    assert all(0 < line["mfu"] < 1 and line["seconds"] > 0 and line["seconds_spread"] >= 0 for line in train)
+    measured = [line["step"] for line in train if "seconds_attention" in line]
+    assert measured == [2, 3, 4]
+    for line in train[1:]:
+        assert 0 < line["seconds_attention"] < line["seconds"]
+        parts = line["seconds_attention"] + line["seconds_exchange"] + line["seconds_rest"]
+        assert parts == pytest.approx(line["seconds"])
+    assert [path.name for path in (tmp_path / "logs" / "trace").iterdir()] == ["step_3_rank_0.json"]
+    evaluation = next(line for line in lines if line["kind"] == "eval")
+    assert evaluation["loss_at_1"] > 0 and evaluation[f"loss_at_{SEQ_LEN // 2}"] > 0
+
+
+def staged(folder: Path, texts: Path, model: Path) -> Path:
+    """A dense folder continued at 1, 2 and 4 times its length."""
+    raw = tiny_config(texts, **places(folder), train__steps=3).model_dump(mode="json")
+    raw["model"] = {
+        "path": str(model),
+        "changes": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    }
+    raw["attention"]["layers"] = {"0": {"dense": True}, "1": {"segment_shift": 32}}
+    raw["optim"]["schedule"] = "constant"
+    raw["parallel"]["sp"] = 2
+    longer = {"data": {"seq_len": 2 * SEQ_LEN}}, {"data": {"seq_len": 4 * SEQ_LEN}}
+    raw["stages"] = {"short": {}, "middle": longer[0], "long": longer[1]}
+    path = folder / "staged.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return path
+
+
+def run_stages(rank: int, world_size: int, path: Path, only: str | None) -> Summary | None:
+    stages = load_stages(path)
+    return pretrain_stages({only: stages[only]} if only else stages)
+
+
+def test_stages(tmp_path: Path, texts: Path) -> None:
+    """Each goes on from the one before; a finished one is not run again; the export computes what was trained."""
+    dense = AutoConfig.for_model(
+        "llama", vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=SEQ_LEN,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(dense).save_pretrained(tmp_path / "dense")
+    path = staged(tmp_path, texts, tmp_path / "dense")
+    first = run_ranks(run_stages, 2, path, "short")[0]
+    assert first is not None and first.model == tmp_path / "checkpoints" / "short" / "model"
+    last = run_ranks(run_stages, 2, path, None)[0]
+    assert last is not None and last.progress.step == 3 and last.eval_loss < first.eval_loss
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["long", "middle", "short"]
+    assert run_ranks(run_stages, 2, path, None)[0] is None
+    loaded: Any = AutoModelForCausalLM.from_pretrained(last.model)
+    assert loaded.config.max_position_embeddings == 4 * SEQ_LEN
+    assert loaded.config.rope_parameters["rope_type"] == "linear"
+    assert torch.isfinite(loaded(torch.arange(4 * SEQ_LEN)[None] % VOCAB).logits).all()
+    with pytest.raises(ValueError, match="no stage 'longest'; it has short, middle, long"):
+        load_config(path, stage="longest")
+
+
+def test_rope_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    with pytest.raises(ValueError, match="rope_type dynamic depends on the longest position"):
+        model_config(tiny_config(tmp_path, model__config__rope_parameters=rope, parallel__sp=2))
