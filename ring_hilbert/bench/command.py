@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ring_hilbert.bench import attention, attention_report, exactness, kernels, overlap, peers, scale, wire
+from ring_hilbert.bench import attention, attention_report, exactness, kernels, overlap, peers, scale, training, wire
 from ring_hilbert.bench.records import RESULTS, append
 
 Record = dict[str, Any]
@@ -105,6 +105,14 @@ MEASUREMENTS = {
         peers.rows,
         peers.add_options,
         peers.report,
+        over_ranks=True,
+    ),
+    "training": Measurement(
+        "memory against its plan, tokens per second and MFU of a model in training, alone or under torchrun",
+        training.__doc__,
+        training.rows,
+        training.add_options,
+        training.report,
         over_ranks=True,
     ),
     "kernels": Measurement(

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A language model in training: memory against the plan, tokens per second and MFU, as sequences get longer.
+
+Steps of the trainer's own engine on random tokens, for the model and pattern of a run's configuration: one sequence per step, of
+each of the lengths asked for, alone or under torchrun with all ranks in one sequence. On a GPU memory is the peak that PyTorch's
+allocator handed out, on the CPU the most that the process grew by. A length that does not fit is a row without figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ring_hilbert.integrations.transformers_config import order_of
+from ring_hilbert.training.batches import Batches
+from ring_hilbert.training.config import RunConfig, load_config
+from ring_hilbert.training.engine import make_engine
+from ring_hilbert.training.memory import Planning
+from ring_hilbert.training.model import build_skeleton, model_config
+from ring_hilbert.training.speed import multiplying_parameters, peak_flops, step_flops
+from ring_hilbert.training.step import accumulate
+from ring_hilbert.training.world import World, open_world
+
+CONFIG = "configs/llama_1b_1m.yaml"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `bench training`."""
+    parser.add_argument("--config", default=CONFIG, metavar="FILE", help=f"the YAML file of a run; default: {CONFIG}")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="replaces values of the file")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", required=True, metavar="S", help="tokens of a sequence, ascending"
+    )
+    parser.add_argument(
+        "--vocab", type=int, nargs="+", metavar="V", help="sizes of the vocabulary; default: the file's"
+    )
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="the first warms up; default: 3")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory against tokens per rank: .png or .svg")
+
+
+def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:
+    """One record per vocabulary and length, from rank 0."""
+    ranks = 1 if group is None else dist.get_world_size(group)
+    _one(_config(chosen, 2048, 1000, ranks), device, 1)  # what the first step alone costs
+    for vocab in chosen.vocab or [None]:
+        for length in chosen.lengths:
+            config = _config(chosen, length, vocab, ranks)
+            planning = Planning(config)
+            record: dict[str, Any] = {
+                "config": Path(chosen.config).stem, "settings": " ".join(chosen.set), "ranks": ranks, "tokens": length,
+                "tokens_per_rank": -(-length // ranks), "vocab": model_config(config).vocab_size,
+                "parameters": None, "planned_gib": None, "peak_gib": None, "seconds": None, "tokens_per_second": None, "mfu": None,
+                "loss": None,
+            }  # fmt: skip
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                record |= _one(config, device, chosen.steps)
+            if (planned := planning.result()) is not None:
+                record |= {"parameters": planned.model_parameters, "planned_gib": f"{planned.total / 2**30:.3f}"}
+            gc.collect()
+            torch.cuda.empty_cache()
+            if group is None or dist.get_rank(group) == 0:
+                yield record
+
+
+def _config(chosen: argparse.Namespace, length: int, vocab: int | None, ranks: int) -> RunConfig:
+    overrides = [f"data.seq_len={length}", f"train.global_batch_tokens={length}"]
+    overrides += [f"parallel.sp={ranks}", "parallel.dp_shard=1", "parallel.dp_replicate=1", "train.micro_batch=1"]
+    return load_config(
+        chosen.config, overrides + ([] if vocab is None else [f"model.config.vocab_size={vocab}"]) + chosen.set
+    )
+
+
+def _one(config: RunConfig, device: torch.device, steps: int) -> dict[str, Any]:
+    hf_config = model_config(config)
+    with open_world(config.parallel) as world:
+        memory = _Peak(device)
+        engine = make_engine(config, hf_config, world)
+        batches = Batches(_Random(config, hf_config.vocab_size), config, order_of(hf_config), world)
+        seconds, loss = [], 0.0
+        for step in range(steps):
+            start = time.perf_counter()
+            loss, _ = accumulate(engine, batches, world, step, step + 1)
+            engine.step(config.optim.lr)
+            seconds.append(time.perf_counter() - start)
+        best = float(np.median(seconds[1:] or seconds))
+        mfu = _mfu(config, hf_config, world, best)
+        return {
+            "peak_gib": f"{world.gather(memory.bytes()).max().item() / 2**30:.3f}", "seconds": f"{best:.3f}",
+            "tokens_per_second": f"{config.data.seq_len / best:.0f}", "mfu": mfu, "loss": f"{loss:.4f}",
+        }  # fmt: skip
+
+
+def _mfu(config: RunConfig, hf_config: Any, world: World, seconds: float) -> str | None:
+    peak = peak_flops(config, world)
+    if peak is None:
+        return None
+    return f"{step_flops(config, hf_config, multiplying_parameters(build_skeleton(config, hf_config))) / seconds / peak:.3f}"
+
+
+class _Random:
+    """Numbered sequences of random tokens, each one document."""
+
+    def __init__(self, config: RunConfig, vocab: int) -> None:
+        self.length, self.vocab = config.data.seq_len, vocab
+
+    def __len__(self) -> int:
+        return 2**20
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        ids = np.random.default_rng(number).integers(3, self.vocab, self.length)
+        return {"input_ids": ids, "document_ids": np.zeros(self.length, np.int64)}
+
+
+class _Peak:
+    """The most memory that is held from now on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        self._start, self._most, self._over = _resident(), 0, threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def bytes(self) -> int:
+        """How much it was; stops looking."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        self._over.set()
+        return self._most - self._start
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.005):
+            self._most = max(self._most, _resident())
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
+    """A table, and the picture if one was asked for."""
+    print(f"{'tokens per rank':>16}{'vocab':>9}{'planned GiB':>13}{'peak GiB':>10}{'tokens/s':>11}{'MFU':>8}")
+    for r in records:
+        print(
+            f"{r['tokens_per_rank']:>16,}{r['vocab']:>9,}{r['planned_gib']!s:>13}{r['peak_gib'] or 'no':>10}"
+            f"{r['tokens_per_second'] or '':>11}{r['mfu'] or '':>8}"
+        )
+    if chosen.plot is not None:
+        draw(chosen.plot, records)
+        print(f"drawn: {chosen.plot}")
+
+
+def draw(path: Path, records: list[dict[str, Any]]) -> None:
+    """Peak memory and its plan against the tokens of a rank, a colour per vocabulary."""
+    from ring_hilbert.bench.picture import figure_of, save
+
+    figure, panels = figure_of(1, height=4.2)
+    axes = panels[0]
+    for number, vocab in enumerate(sorted({r["vocab"] for r in records})):
+        mine = [r for r in records if r["vocab"] == vocab]
+        for key, style, name in (("planned_gib", "--", "planned"), ("peak_gib", "o-", "measured")):
+            points = [(r["tokens_per_rank"], float(r[key])) for r in mine if r[key] is not None]
+            axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=f"{name}, vocabulary {vocab:,}")
+    axes.set(
+        title="memory of a rank in training", xlabel="tokens per rank", ylabel="GiB", xlim=(0, None), ylim=(0, None)
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save(figure, path)
