@@ -31,19 +31,22 @@ def right(rank: int, world_size: int, configs: list[RunConfig]) -> list[tuple[Fi
     found = []
     with deepspeed_rank(rank):
         for config in configs:
-            start = time.monotonic()
             with open_world(config.parallel) as world:
+                if config.engine == "deepspeed":
+                    engine_deepspeed.import_deepspeed(world)  # builds its extension, once per machine
+                start = time.monotonic()
                 found.append((probe(config, model_config(config), world), time.monotonic() - start))
     return found
 
 
 def test_right_engines(tmp_path: Path) -> None:
-    """Both ways to spread four ranks, bfloat16, zigzag."""
+    """Both ways to spread four ranks, bfloat16, zigzag, other families, dropout."""
     shared = {"sp": 2, "dp_shard": 2}
     configs = [
         tiny_config(tmp_path, parallel=shared),
         tiny_config(tmp_path, parallel=shared, train__precision="bf16", **WIDE),
         tiny_config(tmp_path, parallel={"sp": 2, "dp_replicate": 2}, attention__layout="zigzag"),
+        tiny_config(tmp_path, parallel=shared, model__config__model_type="phi", model__config__resid_pdrop=0.5),
         tiny_config(tmp_path, parallel={"sp": 1, "dp_shard": 2, "dp_replicate": 2}, model__config__model_type="qwen3"),
     ]
     for config, (finding, seconds) in zip(configs, run_ranks(right, 4, configs)[0], strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -129,10 +130,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 def test_mistakes_are_told_before_anything_is_written(
     tmp_path: Path, texts: Path, changes: dict[str, Any], message: str
 ) -> None:
-    """A ValueError that names the key and a way out; no folder appears."""
+    """A ValueError that names the key and a way out; no folder appears, no process group stays."""
     with pytest.raises(ValueError, match=message):
         pretrain(tiny_config(texts, **in_folder(tmp_path), **changes))
     assert list(tmp_path.iterdir()) == []
+    assert not dist.is_initialized()
 
 
 def test_mistakes_in_folders(tmp_path: Path, texts: Path) -> None:

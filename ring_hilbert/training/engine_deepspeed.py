@@ -31,7 +31,7 @@ class DeepSpeedEngine:
     """See `Engine`."""
 
     def __init__(self, skeleton: PreTrainedModel, weights: Weights, config: RunConfig, world: World) -> None:
-        deepspeed = _import(world)
+        deepspeed = import_deepspeed(world)
         settings = deepspeed_settings(config)
         self.world, self.trust = world, config.checkpoint.trust
         self.stage = settings["zero_optimization"]["stage"]
@@ -160,8 +160,8 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
     return {"zero_allow_untested_optimizer": True, "steps_per_print": None, **settings, **filled}
 
 
-def _import(world: World) -> Any:
-    """DeepSpeed for the device of this run.
+def import_deepspeed(world: World) -> Any:
+    """DeepSpeed for the device of this run, its communication set up.
 
     Raises:
         ValueError: it is not installed, or cannot build what it needs.

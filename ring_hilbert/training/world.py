@@ -130,11 +130,14 @@ def open_world(parallel: ParallelConfig) -> Iterator[World]:
         dist.init_process_group(backend, timeout=TIMEOUT, **alone)
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(control, dist.ProcessGroup)
-    yield lay_world(device, parallel, control)
-    if (
-        opened
-    ):  # not after an error: the other ranks may be waiting inside a collective, which ending this process stops
-        dist.destroy_process_group()
+    try:
+        yield lay_world(device, parallel, control)
+    except BaseException:
+        opened = opened and size == 1  # other ranks may be waiting inside a collective, which ending this process stops
+        raise
+    finally:
+        if opened:
+            dist.destroy_process_group()
 
 
 def _device() -> torch.device:
