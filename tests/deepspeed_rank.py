@@ -26,9 +26,12 @@ def deepspeed_rank(rank: int) -> Iterator[None]:
         del os.environ["LOCAL_RANK"]
         if "deepspeed" in sys.modules:
             import deepspeed
+            from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
             deepspeed.comm.comm.cdb = None
             groups = vars(deepspeed.utils.groups)
             kept = [name for name in groups if name == "mpu" or (name.startswith("_") and name.isupper())]
             groups.update(dict.fromkeys(kept))
-            deepspeed.zero.Init.param_id = 0  # ranks compare them, and each process has served other tests before
+            # ZeRO-3 numbers parameters and modules and compares the numbers over ranks, which have served other tests before.
+            deepspeed.zero.Init.param_id = 0
+            DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0

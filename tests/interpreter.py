@@ -3,7 +3,8 @@
 
 `tests.conftest` sets TRITON_INTERPRET before Triton is imported. What Triton 3.6 gets wrong is mended here: products of
 bfloat16 are taken of the bits, numbers are cut off rather than rounded to bfloat16, and loop bounds are arrays of one
-element, which numpy 2.4 no longer takes for integers.
+element, which numpy 2.4 no longer takes for integers. Products are summed in float64: a GPU gives `q @ k.T` and `k @ q.T` the same
+scores, numpy in float32 only with some builds of BLAS on some processors.
 """
 
 from __future__ import annotations
@@ -20,9 +21,14 @@ def _scalars_are_integers(tensor: Any, scope: Any, patch: Any = interpreter._pat
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
-def _dot_of_numbers(self: Any, a: Any, b: Any, *rest: Any, dot: Any = interpreter.InterpreterBuilder.create_dot) -> Any:
+def _dot_of_numbers(
+    self: Any, a: Any, b: Any, total: Any, *rest: Any, dot: Any = interpreter.InterpreterBuilder.create_dot
+) -> Any:
     a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-    return dot(self, a, b, *rest)
+    if a.dtype.scalar == tl.float32:
+        product = (a.data.astype(np.float64) @ b.data.astype(np.float64)).astype(np.float32)
+        return interpreter.TensorHandle(product + total.data, total.dtype.scalar)
+    return dot(self, a, b, total, *rest)
 
 
 def _rounded(self: Any, x: Any, dtype: Any, cast: Any = interpreter.InterpreterBuilder.cast_impl) -> Any:
