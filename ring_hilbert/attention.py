@@ -60,6 +60,8 @@ def dilated_attention(
     softmax; both equal the one-device result at every world size up to rounding. Differentiable once with respect to
     q, k and v.
 
+    Under `torch.autocast` q, k and v are cast to its dtype, float64 excepted, as `scaled_dot_product_attention` does.
+
     Args:
         q: `[B, S, H, D]`, the rows of this rank; fp16, bf16, fp32 or fp64.
         k, v: `[B, S, Hkv, D]`, `H % Hkv == 0`; query head `h` reads kv head `h // (H / Hkv)`.
@@ -91,11 +93,12 @@ def dilated_attention(
     facts = {"positions": positions, "document_ids": document_ids}
     error, shapes, factor = None, None, scale
     try:
+        q, k, v = (_autocast(x) for x in (q, k, v))
         shapes = _check_tensors(q, k, v)
         factor = shapes.head_dim**-0.5 if scale is None else float(scale)
         if not isinstance(pattern, DilatedPattern):
             raise ValueError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}")
-        if backend != "auto":
+        if backend != "auto" and not torch.compiler.is_compiling():  # there it is checked when it runs
             choose(backend, q.device, shapes.dtype, shapes.head_dim)
         if not math.isfinite(factor):
             raise ValueError(f"scale must be a finite number, got {scale!r}")
@@ -134,6 +137,14 @@ def dilated_attention(
     )  # fmt: skip
     out, lse = attend(q, k, v, prepared, call)
     return (out, lse) if return_lse else out
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype that autocast wants on its device."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 # ---- validation

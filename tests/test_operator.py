@@ -126,6 +126,35 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 # ---- interface
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(backend: str, compiled: bool):
+    """float32 under autocast is the same as bfloat16 without it, to the bit, with gradients in float32; float64 stays."""
+    case = Case(rh.DilatedPattern((16, 64), (1, 4)), 70, heads=4, head_dim=16)
+    x = case.tensors(torch.float32)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return rh.dilated_attention(q, k, v, case.pattern, backend=backend)
+
+    function = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    mine = [x[name].clone().requires_grad_() for name in "qkv"]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = function(*mine)
+        assert out.dtype == torch.bfloat16
+        out.backward(x["dout"].bfloat16())
+        if backend == "torch":
+            wide = [x[name].double() for name in "qkv"]
+            assert torch.equal(attend(*wide), rh.dilated_attention(*wide, case.pattern, backend=backend))
+            assert attend(*wide).dtype == torch.float64
+    lower = [x[name].bfloat16().requires_grad_() for name in "qkv"]
+    expected = attend(*lower)
+    expected.backward(x["dout"].bfloat16())
+    assert torch.equal(out, expected)
+    for one, other in zip(mine, lower, strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert one.grad.dtype == torch.float32 and torch.equal(one.grad, other.grad.float())
+
+
 def test_lse_is_returned_but_carries_no_gradient():
     x = Case(LONGNET, 20).tensors()
     out, lse = rh.dilated_attention(x["q"].requires_grad_(), x["k"], x["v"], LONGNET, return_lse=True)

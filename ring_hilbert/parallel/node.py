@@ -9,7 +9,8 @@ q, k, v, out, lse, residue, and the handle, which keeps the facts alive.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -146,11 +147,23 @@ _OPTIONS: dict[str, Any] = {
 }  # collectives; tensors made on first use
 
 
+def _as_given(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """`function` in the dtypes that it computes in: autocast would lower the sums that are float32 for a reason."""
+
+    @wraps(function)
+    def run(tensor: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *args)
+
+    return run
+
+
 @torch.library.custom_op(
     "ring_hilbert::attention",
     schema=f"(Tensor q, Tensor k, Tensor v, Tensor? handle, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
     **_OPTIONS,
 )
+@_as_given
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -178,6 +191,7 @@ def _forward(
     schema=f"(Tensor dout, Tensor[] saved, Tensor? handle, SymInt kv_heads, {_CALL}) -> (Tensor, Tensor, Tensor)",
     **_OPTIONS,
 )
+@_as_given
 def _backward(
     dout: Tensor, saved: list[Tensor], handle: Tensor | None, kv_heads: int, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
