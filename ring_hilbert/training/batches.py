@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,8 +11,10 @@ import torch
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.config import RunConfig
-from ring_hilbert.training.data import PackedDataset
 from ring_hilbert.training.world import World
+
+if TYPE_CHECKING:
+    from ring_hilbert.training.data import PackedDataset
 
 
 class Batches:
