@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ring_hilbert.parallel.sharding import IGNORED
 
-CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB in float32
+CHUNK_ELEMENTS = 2**25  # logits held at once, 128 MiB in float32; or as many as the weights, whose gradient every chunk adds to
 
 
 class LossHead(nn.Module):
@@ -76,5 +76,5 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS // len(weight))
+    step = max(CHUNK_ELEMENTS, weight.numel()) // len(weight)
     return (slice(first, first + step) for first in range(0, len(hidden), step))

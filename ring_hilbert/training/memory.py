@@ -107,8 +107,13 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig) -> MemoryPlan:
             if kind != "Total"
         }
         count = sum(parameter.numel() for parameter in engine.model.parameters())
+    activations = found["ACT"]
+    if config.train.offload_activations:  # here the host is the same device: all layers' inputs but those of two in transit
+        text = hf_config.get_text_config(decoder=True)
+        size = 2 if config.train.precision == "bf16" else 4
+        activations -= max(0, text.num_hidden_layers - 2) * config.train.micro_batch * rows * text.hidden_size * size
     return MemoryPlan(
-        count, found["PARAM"], found["GRAD"], found["OPT"], found["ACT"], found["TEMP"] + found["BUFFER"] + found["OTH"],
+        count, found["PARAM"], found["GRAD"], found["OPT"], activations, found["TEMP"] + found["BUFFER"] + found["OTH"],
         _from_others(config, hf_config),
     )  # fmt: skip
 
