@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ring_hilbert.parallel.sharding import IGNORED
 
-CHUNK_ELEMENTS = 2**25  # logits held at once, 128 MiB in float32; or as many as the weights, whose gradient every chunk adds to
+CHUNK_ELEMENTS = (
+    2**25
+)  # logits held at once, 128 MiB in float32; or as many as the weights, whose gradient every chunk adds to
 
 
 class LossHead(nn.Module):

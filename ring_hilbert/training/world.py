@@ -8,6 +8,7 @@ Ranks of one sequence are neighbours, so that the exchange stays inside a host w
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,6 +139,9 @@ def open_world(parallel: ParallelConfig) -> Iterator[World]:
     finally:
         if opened:
             dist.destroy_process_group()
+            time.sleep(
+                0.1
+            )  # Gloo's threads let go of their last tensors, which torch 2.13 aborts on while Python shuts down
 
 
 def _device() -> torch.device:
