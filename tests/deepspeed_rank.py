@@ -26,12 +26,13 @@ def deepspeed_rank(rank: int) -> Iterator[None]:
         del os.environ["LOCAL_RANK"]
         if "deepspeed" in sys.modules:
             import deepspeed
+            from deepspeed.runtime.sequence_parallel import parallel_state_sp
             from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
             deepspeed.comm.comm.cdb = None
-            groups = vars(deepspeed.utils.groups)
-            kept = [name for name in groups if name == "mpu" or (name.startswith("_") and name.isupper())]
-            groups.update(dict.fromkeys(kept))
+            for module in (deepspeed.utils.groups, parallel_state_sp):
+                kept = [name for name in vars(module) if name == "mpu" or (name.startswith("_") and name.isupper())]
+                vars(module).update(dict.fromkeys(kept))
             # ZeRO-3 numbers parameters and modules and compares the numbers over ranks, which have served other tests before.
             deepspeed.zero.Init.param_id = 0
             DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0

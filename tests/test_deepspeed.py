@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from ring_hilbert.integrations.deepspeed import SequenceParallel, gradient_divisor
+from ring_hilbert.integrations.deepspeed import SequenceParallel, gradient_divisor, loss_for_backward
+from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.checkpoint import Checkpoints
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.engine import make_engine
@@ -24,7 +27,7 @@ from ring_hilbert.training.model import model_config
 from ring_hilbert.training.world import open_world
 from tests.deepspeed_rank import STAGES, deepspeed_rank, zero
 from tests.ranks import run_ranks, run_ranks_collect
-from tests.tiny_run import PaddedDataset, tiny_config, write_texts
+from tests.tiny_run import VOCAB, PaddedDataset, tiny_config, write_texts
 
 pytest.importorskip("deepspeed")
 if not torch.cuda.is_available() and shutil.which("g++") is None:
@@ -96,6 +99,51 @@ def test_gradients_that_are_not_finite(tmp_path: Path) -> None:
         assert (
             good == pytest.approx(results[0][2], rel=1e-5 if config.train.precision == "fp32" else 1e-2) and moved_then
         )
+
+
+def dense_losses(rank: int, world_size: int, implementation: str) -> list[float]:
+    """Of six ZeRO-1 steps of a dense model with grouped heads, sequences over all ranks: "sdpa" in DeepSpeed's Ulysses, or ours."""
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("llama", vocab_size=VOCAB, num_key_value_heads=2, **sizes)
+    config.ring_hilbert = {"segment_lengths": [None], "dilation_rates": [1]}
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    kept, losses = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+    with deepspeed_rank(rank):
+        deepspeed.init_distributed(dist_init_required=False)
+        try:
+            if implementation == "sdpa":
+                mpu = UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", world_size, micro_batch_size=1)
+            else:
+                mpu = SequenceParallel(world_size)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
+            for step in range(6):
+                ids = torch.randint(3, VOCAB, (1, 256), generator=torch.Generator().manual_seed(step % 2))
+                batch = shard_batch({"input_ids": ids}, mpu.get_sequence_parallel_group())
+                labels, prepared = batch.pop("shift_labels"), batch.pop("ring_hilbert")
+                own = {} if implementation == "sdpa" else {"ring_hilbert": prepared}
+                logits = engine(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **own).logits
+                loss = F.cross_entropy(logits[0], labels[0], reduction="sum") / 255
+                engine.backward(loss_for_backward(loss, engine), scale_wrt_gas=False)
+                engine.step()
+                total = loss.detach().clone()
+                dist.all_reduce(total)
+                losses.append(total.item())
+            engine.destroy()
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = kept
+    return losses
+
+
+def test_the_loss_of_deepspeeds_ulysses() -> None:
+    theirs, ours = (run_ranks(dense_losses, 2, implementation)[0] for implementation in ("sdpa", "ring_hilbert"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours[-1] < ours[0] - 0.1  # the same batches again: it learns, so equal losses say something
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
