@@ -13,7 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ring_hilbert.bench import attention, attention_report, exactness, kernels, overlap, peers, scale, training, wire
+from ring_hilbert.bench import (
+    attention,
+    attention_report,
+    curves,
+    exactness,
+    kernels,
+    overlap,
+    peers,
+    scale,
+    training,
+    wire,
+)
 from ring_hilbert.bench.records import RESULTS, append
 
 Record = dict[str, Any]
@@ -113,6 +124,14 @@ MEASUREMENTS = {
         training.rows,
         training.add_options,
         training.report,
+        over_ranks=True,
+    ),
+    "curves": Measurement(
+        "losses of whole runs that ought to learn alike, in bfloat16 and float32 for instance, alone or under torchrun",
+        curves.__doc__,
+        curves.rows,
+        curves.add_options,
+        curves.report,
         over_ranks=True,
     ),
     "kernels": Measurement(
