@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ring_hilbert.kernels.upload import upload
+
 ENDLESS = 2**31 - 1  # the length of a segment that holds every row
 READ_AHEAD = 8  # runs that a pipelined loop may look at beyond the last one
 FAMILIES = 4  # rows of one depth are visited as at most so many arithmetic progressions, else through a list
@@ -122,8 +124,8 @@ class Walk:
     def to(self, device: torch.device) -> Walk:
         """The walk with its tensors on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        moved = {name: x.to(device, non_blocking=True) for name, x in moved.items()}
-        return replace(self, **moved, facts=tuple(x.to(device, non_blocking=True) for x in self.facts))
+        moved = {name: upload(x, device) for name, x in moved.items()}
+        return replace(self, **moved, facts=tuple(upload(x, device) for x in self.facts))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton_package
 
 from ring_hilbert.kernels.tiles import PASSES, Pass, Tile, device_tiles, plan_tile
+from ring_hilbert.kernels.upload import upload
 from ring_hilbert.kernels.walk import Facts, Rule, Walk, chains, plan_lists, plan_rows
 from ring_hilbert.ops.pattern import DilatedPattern
 
@@ -165,10 +167,10 @@ class TritonCore:
                 slots[np.array(heads)[:, None], queries] = 0
             slots[slots == 0] = (np.cumsum(slots + 1, axis=1, dtype=np.int32) - 1)[slots == 0]
             self.places = int(slots.max()) + 1
-            self.slots = torch.from_numpy(slots)[None].to(device)
+            self.slots = upload(torch.from_numpy(slots)[None], device)
             if len(self.remotes) > 1:
                 head, row = np.nonzero(slots >= 0)
-                self.staged = torch.from_numpy(np.stack((head, row, slots[head, row]))).to(device)
+                self.staged = upload(torch.from_numpy(np.stack((head, row, slots[head, row]))), device)
 
     # ---- forward
 
@@ -301,6 +303,7 @@ def _covered(pattern: DilatedPattern, num_kv_heads: int, rows: np.ndarray) -> np
 
 
 _walks: OrderedDict[tuple[Any, ...], Walk] = OrderedDict()
+_walks_lock = threading.Lock()  # layers are planned in several threads
 
 
 def _local_walk(
@@ -315,16 +318,20 @@ def _local_walk(
 ) -> Walk:
     """The walk of the rows over themselves; what was planned for equal arguments is kept."""
     key = (pattern, num_kv_heads, _digest(rows, *facts), causal, tile[:2], transposed, device)
-    if key not in _walks:
+    with _walks_lock:
+        walk = _walks.get(key)
+    if walk is None:
         offsets = [[pattern.offset(b, g, num_kv_heads) for g in range(num_kv_heads)] for b in pattern.branches]
-        _walks[key] = plan_rows(
+        walk = plan_rows(
             chains(pattern.branches, offsets), pattern.segment_shift, rows, facts, causal=causal,
             block_outer=tile.block_outer, block_inner=tile.block_inner, transposed=transposed,
         ).to(device)  # fmt: skip
-    _walks.move_to_end(key)
-    while len(_walks) > KEPT_WALKS:
-        _walks.popitem(last=False)
-    return _walks[key]
+    with _walks_lock:
+        _walks[key] = walk
+        _walks.move_to_end(key)
+        while len(_walks) > KEPT_WALKS:
+            _walks.popitem(last=False)
+    return walk
 
 
 def _digest(*arrays: np.ndarray | None) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ring_hilbert.kernels.upload import upload
 from ring_hilbert.parallel.crossings import Block
 from ring_hilbert.parallel.plan import RankPlan
 from ring_hilbert.parallel.remote import Hop
@@ -35,7 +36,7 @@ class Exchange:
         self.received = {owner: sum(block.size for block in blocks) for owner, blocks in sorted(hop.received.items())}
         self.sent = {reader: sum(block.size for block in blocks) for reader, blocks in sorted(hop.sent.items())}
         indices = [_payload_index(hop.sent[reader], rank_plan) for reader in self.sent]
-        self.send_index = [tuple(torch.from_numpy(i).to(device) for i in index) for index in indices]
+        self.send_index = [tuple(upload(torch.from_numpy(i), device) for i in index) for index in indices]
 
     def fetch(self, k: Tensor, v: Tensor, name: str = "") -> Pending:
         """Start sending the rows of `k, v [B, S_local, Hkv, D]` that others read; the buffer receives `[rows, 2, D]`.

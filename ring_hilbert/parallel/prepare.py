@@ -6,7 +6,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,19 @@ log = logging.getLogger(__name__)
 
 _chosen: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 _agreed: weakref.WeakKeyDictionary[dist.ProcessGroup, set[tuple]] = weakref.WeakKeyDictionary()
+
+
+_planners = ThreadPoolExecutor(4, thread_name_prefix="ring_hilbert-plan")
+
+
+class _Key(NamedTuple):
+    """What a plan is made and bound for."""
+
+    pattern: DilatedPattern
+    shapes: Shapes
+    device: torch.device
+    backend: str
+    strategy: str
 
 
 class Prepared:
@@ -72,7 +86,7 @@ class Prepared:
         self.order, self.strategy, self.save_remote = order, strategy, save_remote
         self.position_ids, self.position_ids_checked = position_ids, False
         self.rows = torch.from_numpy(layout.rows(rank))[None] if rows is None else rows
-        self._executions: dict[tuple[DilatedPattern, Shapes, torch.device, str, str], Execution | Ulysses] = {}
+        self._executions: dict[_Key, Execution | Ulysses | Future[Execution | Ulysses]] = {}
         self._permutations: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.handle = self._new_handle()
 
@@ -133,14 +147,35 @@ class Prepared:
         """The plan of `pattern` bound to this rank, `device` and `backend`, made on first use."""
         if strategy is None or strategy == "auto":
             strategy = self.strategy_for(pattern, shapes, whole_heads=strategy == "auto")
-        key = (pattern, shapes, device, backend, strategy)
-        if key not in self._executions:
-            # Fused kernels of other devices take no weights, and the Triton core deduplicates by itself.
-            deduplicate = None if device.type == "cpu" else False
-            plan = Plan(pattern, self.layout, self.facts, shapes, strategy, deduplicate)
-            bind = Ulysses if strategy == "ulysses" else Execution
-            self._executions[key] = bind(plan, self.rank, self.group, device, backend)
-        return self._executions[key]
+        key = _Key(pattern, shapes, device, backend, strategy)
+        found = self._executions.get(key)
+        if not isinstance(found, (Execution, Ulysses)):
+            found = self._executions[key] = self._bind(key) if found is None else found.result()
+        return found
+
+    def plan_ahead(self, like: Prepared) -> None:
+        """Begin to plan, in threads, what the layers asked of another batch: they find it done, or wait for the rest.
+
+        For callers that prepare a batch while the device still computes on the one before, `like`: planning is the host's work,
+        and takes as long as a layer or longer where every batch has documents of its own. Errors are the layers' to raise. Does
+        nothing for batches of different groups.
+        """
+        if like.group is not self.group:
+            return
+        streams = {
+            key.device: torch.cuda.current_stream(key.device) for key in like._executions if key.device.type == "cuda"
+        }
+        for key in like._executions.keys() - self._executions.keys():
+            self._executions[key] = _planners.submit(self._bind, key, streams.get(key.device))
+
+    def _bind(self, key: _Key, stream: torch.cuda.Stream | None = None) -> Execution | Ulysses:
+        """What `execution` returns; its tensors are made in `stream`, if given."""
+        # Fused kernels of other devices take no weights, and the Triton core deduplicates by itself.
+        deduplicate = None if key.device.type == "cpu" else False
+        plan = Plan(key.pattern, self.layout, self.facts, key.shapes, key.strategy, deduplicate)
+        bind = Ulysses if key.strategy == "ulysses" else Execution
+        with torch.cuda.stream(stream):  # None: the current one
+            return bind(plan, self.rank, self.group, key.device, key.backend)
 
     def permutation(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """With `order`: (local token of each local row, local row of each local token), int64 `[S_local]`; else None."""

@@ -49,6 +49,10 @@ class Batches:
         keys = ("input_ids", "document_ids")
         return self.shard({key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in keys})
 
+    def of(self, first: int, stop: int) -> list[dict[str, Any]]:
+        """All micro-batches of this rank among sequences `first .. stop`."""
+        return [self.load(first, stop, number) for number in range(self.rounds(stop - first))]
+
     def shard(self, full: dict[str, torch.Tensor]) -> dict[str, Any]:
         """This rank's rows of whole sequences: `input_ids`, `document_ids`, both `[B, S]` int64."""
         on_device = {key: tensor.to(self.world.device) for key, tensor in full.items()}
@@ -59,3 +63,32 @@ class Batches:
             "input_ids": np.zeros(self.seq_len, np.int64),
             "document_ids": np.full(self.seq_len, -1, np.int64),
         }
+
+
+class Lookahead:
+    """The micro-batches of one step after another; those of the next step are loaded and planned while the device computes.
+
+    Args:
+        batches: of the dataset that is trained on.
+        count: sequences of a step.
+    """
+
+    def __init__(self, batches: Batches, count: int) -> None:
+        self.batches, self.count = batches, count
+        self._first, self._taken = -1, list[dict[str, Any]]()
+        self._next: list[dict[str, Any]] | None = None  # of the sequences after those taken
+
+    def take(self, first: int) -> list[dict[str, Any]]:
+        """Micro-batches of sequences `first .. first + count`."""
+        ahead = self._next if first == self._first + self.count else None
+        self._first, self._next = first, None
+        self._taken = self.batches.of(first, first + self.count) if ahead is None else ahead
+        return self._taken
+
+    def load_next(self) -> None:
+        """Load what follows what was taken last. A collective of the ranks of a sequence."""
+        first = self._first + self.count
+        self._next = self.batches.of(first, first + self.count)
+        if self.batches.world.device.type == "cuda":  # on the CPU the cores are busy
+            for batch in self._next:
+                batch["ring_hilbert"].plan_ahead(self._taken[-1]["ring_hilbert"])

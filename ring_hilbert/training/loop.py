@@ -12,7 +12,7 @@ from typing import Literal
 from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of
-from ring_hilbert.training.batches import Batches
+from ring_hilbert.training.batches import Batches, Lookahead
 from ring_hilbert.training.checkpoint import EXPORT, Checkpoints, Progress, finished, seed_rank
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.data import PackedDataset, open_dataset
@@ -121,6 +121,7 @@ class Run:
         self.train_set = train_set
         order = order_of(hf_config)
         self.train_batches = Batches(train_set, config, order, world)
+        self.lookahead = Lookahead(self.train_batches, config.sequences_per_step)
         self.eval_batches = None if eval_set is None else Batches(eval_set, config, order, world)
         self.progress = Progress()
         self.skipped_in_a_row = 0
@@ -162,8 +163,10 @@ class Run:
         """One optimizer step: global mean loss, global gradient norm before clipping, learning rate used."""
         config, progress = self.config, self.progress
         stop = progress.sequences + config.sequences_per_step
-        start = time.perf_counter()
-        loss, tokens = accumulate(self.engine, self.train_batches, self.world, progress.sequences, stop)
+        micro_batches = self.lookahead.take(progress.sequences)
+        start, last = time.perf_counter(), progress.step + 1 >= config.train.steps
+        meanwhile = (lambda: None) if last else self.lookahead.load_next
+        loss, tokens = accumulate(self.engine, micro_batches, self.world, meanwhile)
         self.computing = time.perf_counter() - start
         rate = learning_rate(config, progress.step)
         norm = self.engine.step(rate)

@@ -3,25 +3,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
-from ring_hilbert.training.batches import Batches
 from ring_hilbert.training.engine import Engine
 from ring_hilbert.training.loss import count_targets
 from ring_hilbert.training.world import World
 
 
-def accumulate(engine: Engine, batches: Batches, world: World, first: int, stop: int) -> tuple[float, int]:
-    """Forward and backward of sequences `first .. stop`; returns the global mean loss and the global count of targets.
+def accumulate(
+    engine: Engine, micro_batches: Sequence[dict[str, Any]], world: World, meanwhile: Callable[[], None] = lambda: None
+) -> tuple[float, int]:
+    """Forward and backward of this rank's micro-batches; returns the global mean loss and the global count of targets.
 
     The denominator is known before the first backward: one sum of counts over ranks and micro-steps. So every rank divides by the
-    same number, and gradients only ever need summing.
+    same number, and gradients only ever need summing. `meanwhile` is called when everything is queued on the device, before the
+    host waits for it.
     """
-    loaded = [batches.load(first, stop, number) for number in range(batches.rounds(stop - first))]
-    tokens = int(world.sum(torch.stack([count_targets(batch["shift_labels"]) for batch in loaded]).sum()))
+    tokens = int(world.sum(torch.stack([count_targets(batch["shift_labels"]) for batch in micro_batches]).sum()))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in loaded:
+    for batch in micro_batches:
         loss_sum = engine.model(**batch).sum()
         engine.backward(loss_sum / max(tokens, 1))
         total += loss_sum.detach()
+    meanwhile()
     return world.sum(total).item() / max(tokens, 1), tokens
