@@ -12,12 +12,25 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 
 import ring_hilbert as rh
-from ring_hilbert.bench import attention, attention_report, contenders, flex, longnet, overlap, peers, timing
+from ring_hilbert.bench import (
+    attention,
+    attention_report,
+    contenders,
+    curves,
+    flex,
+    longnet,
+    overlap,
+    peers,
+    timing,
+    training,
+)
 from ring_hilbert.cli import main
 from tests.ranks import run_ranks
+from tests.tiny_run import tiny_config, write_texts
 
 CPU = torch.device("cpu")
 DENSE = rh.DilatedPattern((None,), (1,))
@@ -318,3 +331,34 @@ def test_peers():
     else:
         records, _ = run_ranks(_peers, 2)
         assert {r["problem"] for r in records} == {"dense", "dilated"} and len(records) == 5
+
+
+def test_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two runs, compared step by step; the second is the first in another precision."""
+    write_texts(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(tmp_path, train__steps=10).model_dump(mode="json")))
+    chosen = argparse.Namespace(
+        config=path, set=["data.eval.every=5"], variants=["train.seed=0", "train.precision=bf16"]
+    )
+    records = list(curves.rows(chosen, CPU, None))
+    chosen.plot = tmp_path / "curves.png"
+    curves.report(records, chosen)
+    first, second = (r["largest_difference"] for r in records)
+    assert first == "0.00e+00" != second
+    assert all(float(r["mean_difference"]) < 0.01 and len(r["losses"].split()) == 10 for r in records)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert "train.precision=bf16" in capsys.readouterr().out
+
+
+def test_training(tmp_path: Path) -> None:
+    """What a rank held is what was planned, about; a record per vocabulary and length."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(tmp_path, train__checkpoint_activations=True).model_dump(mode="json")))
+    sizes = ["model.config.hidden_size=64", "model.config.intermediate_size=256", "log.peak_tflops=1"]
+    chosen = argparse.Namespace(config=path, set=sizes, lengths=[4096], vocab=[8000], documents=3, steps=1)
+    (record,) = training.rows(chosen, CPU, None)
+    assert float(record["peak_gib"]) == pytest.approx(float(record["planned_gib"]), rel=0.1)
+    assert float(record["tokens_per_second"]) > 0 and 0 < float(record["mfu"]) < 1
+    training.draw(tmp_path / "memory.png", [record])
+    assert (tmp_path / "memory.png").stat().st_size > 1000

@@ -26,6 +26,7 @@ from ring_hilbert.training.loop import pretrain
 from ring_hilbert.training.metrics import METRICS_FILE, read_metrics
 
 CONFIG = "configs/quickstart.yaml"
+SMOOTH = 10  # steps that are averaged, besides single ones
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,12 +64,15 @@ def _compared(chosen: argparse.Namespace, folder: Path, is_main: bool) -> Iterat
         losses = np.array([line["loss"] for line in metrics if line["kind"] == "train"])
         first = (losses, summary.eval_loss) if first is None else first
         apart = np.abs(losses / first[0] - 1)
+        smooth = [np.convolve(x, np.full(SMOOTH, 1 / SMOOTH), "valid") for x in (losses, first[0])]
         held_out = None if summary.eval_loss is None else f"{abs(summary.eval_loss / first[1] - 1):.2e}"
         yield {
             "config": Path(chosen.config).stem, "settings": " ".join(chosen.set), "variant": variant,
             "ranks": config.parallel.world_size, "steps": len(losses), "last_loss": f"{losses[-1]:.5f}",
             "held_out_loss": summary.eval_loss, "largest_difference": f"{apart.max():.2e}",
-            "mean_difference": f"{apart.mean():.2e}", "held_out_difference": held_out, "losses": " ".join(f"{loss:.5f}" for loss in losses),
+            "largest_difference_of_means": f"{np.abs(smooth[0] / smooth[1] - 1).max():.2e}" if len(losses) >= SMOOTH else None,
+            "mean_difference": f"{apart.mean():.2e}", "held_out_difference": held_out,
+            "losses": " ".join(f"{loss:.5f}" for loss in losses),
         }  # fmt: skip
 
 
@@ -80,8 +84,8 @@ def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
     for r in records:
         held_out = "" if r["held_out_loss"] is None else f"{r['held_out_loss']:.5f}"
         print(
-            f"{r['variant']:32}{r['last_loss']:>11}{held_out:>11}{r['largest_difference']:>10}{r['mean_difference']:>10}"
-            f"{r['held_out_difference'] or '':>10}"
+            f"{r['variant']:48}{r['last_loss']:>11}{held_out:>11}{r['largest_difference']:>10}"
+            f"{r['largest_difference_of_means'] or '':>10}{r['mean_difference']:>10}{r['held_out_difference'] or '':>10}"
         )
     if chosen.plot is not None:
         draw(chosen.plot, records)

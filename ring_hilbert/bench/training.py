@@ -2,8 +2,9 @@
 """A language model in training: memory against the plan, tokens per second and MFU, as sequences get longer.
 
 Steps of the trainer's own engine on random tokens, for the model and pattern of a run's configuration: one sequence per step, of
-each of the lengths asked for, alone or under torchrun with all ranks in one sequence. On a GPU memory is the peak that PyTorch's
-allocator handed out, on the CPU the most that the process grew by. A length that does not fit is a row without figures.
+each of the lengths asked for, alone or under torchrun with all ranks in one sequence. Memory is the peak that PyTorch's allocator
+handed out while the engine was made and two steps warmed up; the steps after those are timed. A length that does not fit is a row
+without figures.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import resource
-import threading
-import time
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ring_hilbert.bench.timing import peak_bytes
+from ring_hilbert.bench.timing import seconds as timed
 from ring_hilbert.integrations.transformers_config import order_of
-from ring_hilbert.training.batches import Batches
+from ring_hilbert.training.batches import Batches, Lookahead
 from ring_hilbert.training.config import RunConfig, load_config
 from ring_hilbert.training.engine import make_engine
 from ring_hilbert.training.memory import Planning
@@ -45,26 +46,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocab", type=int, nargs="+", metavar="V", help="sizes of the vocabulary; default: the file's"
     )
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="the first warms up; default: 3")
+    parser.add_argument(
+        "--steps", type=int, default=3, metavar="N", help="that are timed, after two that warm up; default: 3"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory against tokens per rank: .png or .svg")
 
 
 def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:
     """One record per vocabulary and length, from rank 0."""
     ranks = 1 if group is None else dist.get_world_size(group)
-    _one(_config(chosen, 2048, 1000, ranks), device, 1)  # what the first step alone costs
     for vocab in chosen.vocab or [None]:
         for length in chosen.lengths:
             config = _config(chosen, length, vocab, ranks)
             planning = Planning(config)
             record: dict[str, Any] = {
                 "config": Path(chosen.config).stem, "settings": " ".join(chosen.set), "ranks": ranks, "tokens": length,
-                "tokens_per_rank": -(-length // ranks), "vocab": model_config(config).vocab_size,
+                "tokens_per_rank": -(-length // ranks), "documents": chosen.documents, "vocab": model_config(config).vocab_size,
                 "parameters": None, "planned_gib": None, "peak_gib": None, "seconds": None, "tokens_per_second": None, "mfu": None,
                 "loss": None,
             }  # fmt: skip
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                record |= _one(config, device, chosen.steps)
+                record |= _one(config, device, chosen.steps, chosen.documents)
             if (planned := planning.result()) is not None:
                 record |= {"parameters": planned.model_parameters, "planned_gib": f"{planned.total / 2**30:.3f}"}
             gc.collect()
@@ -81,23 +83,30 @@ def _config(chosen: argparse.Namespace, length: int, vocab: int | None, ranks: i
     )
 
 
-def _one(config: RunConfig, device: torch.device, steps: int) -> dict[str, Any]:
+def _one(config: RunConfig, device: torch.device, steps: int, documents: int) -> dict[str, Any]:
     hf_config = model_config(config)
     with open_world(config.parallel) as world:
-        memory = _Peak(device)
-        engine = make_engine(config, hf_config, world)
-        batches = Batches(_Random(config, hf_config.vocab_size), config, order_of(hf_config), world)
-        seconds, loss = [], 0.0
-        for step in range(steps):
-            start = time.perf_counter()
-            loss, _ = accumulate(engine, batches, world, step, step + 1)
+        engine, loss = None, 0.0
+
+        def step(number: int) -> None:
+            nonlocal loss
+            loss, _ = accumulate(engine, lookahead.take(number), world, lookahead.load_next)
             engine.step(config.optim.lr)
-            seconds.append(time.perf_counter() - start)
-        best = float(np.median(seconds[1:] or seconds))
-        mfu = _mfu(config, hf_config, world, best)
+
+        def warm_up() -> None:
+            nonlocal engine
+            engine = make_engine(config, hf_config, world)
+            step(0)
+            step(1)
+
+        data = _Random(config, hf_config.vocab_size, documents)
+        lookahead = Lookahead(Batches(data, config, order_of(hf_config), world), config.sequences_per_step)
+        peak = world.gather(peak_bytes(warm_up, device)).max().item()
+        seconds = statistics.median(timed(lambda number=number: step(number), device) for number in range(2, 2 + steps))
         return {
-            "peak_gib": f"{world.gather(memory.bytes()).max().item() / 2**30:.3f}", "seconds": f"{best:.3f}",
-            "tokens_per_second": f"{config.data.seq_len / best:.0f}", "mfu": mfu, "loss": f"{loss:.4f}",
+            "peak_gib": f"{peak / 2**30:.3f}", "seconds": f"{seconds:.3f}",
+            "tokens_per_second": f"{config.data.seq_len / seconds:.0f}", "mfu": _mfu(config, hf_config, world, seconds),
+            "loss": f"{loss:.4f}",
         }  # fmt: skip
 
 
@@ -109,45 +118,21 @@ def _mfu(config: RunConfig, hf_config: Any, world: World, seconds: float) -> str
 
 
 class _Random:
-    """Numbered sequences of random tokens, each one document."""
+    """Numbered sequences of random tokens, each of so many documents that end at random places."""
 
-    def __init__(self, config: RunConfig, vocab: int) -> None:
-        self.length, self.vocab = config.data.seq_len, vocab
+    def __init__(self, config: RunConfig, vocab: int, documents: int) -> None:
+        self.length, self.vocab, self.documents = config.data.seq_len, vocab, documents
 
     def __len__(self) -> int:
         return 2**20
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        ids = np.random.default_rng(number).integers(3, self.vocab, self.length)
-        return {"input_ids": ids, "document_ids": np.zeros(self.length, np.int64)}
-
-
-class _Peak:
-    """The most memory that is held from now on."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            return
-        self._start, self._most, self._over = _resident(), 0, threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def bytes(self) -> int:
-        """How much it was; stops looking."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        self._over.set()
-        return self._most - self._start
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.005):
-            self._most = max(self._most, _resident())
-
-
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+        random = np.random.default_rng(number)
+        ids, ends = (
+            random.integers(3, self.vocab, self.length),
+            np.sort(random.integers(1, self.length, self.documents - 1)),
+        )
+        return {"input_ids": ids, "document_ids": np.searchsorted(ends, np.arange(self.length), side="right")}
 
 
 def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
