@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 
 from ring_hilbert.training.config import load_config
-from ring_hilbert.training.loop import pretrain
 from ring_hilbert.training.metrics import METRICS_FILE, read_metrics
 
 CONFIG = "configs/quickstart.yaml"
@@ -53,6 +52,8 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
 
 
 def _compared(chosen: argparse.Namespace, folder: Path, is_main: bool) -> Iterator[dict[str, Any]]:
+    from ring_hilbert.training.loop import pretrain  # its data loading is no business of the other measurements
+
     first = None
     for number, variant in enumerate(chosen.variants):
         places = [f"{key}.dir={folder / str(number) / key}" for key in ("checkpoint", "log")]

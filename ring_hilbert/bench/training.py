@@ -49,6 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=int, default=3, metavar="N", help="that are timed, after two that warm up; default: 3"
     )
+    parser.add_argument(
+        "--documents", type=int, default=1, metavar="N", help="in a sequence, other ones in each; default: 1"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory against tokens per rank: .png or .svg")
 
 
