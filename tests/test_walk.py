@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import ring_hilbert as rh
 from ring_hilbert.kernels.walk import Chain, Facts, Rule, Walk, chains, plan_lists, plan_rows
+from ring_hilbert.kernels.workers import Worker
 from tests.cases import Case, cases
 
 
@@ -255,3 +256,23 @@ def test_nothing_is_taken_for_nested_that_is_not():
     assert len(chains([(64, 2), (128, 3)], [[0, 1], [0, 1]])) == 2  # rates
     assert len(chains([(64, 1), (100, 2)], [[0, 0], [0, 1]])) == 2  # lengths
     assert len(chains([(30, 4), (60, 4)], [[0, 1], [0, 1]])) == 2  # 4 does not divide 30
+
+
+def test_planned_in_another_process(caplog: pytest.LogCaptureFixture) -> None:
+    """The same walk; its errors are raised here; a process that dies costs a warning."""
+    worker = Worker()
+    offsets = [[0, 0], [1, 2]]
+    chain = chains([(16, 1), (64, 4)], offsets)
+    options = {"causal": True, "block_outer": 16, "block_inner": 16}
+    arguments = chain, 3, np.arange(100), Facts(None, np.arange(100)[None] // 40)
+    here = plan_rows(*arguments, **options)
+    for kill in (False, True, False):
+        if kill:
+            assert worker._process is not None
+            worker._process.kill()
+        there = worker.call(plan_rows, *arguments, **options)
+        for one, other in ((here.tiles, there.tiles), (here.rows, there.rows), (here.runs, there.runs)):
+            assert torch.equal(one, other)
+        assert ("is gone" in caplog.text) == worker._lost
+    with pytest.raises(ValueError, match="invalid literal"):
+        Worker().call(int, "x")

@@ -13,7 +13,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch.utils._triton import has_triton_package
 from ring_hilbert.kernels.tiles import PASSES, Pass, Tile, device_tiles, plan_tile
 from ring_hilbert.kernels.upload import upload
 from ring_hilbert.kernels.walk import Facts, Rule, Walk, chains, plan_lists, plan_rows
+from ring_hilbert.kernels.workers import Worker
 from ring_hilbert.ops.pattern import DilatedPattern
 
 BACKENDS = ("triton", "torch", "auto")
@@ -322,8 +323,8 @@ def _local_walk(
         walk = _walks.get(key)
     if walk is None:
         offsets = [[pattern.offset(b, g, num_kv_heads) for g in range(num_kv_heads)] for b in pattern.branches]
-        walk = plan_rows(
-            chains(pattern.branches, offsets), pattern.segment_shift, rows, facts, causal=causal,
+        walk = _planned(
+            plan_rows, chains(pattern.branches, offsets), pattern.segment_shift, rows, facts, causal=causal,
             block_outer=tile.block_outer, block_inner=tile.block_inner, transposed=transposed,
         ).to(device)  # fmt: skip
     with _walks_lock:
@@ -351,4 +352,19 @@ def _remote_walk(remote: Remote, num_kv_heads: int, tile: Tile, transposed: bool
                 visits[entry][head].append((seen, queries) if transposed else (queries, seen))
     sides = (remote.keys, remote.queries) if transposed else (remote.queries, remote.keys)
     causal = 0 if remote.keys.positions is None else 2
-    return plan_lists(visits, *sides, Rule(tile.block_outer, tile.block_inner, transposed, causal, indexed=True))
+    return _planned(
+        plan_lists, visits, *sides, Rule(tile.block_outer, tile.block_inner, transposed, causal, indexed=True)
+    )
+
+
+_elsewhere = threading.local()
+
+
+def plan_elsewhere() -> None:
+    """From now on this thread leaves the planning of walks to a process of its own."""
+    _elsewhere.worker = Worker()
+
+
+def _planned(plan: Callable[..., Walk], *args: Any, **options: Any) -> Walk:
+    worker: Worker | None = getattr(_elsewhere, "worker", None)
+    return plan(*args, **options) if worker is None else worker.call(plan, *args, **options)

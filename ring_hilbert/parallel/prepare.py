@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ring_hilbert.kernels import workers
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.ops.triton_core import plan_elsewhere
 from ring_hilbert.parallel.choice import choose
 from ring_hilbert.parallel.execution import Execution
 from ring_hilbert.parallel.facts import Facts
@@ -34,7 +36,7 @@ _chosen: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Any, ...], str]
 _agreed: weakref.WeakKeyDictionary[dist.ProcessGroup, set[tuple]] = weakref.WeakKeyDictionary()
 
 
-_planners = ThreadPoolExecutor(4, thread_name_prefix="ring_hilbert-plan")
+_planners = ThreadPoolExecutor(workers.count(), "ring_hilbert-plan", plan_elsewhere)
 
 
 class _Key(NamedTuple):
@@ -154,7 +156,7 @@ class Prepared:
         return found
 
     def plan_ahead(self, like: Prepared) -> None:
-        """Begin to plan, in threads, what the layers asked of another batch: they find it done, or wait for the rest.
+        """Begin to plan, in other processes, what the layers asked of another batch: they find it done, or wait for the rest.
 
         For callers that prepare a batch while the device still computes on the one before, `like`: planning is the host's work,
         and takes as long as a layer or longer where every batch has documents of its own. Errors are the layers' to raise. Does
