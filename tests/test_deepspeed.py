@@ -66,6 +66,27 @@ def test_resume_and_export(tmp_path: Path, texts: Path, stage: int) -> None:
     assert pretrain(again).eval_loss == pytest.approx(whole.eval_loss, rel=5e-3)
 
 
+def frequencies(rank: int, world_size: int, configs: list[RunConfig]) -> list[torch.Tensor]:
+    """Of RoPE in the engine's model."""
+    found = []
+    with deepspeed_rank(rank):
+        for config in configs:
+            with open_world(config.parallel) as world:
+                engine = make_engine(config, model_config(config), world)
+                buffers = dict(engine.model.named_buffers())
+                found += [x.clone() for name, x in buffers.items() if name.endswith("rotary_emb.inv_freq")]
+                engine.close()
+    return found
+
+
+def test_rope_stays_in_float32(tmp_path: Path) -> None:
+    """In bfloat16 the frequencies would be up to 0.4 % off, and the exported model another one than was trained."""
+    configs = [tiny_config(tmp_path, **zero({"stage": s}), parallel__sp=2, train__precision="bf16") for s in (1, 2, 3)]
+    expected = 1e4 ** -(torch.arange(0, 8, 2) / 8)
+    for found in run_ranks(frequencies, 2, configs, timeout=200):
+        assert len(found) == 3 and all(torch.equal(x, expected) for x in found)
+
+
 def poisoned(rank: int, world_size: int, configs: list[RunConfig]) -> list[tuple[float, bool, float, bool]]:
     """For each configuration the norm and whether weights moved, of a step with an infinite gradient and of the next one."""
     found = []

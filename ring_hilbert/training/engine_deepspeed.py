@@ -43,6 +43,7 @@ class DeepSpeedEngine:
             skeleton.tie_weights()
             weights.fill(skeleton)
             model = LossModel(skeleton)
+        buffers = {name: x.clone() for name, x in model.named_buffers() if x.is_floating_point()}
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=_optimizer(model, config, settings),
@@ -50,6 +51,12 @@ class DeepSpeedEngine:
             mpu=None if world.sp_group is None else SequenceParallel(group=world.sp_group),
             dist_init_required=False,
         )
+        for (
+            name,
+            buffer,
+        ) in model.named_buffers():  # it casts them too, and RoPE's frequencies would be 0.4 % off in bfloat16
+            if name in buffers:
+                buffer.data = buffers[name].to(buffer.device)
         self.model = self.engine
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -212,6 +219,8 @@ def _partitioned(deepspeed: Any, weights: Weights, settings: dict[str, Any]) -> 
             torch.no_grad(),
         ):
             for tensor, value in zip(whole, part.values(), strict=True):
-                if not hasattr(tensor, "ds_id") or torch.distributed.get_rank() == 0:
+                if not hasattr(tensor, "ds_id"):  # a buffer, made in the dtype that is computed in
+                    tensor.data = value.to(tensor.device)
+                elif torch.distributed.get_rank() == 0:
                     tensor.copy_(value)
     return made
