@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ring_hilbert.training.loop import Summary, pretrain, pretrain_stages
 from ring_hilbert.training.memory import Planning, plan_memory
 from ring_hilbert.training.metrics import read_metrics
 from ring_hilbert.training.model import model_config
+from tests.deepspeed_rank import zero
 from tests.ranks import run_ranks
 from tests.tiny_run import SEQ_LEN, VOCAB, tiny_config, write_texts
 
@@ -55,9 +58,11 @@ def test_memory_plan(tmp_path: Path) -> None:
     assert planned(4, 4096).optimizer == pytest.approx(small.optimizer / 2, rel=0.05)
     tiled = planned(2, 16384, train__mlp_tiles=4, model__config__intermediate_size=1024)
     assert tiled.total < 0.8 * planned(2, 16384, model__config__intermediate_size=1024).total
-    assert Planning(tiny_config(tmp_path, parallel__sp=2)).result() == plan_memory(
-        tiny_config(tmp_path, parallel__sp=2)
-    )
+    alone = tiny_config(tmp_path, parallel__sp=2)
+    assert Planning(alone).result() == plan_memory(alone)
+    one, three = (plan_memory(tiny_config(tmp_path, **zero({"stage": s}), parallel__sp=2)) for s in (1, 3))
+    assert one.total > three.total
+    assert three.parameters == 4 * three.model_parameters // 2 and three.optimizer == 12 * three.model_parameters // 2
 
 
 def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,11 +163,19 @@ def test_stages(tmp_path: Path, texts: Path) -> None:
     path = staged(tmp_path, texts, tmp_path / "dense")
     first = run_ranks(run_stages, 2, path, "short")[0]
     assert first is not None and first.model == tmp_path / "checkpoints" / "short" / "model"
-    last = run_ranks(run_stages, 2, path, None)[0]
-    assert last is not None and last.progress.step == 3 and last.eval_loss < first.eval_loss
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ring_hilbert.cli"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "pretrain", "--config", str(path)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["long", "middle", "short"]
+    evaluations = [
+        line for line in read_metrics(tmp_path / "logs" / "long" / "metrics.jsonl") if line["kind"] == "eval"
+    ]
+    assert evaluations[-1]["step"] == 3 and evaluations[-1]["loss"] < first.eval_loss
     assert run_ranks(run_stages, 2, path, None)[0] is None
-    loaded: Any = AutoModelForCausalLM.from_pretrained(last.model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "long" / "model")
     assert loaded.config.max_position_embeddings == 4 * SEQ_LEN
     assert loaded.config.rope_parameters["rope_type"] == "linear"
     assert torch.isfinite(loaded(torch.arange(4 * SEQ_LEN)[None] % VOCAB).logits).all()

@@ -249,7 +249,7 @@ class LogConfig(Section):
     `wandb`: the project of Weights & Biases to log to as well, if it is installed. `breakdown_every`: how often a step is
     profiled for the seconds in attention and exchange. `profile`: first and last step of which a trace is written.
     `peak_tflops`: of one rank, for the MFU where the device's name does not say it. `memory_plan`: say before the first step how
-    much memory a rank will need (engine torch).
+    much memory a rank will need.
     """
 
     dir: str

@@ -28,7 +28,7 @@ from ring_hilbert.training.schedule import learning_rate, with_decay_steps
 from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops
 from ring_hilbert.training.step import accumulate
-from ring_hilbert.training.world import World, open_world
+from ring_hilbert.training.world import World, open_world, process_group, rank_device
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def pretrain(config: RunConfig) -> Summary:
             train_set, eval_set = _open_data(config, hf_config)
         checkpoints = Checkpoints(config, world)
         found = checkpoints.latest()
-        planning = Planning(config) if world.is_main and config.log.memory_plan and config.engine == "torch" else None
+        planning = Planning(config) if world.is_main and config.log.memory_plan else None
         if config.train.probe and world.size > 1:
             probe(config, hf_config, world)
         engine = make_engine(config, hf_config, world)
@@ -82,12 +82,14 @@ def pretrain_stages(stages: dict[str, RunConfig]) -> Summary | None:
         How the last one ended, None if all were finished before.
     """
     summary = None
-    for name, config in stages.items():
-        if name and finished(config):
-            continue
-        summary = pretrain(config)
-        if summary.model is None:
-            break
+    left = [config for name, config in stages.items() if not (name and finished(config))]
+    if not left:
+        return None
+    with process_group(rank_device()):  # one for all
+        for config in left:
+            summary = pretrain(config)
+            if summary.model is None:
+                break
     return summary
 
 
@@ -140,10 +142,12 @@ class Run:
                 metrics.say(f"resumed from step {resumed_from} in {config.checkpoint.dir}")
             if planning is not None and (plan := planning.result()) is not None:
                 metrics.say(f"memory plan: {plan}")
-            watch = Watch(config, self.world)
+            watch, first = Watch(config, self.world), self.progress.step + 1
             while self.progress.step < config.train.steps:
                 stop = self._timed_step(metrics, watch, signals.received)
                 step, last = self.progress.step, self.progress.step == config.train.steps
+                if step == first:
+                    self._say_peak(metrics)
                 if config.data.eval is not None and step % config.data.eval.every == 0 and not last and not stop:
                     self._evaluate(metrics)
                 if step % config.checkpoint.every == 0 or last or stop:
@@ -155,9 +159,13 @@ class Run:
                     )
                     return Summary(self.progress, None, None, None)
             metrics.close_bar()
-            peak = self.world.gather(peak_memory(self.world.device)).max().item()
-            metrics.say(f"peak memory: {peak / 2**30:.2f} GiB on the rank with most")
+            self._say_peak(metrics)
             return self._finish(metrics)
+
+    def _say_peak(self, metrics: Metrics) -> None:
+        """The measured memory; on the CPU with what Python and its libraries take."""
+        peak = self.world.gather(peak_memory(self.world.device)).max().item()
+        metrics.say(f"peak memory after step {self.progress.step}: {peak / 2**30:.2f} GiB on the rank with most")
 
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step: global mean loss, global gradient norm before clipping, learning rate used."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory a rank will need, found by going through a whole step of the run without computing or allocating anything.
 
-The engine, the model, its checkpointing and its loss are those of the run, on fake tensors and a process group that sends nothing;
-PyTorch's memory tracker adds up what lives. What the attention holds of other ranks' rows comes from its plan.
+The torch engine, the model, its checkpointing and its loss are those of the run, on fake tensors and a process group that sends
+nothing; PyTorch's memory tracker adds up what lives. What the attention holds of other ranks' rows comes from its plan.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.plan import plan
 from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.engine_deepspeed import deepspeed_settings
 from ring_hilbert.training.engine_torch import TorchEngine
 from ring_hilbert.training.model import build_skeleton, check_model, model_config
 from ring_hilbert.training.world import lay_world
@@ -62,15 +63,13 @@ class MemoryPlan:
 def plan_memory(config: RunConfig) -> MemoryPlan:
     """The plan of a run, from a process without a process group (it makes one that sends nothing, and closes it).
 
+    With `engine: deepspeed` activations are those of the torch engine, and states what its ZeRO stage keeps.
+
     Raises:
-        ValueError: the configuration cannot be run, or its engine is not torch.
+        ValueError: the configuration cannot be run.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if config.engine != "torch":
-        raise ValueError(
-            "a memory plan is made for engine: torch; DeepSpeed's own estimates are in deepspeed.runtime.zero"
-        )
     hf_config = model_config(config)
     check_model(hf_config)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.parallel.world_size)
@@ -114,10 +113,21 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig) -> MemoryPlan:
         text = hf_config.get_text_config(decoder=True)
         size = 2 if config.train.precision == "bf16" else 4
         activations -= max(0, text.num_hidden_layers - 2) * config.train.micro_batch * rows * text.hidden_size * size
-    return MemoryPlan(
-        count, found["PARAM"], found["GRAD"], found["OPT"], activations, found["TEMP"] + found["BUFFER"] + found["OTH"],
-        _from_others(config, hf_config),
-    )  # fmt: skip
+    states = found["PARAM"], found["GRAD"], found["OPT"]
+    if config.engine == "deepspeed":
+        states = _zero_states(config, count)
+    rest = found["TEMP"] + found["BUFFER"] + found["OTH"]
+    return MemoryPlan(count, *states, activations, rest, _from_others(config, hf_config))
+
+
+def _zero_states(config: RunConfig, count: int) -> tuple[int, int, int]:
+    """Bytes of parameters, of gradients (float32), and of AdamW with the float32 copy that ZeRO updates, on a rank's device."""
+    zero, ranks = deepspeed_settings(config)["zero_optimization"], config.parallel.world_size
+    stage, width = zero["stage"], 2 if config.train.precision == "bf16" else 4
+    parameters = 0 if "offload_param" in zero else width * count // (ranks if stage == 3 else 1)
+    gradients = 4 * count // (ranks if stage >= 2 else 1)
+    optimizer = 0 if "offload_optimizer" in zero else (12 * count // ranks if stage else 8 * count)
+    return parameters, gradients, optimizer
 
 
 def _from_others(config: RunConfig, hf_config: PretrainedConfig) -> int:

@@ -106,17 +106,42 @@ class World:
 
 
 @contextmanager
-def open_world(parallel: ParallelConfig) -> Iterator[World]:
-    """Join the process group that torchrun describes, or the one already open, or make one of this process; lay the mesh over it.
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the process group that torchrun describes, or make one of this process alone, and leave it; nothing if one is open.
 
-    Gloo on the CPU; with CUDA devices, NCCL for tensors on them and Gloo for the rest.
+    Gloo on the CPU; with CUDA devices, NCCL for tensors on them and Gloo for the rest. Under torchrun once in the life of a
+    process: a second group would find the addresses of the first.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    launched = "WORLD_SIZE" in os.environ
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=TIMEOUT, **alone)
+    leave = True
+    try:
+        yield
+    except BaseException:
+        leave = dist.get_world_size() == 1  # others may be waiting inside a collective, which ending this process stops
+        raise
+    finally:
+        if leave:
+            dist.destroy_process_group()
+            time.sleep(
+                0.1
+            )  # Gloo's threads let go of their last tensors, which torch 2.13 aborts on while Python shuts down
+
+
+@contextmanager
+def open_world(parallel: ParallelConfig) -> Iterator[World]:
+    """Join the `process_group`, and lay the mesh over it.
 
     Raises:
         ValueError: the number of ranks is not dp_shard * dp_replicate * sp, or this rank has no CUDA device.
     """
-    device = _device()
-    ours = not dist.is_initialized() and "WORLD_SIZE" in os.environ
-    size = int(os.environ["WORLD_SIZE"]) if ours else dist.get_world_size() if dist.is_initialized() else 1
+    device = rank_device()
+    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if size != parallel.world_size:
         raise ValueError(
             f"parallel: dp_shard {parallel.dp_shard} * dp_replicate {parallel.dp_replicate} * sp {parallel.sp} = "
@@ -124,27 +149,18 @@ def open_world(parallel: ParallelConfig) -> Iterator[World]:
             f"`torchrun --nproc-per-node {parallel.world_size} -m ring_hilbert.cli pretrain ...`, or give "
             f"parallel.sp={size} parallel.dp_shard=1 parallel.dp_replicate=1"
         )
-    opened = not dist.is_initialized()
-    if opened:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        alone = {} if ours else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=TIMEOUT, **alone)
-    control = dist.new_group(backend="gloo", timeout=PATIENCE)
-    assert isinstance(control, dist.ProcessGroup)
-    try:
+    with process_group(device):
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        assert isinstance(control, dist.ProcessGroup)
         yield lay_world(device, parallel, control)
-    except BaseException:
-        opened = opened and size == 1  # other ranks may be waiting inside a collective, which ending this process stops
-        raise
-    finally:
-        if opened:
-            dist.destroy_process_group()
-            time.sleep(
-                0.1
-            )  # Gloo's threads let go of their last tensors, which torch 2.13 aborts on while Python shuts down
 
 
-def _device() -> torch.device:
+def rank_device() -> torch.device:
+    """This rank's CUDA device, made the current one, or the CPU.
+
+    Raises:
+        ValueError: there are CUDA devices, but fewer than ranks on this host.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
