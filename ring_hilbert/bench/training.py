@@ -93,7 +93,7 @@ def _one(config: RunConfig, device: torch.device, steps: int, documents: int) ->
 
         def step(number: int) -> None:
             nonlocal loss
-            loss, _ = accumulate(engine, lookahead.take(number), world, lookahead.load_next)
+            loss, _ = accumulate(engine, lookahead.take(number, more=True), world, lookahead.queued)
             engine.step(config.optim.lr)
 
         def warm_up() -> None:

@@ -40,14 +40,13 @@ class SequenceParallelTrainer(Trainer):
         super().__init__(*arguments, **options)
         args = self.args
         settings_of(self._text_config)
-        wrong = {
-            "average_tokens_across_devices": not args.average_tokens_across_devices,  # ranks have unequal numbers of targets
+        sampling = getattr(args, "train_sampling_strategy", "random")
+        wrong = {  # ranks of a sequence have unequal numbers of targets, and shard a batch together in their main processes
+            "average_tokens_across_devices": not args.average_tokens_across_devices,
             "compute_loss_func": self.compute_loss_func is not None,
             "label_smoothing_factor": args.label_smoothing_factor != 0,
-            "dataloader_num_workers": args.dataloader_num_workers
-            > 0,  # the ranks shard a batch together, in their main processes
-            "train_sampling_strategy": getattr(args, "train_sampling_strategy", "random")
-            not in ("random", "sequential"),
+            "dataloader_num_workers": args.dataloader_num_workers > 0,
+            "train_sampling_strategy": sampling not in ("random", "sequential"),
             "parallelism_config": getattr(args, "parallelism_config", None) is not None,
         }
         if any(wrong.values()):

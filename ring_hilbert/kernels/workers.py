@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,6 +60,8 @@ class Worker:
 
 def serve() -> None:
     """What a worker's process does: answer pickled calls on its standard input until that is closed."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # they are for the process that asks
+        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     while True:

@@ -170,6 +170,13 @@ class Prepared:
         for key in like._executions.keys() - self._executions.keys():
             self._executions[key] = _planners.submit(self._bind, key, streams.get(key.device))
 
+    def forget_plans(self) -> None:
+        """Drop what was planned for this batch, and what waits to be: it is not used again, or would be planned anew."""
+        for planned in self._executions.values():
+            if isinstance(planned, Future):
+                planned.cancel()
+        self._executions.clear()
+
     def _bind(self, key: _Key, stream: torch.cuda.Stream | None = None) -> Execution | Ulysses:
         """What `execution` returns; its tensors are made in `stream`, if given."""
         # Fused kernels of other devices take no weights, and the Triton core deduplicates by itself.

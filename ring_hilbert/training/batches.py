@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ring_hilbert.kernels.upload import upload
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.config import RunConfig
@@ -55,8 +56,11 @@ class Batches:
 
     def shard(self, full: dict[str, torch.Tensor]) -> dict[str, Any]:
         """This rank's rows of whole sequences: `input_ids`, `document_ids`, both `[B, S]` int64."""
-        on_device = {key: tensor.to(self.world.device) for key, tensor in full.items()}
-        return shard_batch(on_device, self.world.sp_group, order=self.order, layout=self.layout, strategy=self.strategy)
+        batch = shard_batch(full, self.world.sp_group, order=self.order, layout=self.layout, strategy=self.strategy)
+        prepared = batch.pop("ring_hilbert")
+        there = {key: upload(tensor, self.world.device) for key, tensor in batch.items()}
+        prepared.position_ids = there["position_ids"]
+        return {**there, "ring_hilbert": prepared}
 
     def _padding(self) -> dict[str, np.ndarray]:
         return {
@@ -66,29 +70,44 @@ class Batches:
 
 
 class Lookahead:
-    """The micro-batches of one step after another; those of the next step are loaded and planned while the device computes.
+    """The micro-batches of one step after another; the next are loaded and planned while the device computes.
+
+    On the CPU nothing is planned ahead: there the cores are busy.
 
     Args:
         batches: of the dataset that is trained on.
         count: sequences of a step.
     """
 
+    PLANNED = 2  # micro-batches whose plans wait: those of a few layers and of many micro-batches would fill the device
+
     def __init__(self, batches: Batches, count: int) -> None:
         self.batches, self.count = batches, count
-        self._first, self._taken = -1, list[dict[str, Any]]()
-        self._next: list[dict[str, Any]] | None = None  # of the sequences after those taken
+        self._first, self._more = -1, False
+        self._taken = list[dict[str, Any]]()
+        self._next = list[dict[str, Any]]()  # of the sequences after those taken
 
-    def take(self, first: int) -> list[dict[str, Any]]:
-        """Micro-batches of sequences `first .. first + count`."""
-        ahead = self._next if first == self._first + self.count else None
-        self._first, self._next = first, None
-        self._taken = self.batches.of(first, first + self.count) if ahead is None else ahead
+    def take(self, first: int, *, more: bool) -> list[dict[str, Any]]:
+        """Micro-batches of sequences `first .. first + count`; `more`: those that follow will be taken too."""
+        ahead = self._next if first == self._first + self.count else []
+        self._first, self._more, self._next = first, more, []
+        self._taken = ahead or self.batches.of(first, first + self.count)
         return self._taken
 
-    def load_next(self) -> None:
-        """Load what follows what was taken last. A collective of the ranks of a sequence."""
-        first = self._first + self.count
-        self._next = self.batches.of(first, first + self.count)
-        if self.batches.world.device.type == "cuda":  # on the CPU the cores are busy
-            for batch in self._next:
-                batch["ring_hilbert"].plan_ahead(self._taken[-1]["ring_hilbert"])
+    def queued(self, number: int) -> None:
+        """The device has its work of micro-batch `number`: prepare what comes later. After the last one a collective."""
+        done = self._taken[number]["ring_hilbert"]
+        following = self._taken[number + self.PLANNED : number + self.PLANNED + 1]
+        if number + 1 == len(self._taken) and self._more:
+            first = self._first + self.count
+            self._next = self.batches.of(first, first + self.count)
+            following = self._next[: self.PLANNED]
+        if self.batches.world.device.type == "cuda":
+            for batch in following:
+                batch["ring_hilbert"].plan_ahead(done)
+            done.forget_plans()
+
+    def close(self) -> None:
+        """Plan nothing more."""
+        for batch in (*self._taken, *self._next):
+            batch["ring_hilbert"].forget_plans()

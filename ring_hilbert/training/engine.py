@@ -65,8 +65,14 @@ def check_engine(config: RunConfig) -> None:
     Raises:
         ValueError: naming the key.
     """
-    if config.engine == "deepspeed":
-        deepspeed_settings(config)
+    if config.engine != "deepspeed":
+        return
+    deepspeed_settings(config)
+    if config.checkpoint.init is not None and not config.checkpoint.trust:
+        raise ValueError(
+            "checkpoint.trust: a stage, or a run with checkpoint.init, loads DeepSpeed's files, which are pickles and can run any "
+            "code; if those are yours, checkpoint.trust=true"
+        )
 
 
 def make_engine(config: RunConfig, hf_config: PretrainedConfig, world: World) -> Engine:

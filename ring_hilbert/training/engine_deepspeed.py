@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ring_hilbert.integrations.deepspeed import SequenceParallel, loss_for_backward
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.model import LossModel, for_training
-from ring_hilbert.training.optimizer import adamw, parameter_groups
+from ring_hilbert.training.optimizer import adamw, as_configured, betas_of, parameter_groups
 from ring_hilbert.training.weights import Weights
 from ring_hilbert.training.world import World
 
@@ -33,7 +33,7 @@ class DeepSpeedEngine:
     def __init__(self, skeleton: PreTrainedModel, weights: Weights, config: RunConfig, world: World) -> None:
         deepspeed = import_deepspeed(world)
         settings = deepspeed_settings(config)
-        self.world, self.trust = world, config.checkpoint.trust
+        self.config, self.world = config, world
         self.stage = settings["zero_optimization"]["stage"]
         self.clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
         if self.stage == 3:
@@ -94,7 +94,7 @@ class DeepSpeedEngine:
         Raises:
             ValueError: `checkpoint.trust` is not set.
         """
-        if not self.trust:
+        if not self.config.checkpoint.trust:
             raise ValueError(
                 f"checkpoint.trust: DeepSpeed's files in {folder} are pickles, which can run any code when they are loaded; if "
                 "they are yours, checkpoint.trust=true"
@@ -102,6 +102,7 @@ class DeepSpeedEngine:
         loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise ValueError(f"checkpoint.dir: DeepSpeed finds no checkpoint in {folder}")
+        as_configured(self.engine.optimizer, self.config)
 
     def whole_state(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
@@ -203,8 +204,9 @@ def _optimizer(model: LossModel, config: RunConfig, settings: dict[str, Any]) ->
         return adamw(model, config)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    betas = (config.optim.betas[0], config.optim.betas[1])
-    return DeepSpeedCPUAdam(parameter_groups(model, config), lr=config.optim.lr, betas=betas, adamw_mode=True)
+    return DeepSpeedCPUAdam(
+        parameter_groups(model, config), lr=config.optim.lr, betas=betas_of(config), adamw_mode=True
+    )
 
 
 def _partitioned(deepspeed: Any, weights: Weights, settings: dict[str, Any]) -> PreTrainedModel:

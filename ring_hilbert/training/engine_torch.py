@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.model import LossModel
-from ring_hilbert.training.optimizer import adamw
+from ring_hilbert.training.optimizer import adamw, as_configured
 from ring_hilbert.training.weights import Weights, decoder_layers
 from ring_hilbert.training.world import World
 
@@ -31,6 +31,7 @@ class TorchEngine:
     """See `Engine`. A layer's parameters are whole while it computes; gradients are summed in float32, at every micro-step."""
 
     def __init__(self, skeleton: PreTrainedModel, weights: Weights | None, config: RunConfig, world: World) -> None:
+        self.config = config
         self.clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
         self.world = world
         self.model = model = LossModel(skeleton)
@@ -72,6 +73,7 @@ class TorchEngine:
         load(state, checkpoint_id=folder)
         model, optimizer = state["model"], state["optimizer"]
         set_state_dict(self.model.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        as_configured(self.optimizer, self.config)
 
     def whole_state(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of
@@ -28,7 +29,7 @@ from ring_hilbert.training.schedule import learning_rate, with_decay_steps
 from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops
 from ring_hilbert.training.step import accumulate
-from ring_hilbert.training.world import World, open_world, process_group, rank_device
+from ring_hilbert.training.world import World, open_world, process_group, rank_device, release_memory
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,21 @@ def pretrain(config: RunConfig) -> Summary:
         planning = Planning(config) if world.is_main and config.log.memory_plan else None
         if config.train.probe and world.size > 1:
             probe(config, hf_config, world)
+        release_memory(world.device)  # of the probe, and of a stage before
         engine = make_engine(config, hf_config, world)
         seed_rank(config, world, 0)
         run = Run(config, world, engine, checkpoints, train_set, eval_set, hf_config)
-        if found is not None:
-            run.progress = checkpoints.load(found, engine)
-        elif config.checkpoint.init is not None:
-            checkpoints.start_from(Path(config.checkpoint.init), engine)
-        return run.go(None if found is None else run.progress.step, planning)
+        try:
+            if found is not None:
+                run.progress = checkpoints.load(found, engine)
+            elif config.checkpoint.init is not None:
+                checkpoints.start_from(Path(config.checkpoint.init), engine)
+            return run.go(None if found is None else run.progress.step, planning)
+        finally:
+            run.lookahead.close()
+            engine.close()
+            if planning is not None:
+                planning.close()
 
 
 def pretrain_stages(stages: dict[str, RunConfig]) -> Summary | None:
@@ -82,12 +90,13 @@ def pretrain_stages(stages: dict[str, RunConfig]) -> Summary | None:
         How the last one ended, None if all were finished before.
     """
     summary = None
-    left = [config for name, config in stages.items() if not (name and finished(config))]
-    if not left:
-        return None
+    for config in stages.values():
+        check_engine(config)
     with process_group(rank_device()):  # one for all
-        for config in left:
-            summary = pretrain(config)
+        left = [[name for name, config in stages.items() if not (name and finished(config))]]
+        dist.broadcast_object_list(left, src=0)  # files may not look alike from every host
+        for name in left[0]:
+            summary = pretrain(stages[name])
             if summary.model is None:
                 break
     return summary
@@ -144,7 +153,7 @@ class Run:
                 metrics.say(f"memory plan: {plan}")
             watch, first = Watch(config, self.world), self.progress.step + 1
             while self.progress.step < config.train.steps:
-                stop = self._timed_step(metrics, watch, signals.received)
+                stop = self._timed_step(metrics, watch, signals)
                 step, last = self.progress.step, self.progress.step == config.train.steps
                 if step == first:
                     self._say_peak(metrics)
@@ -171,10 +180,9 @@ class Run:
         """One optimizer step: global mean loss, global gradient norm before clipping, learning rate used."""
         config, progress = self.config, self.progress
         stop = progress.sequences + config.sequences_per_step
-        micro_batches = self.lookahead.take(progress.sequences)
-        start, last = time.perf_counter(), progress.step + 1 >= config.train.steps
-        meanwhile = (lambda: None) if last else self.lookahead.load_next
-        loss, tokens = accumulate(self.engine, micro_batches, self.world, meanwhile)
+        micro_batches = self.lookahead.take(progress.sequences, more=progress.step + 1 < config.train.steps)
+        start = time.perf_counter()
+        loss, tokens = accumulate(self.engine, micro_batches, self.world, self.lookahead.queued)
         self.computing = time.perf_counter() - start
         rate = learning_rate(config, progress.step)
         norm = self.engine.step(rate)
@@ -198,12 +206,12 @@ class Run:
         for folder in (self.config.checkpoint.dir, self.config.log.dir):
             Path(folder).mkdir(parents=True, exist_ok=True)
 
-    def _timed_step(self, metrics: Metrics, watch: Watch, signal: str | None) -> bool:
+    def _timed_step(self, metrics: Metrics, watch: Watch, signals: StopSignals) -> bool:
         """A step and its metrics; whether any rank was told to stop."""
         config, start = self.config, time.perf_counter()
         with watch.step(self.progress.step + 1):
             loss, norm, rate = self.train_step()
-        ranks = self.world.gather(time.perf_counter() - start, self.computing, signal is not None)
+        ranks = self.world.gather(time.perf_counter() - start, self.computing, signals.received is not None)
         seconds = ranks[:, 0].max().item()
         speed = config.train.global_batch_tokens / seconds
         values = {

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import PretrainedConfig
@@ -31,6 +31,7 @@ from ring_hilbert.training.model import build_skeleton, check_model, model_confi
 from ring_hilbert.training.world import lay_world
 
 GIB = 2**30
+PATIENCE = 300.0  # seconds; the other ranks wait meanwhile
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,21 @@ class Planning:
         assert self.process.stdin is not None
         self.process.stdin.write(config.model_dump_json())
         self.process.stdin.close()
+        self.process.stdin = None
 
     def result(self) -> MemoryPlan | None:
-        """Wait for the plan; None if it could not be made."""
-        assert self.process.stdout is not None
-        answer = self.process.stdout.read()
-        return TypeAdapter(MemoryPlan).validate_json(answer) if self.process.wait() == 0 else None
+        """Wait for the plan; None if it cannot be made, or takes too long."""
+        try:
+            answer, _ = self.process.communicate(timeout=PATIENCE)
+            return TypeAdapter(MemoryPlan).validate_json(answer.splitlines()[-1]) if answer else None
+        except (subprocess.TimeoutExpired, ValidationError):
+            self.close()
+            return None
+
+    def close(self) -> None:
+        """End the other process."""
+        self.process.kill()
+        self.process.wait()
 
 
 if __name__ == "__main__":

@@ -24,5 +24,15 @@ def parameter_groups(model: torch.nn.Module, config: RunConfig) -> list[dict[str
 
 def adamw(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
     """The optimizer; its learning rate is set at every step."""
-    betas = (config.optim.betas[0], config.optim.betas[1])
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.optim.lr, betas=betas)
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.optim.lr, betas=betas_of(config))
+
+
+def betas_of(config: RunConfig) -> tuple[float, float]:
+    """Of both moments."""
+    return config.optim.betas[0], config.optim.betas[1]
+
+
+def as_configured(optimizer: Any, config: RunConfig) -> None:
+    """Weight decay and betas of this run, after a state was loaded that has those of another."""
+    for group, decay in zip(optimizer.param_groups, (config.optim.weight_decay, 0.0), strict=True):
+        group.update(weight_decay=decay, betas=betas_of(config))
