@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ring_hilbert.training import engine_deepspeed, engine_torch
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.model import model_config
-from ring_hilbert.training.probe import Finding, probe
+from ring_hilbert.training.probe import Finding, probe, worst
 from ring_hilbert.training.world import World, open_world
 from tests.deepspeed_rank import STAGES, deepspeed_rank, zero
 from tests.ranks import run_ranks, run_ranks_collect
@@ -141,3 +141,11 @@ def test_wrong_factor_of_deepspeed(tmp_path: Path, sp: int, named: str) -> None:
     config = tiny_config(tmp_path, **zero({"stage": 3}), parallel={"sp": sp, "dp_shard": 2 // sp})
     for error in run_ranks_collect(faulty_deepspeed, 2, config):
         assert rf"is 0.5 times the true one (1 / {named})" in str(error)
+
+
+def test_gradients_that_are_rounding_say_nothing() -> None:
+    """A key's bias, for instance; but one that ought to be nothing and is not does."""
+    truth = {"weight": torch.ones(3, dtype=torch.float64), "bias": torch.full((3,), 1e-17, dtype=torch.float64)}
+    good = {"weight": torch.ones(3), "bias": torch.tensor([1e-9, -1e-9, 0.0])}
+    assert worst(good, truth).factor == 1 and worst(good, truth).rest < 1e-6
+    assert worst({**good, "bias": torch.ones(3)}, truth).name == "bias"
