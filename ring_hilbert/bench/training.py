@@ -157,11 +157,13 @@ def draw(path: Path, records: list[dict[str, Any]]) -> None:
 
     figure, panels = figure_of(1, height=4.2)
     axes = panels[0]
-    for number, (vocab, settings) in enumerate(dict.fromkeys((r["vocab"], r["settings"]) for r in records)):
+    kinds = dict.fromkeys((r["vocab"], r["settings"]) for r in records)
+    several = len({settings for _, settings in kinds}) > 1
+    for number, (vocab, settings) in enumerate(kinds):
         mine = [r for r in records if (r["vocab"], r["settings"]) == (vocab, settings)]
         for key, style, name in (("planned_gib", "--", "planned"), ("peak_gib", "o-", "measured")):
             points = sorted((int(r["tokens_per_rank"]), float(r[key])) for r in mine if r[key])
-            label = f"{name}, vocabulary {int(vocab):,} {settings}"
+            label = f"{name}, vocabulary {int(vocab):,}" + (f", {settings or 'as it is'}" if several else "")
             axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
     axes.set(
         title="memory of a rank in training", xlabel="tokens per rank", ylabel="GiB", xlim=(0, None), ylim=(0, None)
