@@ -35,7 +35,9 @@ def launched(script: str, ranks: int) -> str:
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(EXAMPLES / f"{script}.py")]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": path, **STARTS[script]}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=280
+    )  # DeepSpeed may build its extension
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
