@@ -120,6 +120,14 @@ def test_mistakes_are_named(batch: dict, message: str):
         rh.shard_batch(batch)
 
 
+def test_tensors_go_where_they_are_wanted() -> None:
+    """`position_ids` too, by which the model's attention knows the batch."""
+    batch = rh.shard_batch({"input_ids": IDS}, device="meta")
+    prepared = batch.pop("ring_hilbert")
+    assert all(x.device.type == "meta" for x in batch.values()) and prepared.position_ids is batch["position_ids"]
+    assert rh.shard_batch({"input_ids": IDS})["input_ids"].device == IDS.device
+
+
 def planned_ahead(rank: int, world_size: int, backend: str) -> bool:
     """Whether a batch planned in threads, like one with other documents, gives what it gives otherwise; a broken one raises."""
     pattern, group = rh.DilatedPattern((8, 32), (1, 4), head_shift=1), dist.group.WORLD

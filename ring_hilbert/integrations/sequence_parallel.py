@@ -126,5 +126,4 @@ class ShardedLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.loader:
-            there = {key: value.to(self.device) for key, value in batch.items()}
-            yield shard_batch(there, self.group, order=self.order, **self.options)
+            yield shard_batch(batch, self.group, order=self.order, device=self.device, **self.options)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Trainer of Transformers with sequences sharded over ranks.
 
-    trainer = SequenceParallelTrainer(model, arguments, train_dataset=dataset, sp_size=4, order=order)
+    trainer = SequenceParallelTrainer(model, arguments, train_dataset=dataset, sp_size=4)
     trainer.train()
 
 A whole script: launch/examples/trainer.py. The Trainer divides by the number of targets of all ranks and micro-steps and undoes the
@@ -40,13 +40,13 @@ class SequenceParallelTrainer(Trainer):
         super().__init__(*arguments, **options)
         args = self.args
         settings_of(self._text_config)
-        sampling = getattr(args, "train_sampling_strategy", "random")
+        self.sampling = getattr(args, "train_sampling_strategy", "random")
         wrong = {  # ranks of a sequence have unequal numbers of targets, and shard a batch together in their main processes
             "average_tokens_across_devices": not args.average_tokens_across_devices,
             "compute_loss_func": self.compute_loss_func is not None,
             "label_smoothing_factor": args.label_smoothing_factor != 0,
             "dataloader_num_workers": args.dataloader_num_workers > 0,
-            "train_sampling_strategy": sampling not in ("random", "sequential"),
+            "train_sampling_strategy": self.sampling not in ("random", "sequential"),
             "parallelism_config": getattr(args, "parallelism_config", None) is not None,
         }
         if any(wrong.values()):
@@ -66,10 +66,8 @@ class SequenceParallelTrainer(Trainer):
         """Every group of ranks reads a share of its own, drawn anew in every epoch by `data_seed` or `seed`."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
-        shuffle = getattr(self.args, "train_sampling_strategy", "random") == "random"
-        return self._loader(
-            self.train_dataset, self.args.per_device_train_batch_size, shuffle, self.args.dataloader_drop_last
-        )
+        size, shuffle = self.args.per_device_train_batch_size, self.sampling == "random"
+        return self._loader(self.train_dataset, size, shuffle, self.args.dataloader_drop_last)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Of the Trainer's `eval_dataset`, of one of several by name, or of another; shares are filled up from the beginning."""
@@ -100,12 +98,11 @@ class SequenceParallelTrainer(Trainer):
         """This rank's rows of a batch, as the Trainer counts its targets and the model computes its loss."""
         if self.args.remove_unused_columns:
             rows = [{key: row[key] for key in KEYS if key in row} for row in rows]
-        full = {key: value.to(self.args.device) for key, value in self.data_collator(rows).items()}
         settings = settings_of(self._text_config)
         given = {key: settings[key] for key in ("layout", "strategy") if key in settings}
-        batch = shard_batch(
-            full, None if self.groups is None else self.groups.group, order=order_of(self._text_config), **given
-        )
+        group = None if self.groups is None else self.groups.group
+        full, order = dict(self.data_collator(rows)), order_of(self._text_config)
+        batch = shard_batch(full, group, order=order, device=self.args.device, **given)
         return {**batch, "labels": batch["shift_labels"]}
 
 

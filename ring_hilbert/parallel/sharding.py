@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ring_hilbert.kernels.upload import upload
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.parallel.facts import PADDING, Facts
 from ring_hilbert.parallel.layout import Layout, check_layout
@@ -32,6 +33,7 @@ def shard_batch(
     causal: bool = True,
     strategy: str = "auto",
     save_remote: bool = False,
+    device: torch.device | str | None = None,
 ) -> dict[str, Any]:
     """Order the tokens, cut them over the ranks of `group`, and prepare the batch: `model(**shard_batch(batch, group))`.
 
@@ -45,22 +47,23 @@ def shard_batch(
         local_lengths: rows of each rank; default `S // P`, the first `S % P` ranks one more.
         presharded: the batch holds only this rank's tokens, a contiguous piece `[B, S_local]` of the natural order.
         causal, strategy, save_remote: as in `prepare`.
+        device: where the tensors go; default: where `input_ids` is. A batch that is still on the host is read there, and sent
+            without waiting for what the device has to do.
 
     Returns:
         `input_ids`, `position_ids`, `shift_labels` (the next token of the same document, or -100), `document_ids`, all
-        int64 `[B, S_local]` on the device of `input_ids`, and `ring_hilbert`, the `Prepared` (its `rows` are the token
+        int64 `[B, S_local]` on `device`, and `ring_hilbert`, the `Prepared` (its `rows` are the token
         indices of the local rows).
 
     Raises:
         ValueError: on every rank, naming the rank and the key that is wrong or differs.
     """
     process_group, rank, world = resolve_group(group)
-    error, record, device = None, {}, torch.device("cpu")
+    error, record = None, {}
     try:
         check_layout(layout)
         strategy = check_strategy(strategy)
         record = _host_arrays(batch, presharded)
-        device = batch["input_ids"].device
     except ValueError as problem:
         error = str(problem)
     fields = {
@@ -88,10 +91,10 @@ def shard_batch(
     targets, places = _per_document(record.get("labels", record["input_ids"]), documents)
     tokens = _token_of_row(documents, order)
     prepared = _prepare(documents, tokens, rows, rank, process_group, causal, strategy, save_remote)
-    mine = prepared.rows.numpy()
+    mine, there = prepared.rows.numpy(), batch["input_ids"].device if device is None else torch.device(device)
 
     def local(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(_rows(array, mine))).to(device)
+        return upload(torch.from_numpy(np.ascontiguousarray(_rows(array, mine))), there)
 
     prepared.position_ids = local(record.get("position_ids", places))
     return {

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ring_hilbert.kernels.upload import upload
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.config import RunConfig
@@ -56,11 +55,8 @@ class Batches:
 
     def shard(self, full: dict[str, torch.Tensor]) -> dict[str, Any]:
         """This rank's rows of whole sequences: `input_ids`, `document_ids`, both `[B, S]` int64."""
-        batch = shard_batch(full, self.world.sp_group, order=self.order, layout=self.layout, strategy=self.strategy)
-        prepared = batch.pop("ring_hilbert")
-        there = {key: upload(tensor, self.world.device) for key, tensor in batch.items()}
-        prepared.position_ids = there["position_ids"]
-        return {**there, "ring_hilbert": prepared}
+        group, device = self.world.sp_group, self.world.device
+        return shard_batch(full, group, order=self.order, layout=self.layout, strategy=self.strategy, device=device)
 
     def _padding(self) -> dict[str, np.ndarray]:
         return {

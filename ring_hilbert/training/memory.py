@@ -108,9 +108,8 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig) -> MemoryPlan:
         }
         count = sum(parameter.numel() for parameter in engine.model.parameters())
     activations = found["ACT"]
-    if (
-        config.train.offload_activations
-    ):  # here the host is the same device: all layers' inputs but those of two in transit
+    if config.train.offload_activations:
+        # Here the host is the same device, so that what waits there was counted: all layers' inputs but two in transit.
         text = hf_config.get_text_config(decoder=True)
         size = 2 if config.train.precision == "bf16" else 4
         activations -= max(0, text.num_hidden_layers - 2) * config.train.micro_batch * rows * text.hidden_size * size

@@ -129,9 +129,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     finally:
         if leave:
             dist.destroy_process_group()
-            time.sleep(
-                0.1
-            )  # Gloo's threads let go of their last tensors, which torch 2.13 aborts on while Python shuts down
+            # Gloo's threads let go of their last tensors, which torch 2.13 aborts on while Python shuts down.
+            time.sleep(0.1)
 
 
 @contextmanager
