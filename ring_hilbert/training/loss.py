@@ -78,7 +78,7 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`[rows, V]`, not rounded to the dtype of the weights: that alone costs a model 1 % of its loss."""
+    """`[rows, V]`, not rounded to the dtype of the weights: in bfloat16 a logit of 10 would be off by 0.03."""
     logits = _product(hidden, weight.T, dtype)
     return logits if bias is None else logits.add_(bias)
 
