@@ -8,7 +8,8 @@ from ring_hilbert.modules import MultiheadDilatedAttention, UlyssesAttention
 from ring_hilbert.ops import reference
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import Branch, DilatedPattern
-from ring_hilbert.parallel.plan import Plan, plan
+from ring_hilbert.parallel.plan import Plan
+from ring_hilbert.parallel.planning import plan
 from ring_hilbert.parallel.prepare import Prepared, prepare
 from ring_hilbert.parallel.sharding import shard_batch
 

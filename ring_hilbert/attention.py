@@ -8,14 +8,16 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
 from ring_hilbert.ops.triton_core import choose
+from ring_hilbert.parallel.agreement import Group, resolve_group
 from ring_hilbert.parallel.layout import check_layout
 from ring_hilbert.parallel.node import Call, agreed_fields, attend
 from ring_hilbert.parallel.plan import Shapes, check_strategy
-from ring_hilbert.parallel.prepare import Group, Prepared, prepare_call, resolve_group
+from ring_hilbert.parallel.prepare import Prepared, prepare_call
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -88,7 +90,9 @@ def dilated_attention(
 
     Raises:
         ValueError: for arguments that are wrong or differ between ranks; on every rank, naming rank and argument.
+        RuntimeError: for forward-mode derivatives, and for second ones.
     """
+    _check_no_tangents(q, k, v)
     chosen = {"causal": causal, "order": order, "layout": layout, "strategy": strategy, "save_remote": save_remote}
     facts = {"positions": positions, "document_ids": document_ids}
     error, shapes, factor = None, None, scale
@@ -148,6 +152,17 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 # ---- validation
+
+
+def _check_no_tangents(*tensors: Tensor) -> None:
+    """Raise where forward-mode derivatives are asked for: autograd would take them to be 0, without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "dilated_attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use reverse mode, "
+            "or rh.reference.dilated_attention, which is plain PyTorch"
+        )
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> Shapes:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ring_hilbert.attention import dilated_attention
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.parallel.agreement import Group, resolve_group
 from ring_hilbert.parallel.heads import head_shares
-from ring_hilbert.parallel.prepare import Group, Prepared, resolve_group
+from ring_hilbert.parallel.prepare import Prepared
 
 
 class MultiheadDilatedAttention(nn.Module):

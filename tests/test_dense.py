@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 
 import ring_hilbert as rh
-from ring_hilbert.ops import dense
+from ring_hilbert.ops import dense, torch_core
 from ring_hilbert.ops.dense import CpuFlash, MatrixProducts
-from ring_hilbert.parallel import cores
 from tests.cases import Case, assert_close, cases
 
 
@@ -27,7 +26,7 @@ class Unbiased(CpuFlash):
 
 @pytest.fixture(params=[MatrixProducts, Unbiased])
 def other_kernel(request, monkeypatch):
-    monkeypatch.setattr(cores, "dense_kernel", lambda *_: request.param(torch.float64))
+    monkeypatch.setattr(torch_core, "dense_kernel", lambda *_: request.param(torch.float64))
 
 
 @pytest.mark.usefixtures("other_kernel")
@@ -47,9 +46,9 @@ def test_the_operator_over_other_kernels(causal: bool, seq_len: int):
 @settings(max_examples=60, deadline=None)
 def test_any_case_over_matrix_products(case: Case):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cores, "dense_kernel", lambda *_: MatrixProducts(torch.float64))
-        patch.setattr("ring_hilbert.ops.torch_core.MATRIX_QUERIES", 7)
-        patch.setattr("ring_hilbert.ops.torch_core.MATRIX_KEYS", 5)
+        patch.setattr(torch_core, "dense_kernel", lambda *_: MatrixProducts(torch.float64))
+        patch.setattr("ring_hilbert.ops.torch_visit.MATRIX_QUERIES", 7)
+        patch.setattr("ring_hilbert.ops.torch_visit.MATRIX_KEYS", 5)
         assert_close(case.actual(), case.expected())
 
 
@@ -60,7 +59,7 @@ def test_any_case_in_small_tiles(case: Case):
     with pytest.MonkeyPatch.context() as patch:
         for name, size in (("TILE_QUERIES", 4), ("TILE_KEYS", 3), ("LONGEST_KEYS", 9), ("TRIANGLE_GRAIN", 16)):
             patch.setattr(f"ring_hilbert.ops.sight.{name}", size)
-        patch.setattr("ring_hilbert.ops.torch_core.PIECE", 64)
+        patch.setattr("ring_hilbert.ops.torch_visit.PIECE", 64)
         assert_close(case.actual(), case.expected())
 
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,8 +27,9 @@ from ring_hilbert.bench import kernels, kernels_aot
 from ring_hilbert.bench.contenders import Problem
 from ring_hilbert.kernels import tiles
 from ring_hilbert.kernels.tiles import Tile
-from ring_hilbert.kernels.walk import Chain, Facts, plan_rows
 from ring_hilbert.ops import triton_core
+from ring_hilbert.ops.nesting import chains
+from ring_hilbert.ops.walk import plan_rows
 from ring_hilbert.parallel.layout import Layout
 from tests.cases import Case, assert_close, cases
 from tests.ranks import run_ranks
@@ -322,8 +322,8 @@ def test_bench_kernels_times_what_it_says():
     for (label, pass_), record in records.items():
         flops = pairs * 16 * {"forward": 4, "backward": 10}[pass_]
         assert float(record["tflops"]) == pytest.approx(flops / float(record["ms"]) / 1e9, rel=2e-2), label
-    _, walk = kernels._core(problem, "raster").local["forward"]
-    share = walk.steps * walk.block_outer * walk.block_inner / pairs
+    tile, schedule = kernels._core(problem, "raster").schedule("forward")
+    share = schedule.blocks() * tile.block_outer * tile.block_inner / pairs
     assert float(records["ring_hilbert raster", "forward"]["executed_share"]) == pytest.approx(share, rel=1e-2)
 
 
@@ -343,7 +343,7 @@ def check_compiled(row: dict[str, str]) -> None:
 
 
 def test_compiles_ahead_of_time_for_hopper():
-    rows = compile_rows("(90,)", "(64,)", "torch.bfloat16", "('forward', 'dkdv')", "('causal',)")
+    rows = compile_rows("(90,)", "(64,)", "torch.bfloat16", "('forward', 'dkdv')", "('rows at equal steps',)")
     assert len(rows) == 2
     for row in rows:
         check_compiled(row)
@@ -400,18 +400,11 @@ def test_every_call_the_kernels_take_has_tiles():
 
 def test_walks_that_take_registers_have_smaller_tiles():
     large, small = Tile(64, 64, 8, 2), Tile(64, 16, 8, 2)
-    rows, chain = np.arange(256), Chain(((None, 1),), ((0,),))
+    rows = torch.arange(256)
 
-    def chosen(pass_: tiles.Pass, facts: Facts) -> Tile:
-        def plan(tile: Tile):
-            return plan_rows(
-                [chain], 0, rows, facts, causal=True, block_outer=tile.block_outer, block_inner=tile.block_inner
-            )
+    def chosen(length: int, places: Tensor | None = None) -> Tile:
+        of = chains(rh.DilatedPattern((length, None), (1, 2)), 1)
+        return tiles.plan_tile((large, small), lambda t: plan_rows(of, 0, rows, places, block_outer=t.block_outer))[0]
 
-        tile, walk = tiles.plan_tile(pass_, (large, small), plan)
-        assert walk.block_inner == tile.block_inner
-        return tile
-
-    assert chosen("dkdv", Facts()) == large
-    assert chosen("dkdv", Facts(None, rows[None] // 99)) == small
-    assert chosen("dkdv", Facts(rows[None, ::-1])) == small and chosen("forward", Facts(rows[None, ::-1])) == large
+    assert chosen(64) == large
+    assert chosen(4) == small and chosen(64, rows.flip(0)) == small

@@ -242,3 +242,31 @@ def test_prepared_stands_for_its_facts():
 def test_impossible_patterns_are_named(arguments: tuple, message: str):
     with pytest.raises(ValueError, match=message):
         rh.DilatedPattern(*arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_nothing_may_see_reaches_nothing(backend: str, value: float):
+    """NaN and Inf in K and V of padding rows, wherever these are: out and gradients of real rows are as with zeros there."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 96, 2, 16, generator=generator) for _ in range(3))
+    documents = torch.zeros(2, 96, dtype=torch.int64)
+    documents[0, 80:], documents[1, 20:30] = -1, -1
+    results = []
+    for fill in (0.0, value):
+        x = [q, *(t.masked_fill((documents == -1)[..., None, None], fill) for t in (k, v))]
+        x = [t.clone().requires_grad_() for t in x]
+        out = rh.dilated_attention(*x, LONGNET, document_ids=documents, backend=backend)
+        results.append([out, *torch.autograd.grad(out, x, torch.ones_like(out))])
+    for zero, filled in zip(*results, strict=True):
+        assert torch.equal(zero, filled) and torch.isfinite(filled).all()
+
+
+def test_forward_mode_is_an_error_and_not_zero():
+    q, k, v, t = (torch.randn(1, 24, 2, 8) for _ in range(4))
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: rh.dilated_attention(q, x, v, LONGNET), (k,), (t,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        rh.dilated_attention(torch.autograd.forward_ad.make_dual(q, t), k, v, LONGNET)

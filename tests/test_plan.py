@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 import ring_hilbert as rh
 from ring_hilbert.bench import scale, wire
-from ring_hilbert.parallel.facts import Facts
+from ring_hilbert.ops.visible import Visible
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.plan import Plan, Shapes
+from ring_hilbert.parallel.remote import payload
+from ring_hilbert.parallel.travel import Candidates
 from tests.cases import Case, cases
 from tests.test_exchange import crossing_rows, splits
 
@@ -73,7 +75,7 @@ def test_a_rank_of_thousands_is_planned_in_seconds():
             pattern, 2**18 * world, world, num_heads=8, head_dim=128, dtype=torch.bfloat16, strategy="exchange",
             order=rh.TokenOrder("hilbert", block=2**16),
         )  # fmt: skip
-        rows = sum(block.size for blocks in plan.rank(world // 2).hops[0].received.values() for block in blocks)
+        rows = sum(plan.hops(world // 2)[0].incoming.sizes)
         assert plan.received_bytes(world // 2) == rows * 2 * 128 * 2
         return plan.received_bytes(world // 2, "backward") + plan.attention_flops(world // 2)
 
@@ -92,25 +94,41 @@ def test_a_rank_of_thousands_is_planned_in_seconds():
 @given(cases(), st.integers(1, 6), st.sampled_from(["contiguous", "zigzag"]))
 @settings(max_examples=150, deadline=None)
 def test_rows_that_are_counted_are_those_that_are_listed(case: Case, world: int, kind: str):
-    """Closed forms, the lists of both ends, and the definition by facts that are given as arrays."""
+    """Closed forms, the lists of both ends, what is seen, and the definition by positions that are given as numbers."""
     if kind == "zigzag":
         case = replace(case, seq_len=-(-case.seq_len // (2 * world)) * 2 * world)
     layout = Layout.even(case.seq_len, world, kind)
     arrays = planned(case, layout)
-    facts = replace(arrays.facts, order=case.order) if case.positions == "default" else arrays.facts
-    plan = Plan(case.pattern, layout, facts, arrays.shapes)
-    if case.order is not None and case.positions == "default" and case.causal:
-        tokens = case.order.permutation(case.seq_len).numpy()[None]
-        arrays = Plan(case.pattern, layout, replace(facts, order=None, positions=tokens), arrays.shapes)
+    plan = arrays
+    if case.positions == "default":
+        documents = arrays_of(case)["document_ids"]
+        visible = Visible(case.seq_len, case.causal, order=case.order, documents=documents)
+        plan = Plan(case.pattern, layout, visible, arrays.shapes)
+        if case.order is not None and case.causal:
+            tokens = case.order.permutation(case.seq_len)[None]
+            visible = Visible(case.seq_len, True, positions=tokens, documents=documents)
+            arrays = Plan(case.pattern, layout, visible, arrays.shapes)
+    cpu = torch.device("cpu")
     for reader in range(world):
         counts, shipments = plan.crossings.counts(reader), plan.crossings.shipments(reader)
         for owner in range(world):
             listed = shipments.get(owner, [])
-            assert counts[owner] == plan.crossings.count(reader, owner) == sum(block.size for block in listed)
-            for other in (plan.crossings.shipment(reader, owner), arrays.crossings.shipment(reader, owner)):
-                assert [(b.entries, b.head, b.rows.tolist()) for b in other] == [
-                    (b.entries, b.head, b.rows.tolist()) for b in listed
-                ]
+            size = case.batch * sum(len(block.rows) for block in listed)
+            assert counts[owner] == plan.crossings.count(reader, owner) == size
+            other = plan.crossings.shipment(reader, owner)
+            assert [(b.head, b.rows.tolist()) for b in other] == [(b.head, b.rows.tolist()) for b in listed]
+        travelling = [set(), set()]
+        for found, of in zip(travelling, (plan, arrays), strict=True):
+            candidates = Candidates(of.crossings, reader, of.crossings.shipments(reader))
+            flags = candidates.travel(of.visible.on(cpu)) if candidates.blocks else torch.zeros(0, dtype=torch.bool)
+            assert not of.all_travel or flags.all()
+            found |= {
+                x
+                for x, flag in zip(zip(*payload(candidates.blocks, case.batch), strict=True), flags, strict=True)
+                if flag
+            }
+            assert of.counts(reader).sum() == len(found)
+        assert travelling[0] == travelling[1]
 
 
 def test_causality_halves_the_bytes():
@@ -124,12 +142,16 @@ def test_causality_halves_the_bytes():
     assert returned == 2 * sum(causal.received_bytes(rank) for rank in range(64))
 
 
+def arrays_of(case: Case) -> dict[str, torch.Tensor | None]:
+    return {name: None if x is None else torch.atleast_2d(x) for name, x in case.facts().items()}
+
+
 def planned(case: Case, layout: Layout, strategy: str = "exchange") -> Plan:
-    facts = {name: None if x is None else np.atleast_2d(x.numpy()) for name, x in case.facts().items()}
+    facts = arrays_of(case)
     return Plan(
         case.pattern,
         layout,
-        Facts(case.seq_len, case.causal, facts["positions"] if case.causal else None, facts["document_ids"]),
+        Visible(case.seq_len, case.causal, positions=facts["positions"], documents=facts["document_ids"]),
         Shapes(case.batch, case.heads, case.kv_heads, case.head_dim, torch.float32),
         strategy,
     )
@@ -163,7 +185,7 @@ def test_order_and_documents_of_the_plan_are_in_natural_order():
     options = {"num_heads": 2, "head_dim": 8, "dtype": torch.float32}
     plan = rh.plan(rh.DilatedPattern((32,), (2,)), 64, 2, order=order, document_ids=documents, **options)
     permutation = order.permutation(64)
-    case_like = Facts(64, True, permutation.numpy()[None], documents.numpy()[permutation.numpy()][None])
+    case_like = Visible(64, True, positions=permutation[None], documents=documents[permutation][None])
     explicit = Plan(plan.pattern, plan.layout, case_like, plan.shapes)
     for rank in range(2):
         assert plan.received_bytes(rank) == explicit.received_bytes(rank)

@@ -128,28 +128,23 @@ def test_tensors_go_where_they_are_wanted() -> None:
     assert rh.shard_batch({"input_ids": IDS})["input_ids"].device == IDS.device
 
 
-def planned_ahead(rank: int, world_size: int, backend: str) -> bool:
-    """Whether a batch planned in threads, like one with other documents, gives what it gives otherwise; a broken one raises."""
-    pattern, group = rh.DilatedPattern((8, 32), (1, 4), head_shift=1), dist.group.WORLD
+def counted_ahead(rank: int, world_size: int, backend: str) -> tuple[bool, bool]:
+    """Whether a batch knows what travels once it is prepared, if a layer asked before; and gives what it gives otherwise."""
+    pattern, group = rh.DilatedPattern((8, 64), (1, 4), head_shift=1), dist.group.WORLD
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 9, (1, 64), generator=generator)
     q = torch.randn(1, 32, 4, 16, generator=generator)
     batches = [{"input_ids": ids, "document_ids": torch.arange(64)[None] // length} for length in (40, 17)]
-    first, plain, ahead = (rh.shard_batch(batches[n], group)["ring_hilbert"] for n in (0, 1, 1))
-    for dim in (16, 8):  # two layers' shapes
-        rh.dilated_attention(*[q[..., :dim]] * 3, pattern, backend=backend, prepared=first)
-    ahead.plan_ahead(first)
-    expected, found = (rh.dilated_attention(q, q, q, pattern, backend=backend, prepared=p) for p in (plain, ahead))
-    broken = rh.shard_batch(batches[1], group)["ring_hilbert"]
-    broken.layout = None
-    broken.plan_ahead(first)
-    with pytest.raises(AttributeError):
-        broken.execution(*next(iter(first._executions)))
-    return torch.equal(expected, found)
+    plain, first = (rh.shard_batch(batches[n], group)["ring_hilbert"] for n in (1, 0))
+    results = [rh.dilated_attention(q, q, q, pattern, backend=backend, prepared=p) for p in (plain, first)]
+    again = rh.shard_batch(batches[1], group)["ring_hilbert"]
+    known = len(again._travels) == 1
+    found = rh.dilated_attention(q, q, q, pattern, backend=backend, prepared=again)
+    return known and not again._travels, torch.equal(results[0], found)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_plans_made_ahead(backend: str) -> None:
+def test_what_travels_is_counted_when_a_batch_is_prepared(backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-    assert run_ranks(planned_ahead, 2, backend) == [True, True]
+    assert run_ranks(counted_ahead, 2, backend) == [(True, True), (True, True)]

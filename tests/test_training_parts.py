@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from ring_hilbert.training import loss
-from ring_hilbert.training.batches import Lookahead
 from ring_hilbert.training.engine import make_engine
 from ring_hilbert.training.evaluate import Evaluation
 from ring_hilbert.training.loss import LossHead, count_targets
@@ -174,46 +172,6 @@ def places(rank: int, world_size: int, folder: Path) -> tuple[int, list[int]]:
 def test_ranks_of_a_sequence_are_neighbours(tmp_path: Path) -> None:
     """A rank is `dp_index * sp + sp_index`."""
     assert run_ranks(places, 4, tmp_path) == [(0, [0, 1]), (0, [0, 1]), (1, [2, 3]), (1, [2, 3])]
-
-
-class Planned:
-    """A batch's facts that note what is asked of them."""
-
-    def __init__(self, name: int, said: list[str]) -> None:
-        self.name, self.said = name, said
-
-    def plan_ahead(self, like: Planned) -> None:
-        """See `Prepared`."""
-        self.said.append(f"{self.name} like {like.name}")
-
-    def forget_plans(self) -> None:
-        """See `Prepared`."""
-        self.said.append(f"{self.name} done")
-
-
-def test_lookahead() -> None:
-    """Two micro-batches are planned ahead, those of the next step too; what was used is dropped; a jump is loaded afresh."""
-    said: list[str] = []
-
-    def of(first: int, stop: int) -> list[dict[str, Any]]:
-        said.append(f"load {first}")
-        return [{"ring_hilbert": Planned(number, said)} for number in range(first, stop)]
-
-    batches: Any = SimpleNamespace(of=of, world=SimpleNamespace(device=torch.device("cuda")))
-    ahead = Lookahead(batches, 3)
-    assert [batch["ring_hilbert"].name for batch in ahead.take(0, more=True)] == [0, 1, 2]
-    for number in range(3):
-        ahead.queued(number)
-    assert said == ["load 0", "2 like 0", "0 done", "1 done", "load 3", "3 like 2", "4 like 2", "2 done"]
-    said.clear()
-    assert [batch["ring_hilbert"].name for batch in ahead.take(3, more=False)] == [3, 4, 5]
-    for number in range(3):
-        ahead.queued(number)
-    assert said == ["5 like 3", "3 done", "4 done", "5 done"]
-    ahead.take(30, more=True)
-    assert said[-1] == "load 30"
-    ahead.close()
-    assert said[-3:] == ["30 done", "31 done", "32 done"]
 
 
 def test_a_loaded_state_has_the_weight_decay_of_its_run(tmp_path: Path) -> None:

@@ -70,5 +70,5 @@ def needed(plan: rh.Plan) -> np.ndarray:
     share = np.zeros((len(world), plan.layout.seq_len))
     for reader, owner in ((reader, owner) for reader in world for owner in world):
         for block in plan.crossings.shipment(reader, owner):
-            share[reader, block.rows] += len(block.entries)
+            share[reader, block.rows] += plan.shapes.batch_size
     return share / (plan.shapes.num_kv_heads * plan.shapes.batch_size)

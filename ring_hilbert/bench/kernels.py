@@ -21,7 +21,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -31,8 +30,10 @@ from ring_hilbert.bench import kernels_aot
 from ring_hilbert.bench.contenders import DENSE, Contender, Problem, Unsupported, dense, programmable, published
 from ring_hilbert.bench.timing import interleaved
 from ring_hilbert.kernels.tiles import PASSES, Pass, Tile, device_tiles
-from ring_hilbert.kernels.walk import Facts
+from ring_hilbert.ops.core import Shard
 from ring_hilbert.ops.triton_core import TritonCore, choose
+from ring_hilbert.ops.visible import Visible
+from ring_hilbert.ops.visits import Chunk
 
 Record = dict[str, Any]
 DILATED_ROWS = 131072  # of one head at every dilation: so many that clearing the rows between them is little beside it
@@ -144,20 +145,21 @@ def _problems(chosen: argparse.Namespace, dtype: torch.dtype, device: torch.devi
 
 def _core(problem: Problem, curve: str, tiles: dict[Pass, Tile] | None = None) -> TritonCore:
     """The kernels on rows in the order of a curve within blocks of the shortest segment."""
-    facts = Facts()
+    order = None
     if curve != "raster":
         block = min(w or problem.length for w in problem.pattern.segment_lengths)
-        facts = Facts(rh.TokenOrder(curve, block=block).permutation(problem.length).numpy()[None])
+        order = rh.TokenOrder(curve, block=block)
+    seen = Visible(problem.length, problem.causal, order=order).on(problem.device)
+    shard = Shard((Chunk(0, problem.length, 0),), problem.length, order)
     return TritonCore(
-        problem.pattern, problem.kv_heads, np.arange(problem.length), facts, problem.causal, problem.head_dim, problem.dtype,
-        problem.device, tiles=tiles,
-    )  # fmt: skip
+        problem.pattern, problem.kv_heads, shard, seen, problem.head_dim, problem.dtype, problem.device, tiles=tiles
+    )
 
 
 def _executed(core: TritonCore, problem: Problem, pass_: Pass) -> float:
     """Pairs in the blocks that a pass visits, over query heads."""
-    _, walk = core.local[pass_]
-    return walk.steps * walk.block_outer * walk.block_inner * (problem.heads // problem.kv_heads)
+    tile, schedule = core.schedule(pass_)
+    return schedule.blocks() * tile.block_outer * tile.block_inner * (problem.heads // problem.kv_heads)
 
 
 def _measure(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterator[Record]:
@@ -217,12 +219,12 @@ def _tune(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterator[R
     for pass_ in PASSES:
         for candidate in CANDIDATES[pass_]:
             core = _core(problem, "raster", shipped | {pass_: Tile(*candidate)})
-            tile, walk = core.local[pass_]
+            tile, schedule = core.schedule(pass_)
             output = launch.Output(out, lse, None)
             calls: dict[str, Callable[[], object]] = {
-                "forward": lambda w=walk, t=tile, o=output: launch.forward(q, k, v, t, w, scale, o),
-                "dq": lambda w=walk, t=tile: launch.dq(q, k, v, terms, gradients[0], t, w, scale),
-                "dkdv": lambda w=walk, t=tile: launch.dkdv(q, k, v, terms, gradients[1:], t, w, scale),
+                "forward": lambda s=schedule, t=tile, o=output: launch.forward(q, k, v, t, s, scale, o),
+                "dq": lambda s=schedule, t=tile: launch.dq(q, k, v, terms, gradients[0], t, s, scale),
+                "dkdv": lambda s=schedule, t=tile: launch.dkdv(q, k, v, terms, gradients[1:], t, s, scale),
             }
             row = _facts(problem, name) | {
                 "pass": pass_,

@@ -14,8 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ring_hilbert.kernels.tables import RUN_WIDTH, Schedule, Walk
 from ring_hilbert.kernels.tiles import PASSES, Pass, Tile, plan_tile, tiles_for
-from ring_hilbert.kernels.walk import Chain, Facts, Rule, Walk, plan_lists, plan_rows
+from ring_hilbert.ops.nesting import chains
+from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.ops.remote_walk import plan_lists
+from ring_hilbert.ops.walk import plan_rows
 
 CAPABILITIES = (80, 90, 100)
 # Shared memory that a block of threads may have, in bytes (CUDA C++ Programming Guide, technical specifications).
@@ -25,43 +29,33 @@ ROWS, HEADS, KV_HEADS = 2048, 8, 4
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of walk: what masks compare, and how rows are found."""
+    """A kind of walk: whether masks compare segments, and how rows are found."""
 
-    causal: bool = False
-    positions: bool = False
-    documents: bool = False
     segments: bool = False
+    indexed: bool = False
     remote: bool = False
-    passed_on: bool = False  # to the launch of a further hop
+    passed_on: bool = False
 
-    def walk(self, tile: Tile, transposed: bool) -> Walk:
+    def walk(self, tile: Tile) -> Walk:
         """A small walk of this kind."""
-        rows = np.arange(ROWS)
-        facts = Facts(rows[None, ::-1] if self.positions else None, rows[None] // 300 if self.documents else None)
-        blocks = {"block_outer": tile.block_outer, "block_inner": tile.block_inner}
+        rows, cpu, chunk = np.arange(ROWS), torch.device("cpu"), tile.chunk
         if self.remote:
             visits = [[[(rows, rows)]] * KV_HEADS]
-            return plan_lists(
-                visits, facts, facts, Rule(**blocks, transposed=transposed, causal=2 * self.causal, indexed=True)
-            )
-        chain = Chain(
-            ((8 if self.segments else 512, 1), (1024, 2)), ((0,) * KV_HEADS, tuple(g % 2 for g in range(KV_HEADS)))
+            return plan_lists(visits, rows, rows, block_outer=tile.block_outer, device=cpu, chunk=chunk)
+        pattern = DilatedPattern((8 if self.segments else 512, 1024), (1, 2))
+        places = torch.arange(ROWS).flip(0) if self.indexed else None
+        return plan_rows(
+            chains(pattern, KV_HEADS), 0, torch.arange(ROWS), places, block_outer=tile.block_outer, chunk=chunk
         )
-        return plan_rows([chain], 0, rows, facts, causal=self.causal, transposed=transposed, **blocks)
 
 
 VARIANTS = {
-    "full": Variant(),
-    "causal": Variant(causal=True),
-    "causal, short segments": Variant(causal=True, segments=True),
-    "causal by position": Variant(causal=True, positions=True),
-    "documents": Variant(documents=True),
-    "causal, documents": Variant(causal=True, documents=True),
-    "causal by position, documents": Variant(causal=True, positions=True, documents=True),
-    "received rows": Variant(remote=True),
-    "received rows, causal, documents": Variant(causal=True, positions=True, documents=True, remote=True),
-    "rows of a hop": Variant(remote=True, passed_on=True),
-    "rows of a hop, causal, documents": Variant(True, True, True, remote=True, passed_on=True),
+    "rows at equal steps": Variant(),
+    "rows at equal steps, short segments": Variant(segments=True),
+    "rows in a list": Variant(indexed=True),
+    "rows in a list, short segments": Variant(segments=True, indexed=True),
+    "received rows": Variant(indexed=True, remote=True),
+    "rows of a hop": Variant(indexed=True, remote=True, passed_on=True),
 }
 
 
@@ -99,8 +93,8 @@ def compiled(
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    tile, walk = plan_tile(pass_, tiles, lambda tile: variant.walk(tile, pass_ == "dkdv"))
-    assert walk.segments == variant.segments and walk.indexed == (variant.positions or variant.remote)
+    tile, walk = plan_tile(tiles, variant.walk)
+    assert walk.segments == variant.segments and walk.indexed == variant.indexed
     kernel, arguments, options = _arguments(variant, pass_, tile, walk, head_dim, dtype)
     options = {name: value for name, value in options.items() if name not in ("grid", "warmup")}
     target = GPUTarget("cuda", capability, 32)
@@ -144,15 +138,22 @@ def _arguments(
         staging = launch.Staging.allocate(q, torch.zeros(1, KV_HEADS, ROWS, dtype=torch.int32), ROWS)
     stage = "pass on" if variant.passed_on else "finish" if variant.remote else "leave"
     terms = launch.RowTerms(q, output.lse, output.lse)
+    seen = torch.zeros(1, ROWS, dtype=torch.int32)
+    order = torch.zeros(walk.tiles.shape[:2], dtype=torch.int32)
+    runs = torch.zeros((len(order), walk.runs, RUN_WIDTH), dtype=torch.int32)
+    schedule = Schedule(
+        walk, walk.outer, walk.inner, order, torch.stack((order, order), 2), runs, seen, seen, seen, pass_ == "dkdv",
+        tile.block_inner,
+    )  # fmt: skip
     found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     run, kernel.run = kernel.run, lambda *args, **options: found.append((args, options))
     try:
         if pass_ == "forward":
-            launch.forward(q, k, v, tile, walk, 1.0, output, staging, stage=stage)
+            launch.forward(q, k, v, tile, schedule, 1.0, output, staging, stage=stage)
         elif pass_ == "dq":
-            launch.dq(q, k, v, terms, q, tile, walk, 1.0, staging, stage=stage)
+            launch.dq(q, k, v, terms, q, tile, schedule, 1.0, staging, stage=stage)
         else:
-            launch.dkdv(q, k, v, terms, (k, v), tile, walk, 1.0)
+            launch.dkdv(q, k, v, terms, (k, v), tile, schedule, 1.0)
     finally:
         kernel.run = run
     return kernel, *found[0]

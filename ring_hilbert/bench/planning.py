@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 import ring_hilbert as rh
+from ring_hilbert.ops.visible import Visible
 from ring_hilbert.parallel.choice import Choice, Speeds, choose
-from ring_hilbert.parallel.facts import Facts
 from ring_hilbert.parallel.layout import Layout
-from ring_hilbert.parallel.plan import Shapes, order_warnings
+from ring_hilbert.parallel.plan import Shapes
+from ring_hilbert.parallel.planning import order_warnings
 
 if TYPE_CHECKING:
     from ring_hilbert.training.config import RunConfig
@@ -87,10 +88,10 @@ def answer(question: Question, speeds: Speeds) -> Choice:
         ValueError: for a layout that does not divide, or a strategy asked for that is not possible.
     """
     layout = Layout.even(question.seq_len, question.world, question.layout)
-    facts = Facts(question.seq_len, question.causal, order=question.order)
+    visible = Visible(question.seq_len, question.causal, order=question.order)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        choice = choose(question.pattern, layout, facts, question.shapes, speeds)
+        choice = choose(question.pattern, layout, visible, question.shapes, speeds)
     if question.strategy in choice.impossible:
         raise ValueError(choice.impossible[question.strategy])
     return choice
@@ -159,7 +160,7 @@ def draw(path: Path, choice: Choice, strategy: str) -> None:
     plan = choice.costs[name].plan
     world = plan.layout.world_size
     row = 2 * plan.shapes.head_dim * plan.shapes.dtype.itemsize / MIB
-    needed = np.stack([plan.crossings.counts(rank) * row for rank in range(world)])
+    needed = np.stack([plan.counts(rank) * row for rank in range(world)])
     figure, panels = figure_of(2)
     panel: Any = panels[0]
     shown = panel.imshow(np.where(needed > 0, needed, np.nan), cmap="viridis", interpolation="nearest", vmin=0)

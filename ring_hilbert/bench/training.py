@@ -24,7 +24,7 @@ import torch.distributed as dist
 from ring_hilbert.bench.timing import peak_bytes
 from ring_hilbert.bench.timing import seconds as timed
 from ring_hilbert.integrations.transformers_config import order_of
-from ring_hilbert.training.batches import Batches, Lookahead
+from ring_hilbert.training.batches import Batches
 from ring_hilbert.training.config import RunConfig, load_config
 from ring_hilbert.training.engine import make_engine
 from ring_hilbert.training.memory import Planning
@@ -93,7 +93,8 @@ def _one(config: RunConfig, device: torch.device, steps: int, documents: int) ->
 
         def step(number: int) -> None:
             nonlocal loss
-            loss, _ = accumulate(engine, lookahead.take(number, more=True), world, lookahead.queued)
+            first = number * config.sequences_per_step
+            loss, _ = accumulate(engine, batches.of(first, first + config.sequences_per_step), world)
             engine.step(config.optim.lr)
 
         def warm_up() -> None:
@@ -103,7 +104,7 @@ def _one(config: RunConfig, device: torch.device, steps: int, documents: int) ->
             step(1)
 
         data = _Random(config, hf_config.vocab_size, documents)
-        lookahead = Lookahead(Batches(data, config, order_of(hf_config), world), config.sequences_per_step)
+        batches = Batches(data, config, order_of(hf_config), world)
         peak = world.gather(peak_bytes(warm_up, device)).max().item()
         seconds = statistics.median(timed(lambda number=number: step(number), device) for number in range(2, 2 + steps))
         return {

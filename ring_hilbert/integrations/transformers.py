@@ -14,7 +14,6 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -113,10 +112,10 @@ def attention_forward(
     if breaks is not None and torch.compiler.is_compiling():
         v = _only_if(~breaks.any(), COMPILED_DOCUMENTS, v)
     elif breaks is not None and bool(breaks.any()):
-        documents = np.where(breaks.cpu(), -1, 0) if attention_mask is not None else breaks.cpu().numpy().cumsum(axis=1)
+        documents = torch.where(breaks, -1, 0) if attention_mask is not None else breaks.cumsum(1)
     if documents is None:
         return dilated_attention(q, k, v, **call, order=order, causal=causal), None
-    documents = np.broadcast_to(documents, tuple(q.shape[:2]))
+    documents = documents.expand(q.shape[:2])
     prepared = prepare_tokens(documents, order or TokenOrder("raster", block=1), causal=causal)
     rows = prepared.rows.to(q.device).expand(q.shape[0], -1)[..., None, None]
     out = dilated_attention(*(torch.take_along_dim(x, rows, 1) for x in (q, k, v)), **call, prepared=prepared)
@@ -158,7 +157,7 @@ def _has_its_positions(prepared: Prepared, position_ids: Tensor | None) -> Tenso
     if expected is not None:
         return position_ids is not None and (position_ids == expected).all()
     # Made by prepare(): only the default that Transformers fills in can be recognised.
-    if prepared.rank == 0 or prepared.local_len < 2 or prepared.facts.documents is not None:
+    if prepared.rank == 0 or prepared.local_len < 2 or prepared.visible.has_documents:
         return True
     if position_ids is None:
         return False

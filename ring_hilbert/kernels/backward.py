@@ -11,14 +11,16 @@ import triton.language as tl
 from ring_hilbert.kernels.steps import (
     VARIES,
     above,
-    counts,
     load_rows,
     next_step,
-    row_facts,
+    row_interval,
+    row_key,
+    sees,
     start_walk,
     step_rows,
     store_rows,
     tile_of,
+    within_segments,
 )
 
 
@@ -48,8 +50,8 @@ def delta_kernel(
 @triton.jit
 def add_keys(
     dq, q, do, log, delta, k, v, k_stride, v_stride, number, runs, index, at,
-    outer, outer_facts, positions, documents, batch, fact_strides, columns, scale2,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    outer, interval, key, batch, key_stride, columns, scale2,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr,
     INDEXED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to `dq [M, D]` what `number` blocks of keys, from `at` on, give it, without the scale."""
@@ -63,10 +65,8 @@ def add_keys(
         else:
             p = tl.math.exp2(scores * scale2[0] - (log - weight)[:, None])
         if MASKED:
-            inner_facts = row_facts(positions, documents, batch, fact_strides, inner, exists, CAUSAL, DOCUMENTS)
-            visible = counts(
-                runs, at, outer, outer_facts, inner, inner_facts, exists, CAUSAL, DOCUMENTS, SEGMENTS, False
-            )
+            visible = sees(interval, row_key(key, batch, key_stride, inner, exists))
+            visible = within_segments(visible, runs, at, outer, inner, SEGMENTS)
             p = tl.where(visible, p, 0.0)
         dp = tl.dot(do, tl.trans(vals), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
@@ -79,17 +79,19 @@ def add_keys(
 def dq_kernel(
     q, k, v, dout, lse2, delta, dq, slots, s_values,
     q_strides, k_strides, v_strides, dout_strides, lse_strides, dq_strides, slot_strides, values_strides,
-    tables, tiles, rows, runs, index, outer_positions, outer_documents, inner_positions, inner_documents,
-    table_stride, num_tiles, outer_strides, inner_strides, scale, scale2,
+    tables, order, tiles, steps, runs, rows, index, low, high, key,
+    table_strides, num_tiles, tile_width, num_runs, interval_strides, scale, scale2,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr, INDEXED: tl.constexpr,
+    SEGMENTS: tl.constexpr, INDEXED: tl.constexpr,
     STAGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles, H, B)`: the outer rows are queries. STAGED as in the forward kernel, of sums."""
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     kv_head = head // GROUP
-    tile, outer, run, full, masked = tile_of(tables, tiles, rows, table_stride, num_tiles, batch, kv_head, BLOCK_M)
-    if tile == 0:
+    count, outer, runs, run, full, masked = tile_of(
+        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, BLOCK_M
+    )
+    if count == 0:
         return
     exists = outer >= 0
     columns = tl.arange(0, BLOCK_D)
@@ -103,7 +105,6 @@ def dq_kernel(
     row = batch * lse_strides[0] + head * lse_strides[2] + wide * lse_strides[1]
     log = tl.load(lse2 + row, mask=exists, other=float("inf"))
     shift = tl.load(delta + row, mask=exists, other=0.0)
-    outer_facts = row_facts(outer_positions, outer_documents, batch, outer_strides, outer, exists, CAUSAL, DOCUMENTS)
 
     if STAGED:
         slots += batch * slot_strides[0] + kv_head * slot_strides[2]
@@ -115,16 +116,16 @@ def dq_kernel(
     else:
         gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    at = start_walk(runs, index, run, BLOCK_N, INDEXED)
     gradient, at = add_keys(
-        gradient, queries, do, log, shift, k, v, k_strides[1], v_strides[1], full, runs, index, at,
-        outer, outer_facts, inner_positions, inner_documents, batch, inner_strides, columns, scale2,
-        D, BLOCK_N, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, False, PRECISION,
+        gradient, queries, do, log, shift, k, v, k_strides[1], v_strides[1], full, runs, index,
+        start_walk(runs, run, index, BLOCK_N, INDEXED), outer, (outer, outer), key, batch, interval_strides[1], columns, scale2,
+        D, BLOCK_N, SEGMENTS, INDEXED, False, PRECISION,
     )  # fmt: skip
+    interval = row_interval(low, high, batch, interval_strides[0], outer, exists)
     gradient, at = add_keys(
-        gradient, queries, do, log, shift, k, v, k_strides[1], v_strides[1], masked, runs, index, at,
-        outer, outer_facts, inner_positions, inner_documents, batch, inner_strides, columns, scale2,
-        D, BLOCK_N, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, True, PRECISION,
+        gradient, queries, do, log, shift, k, v, k_strides[1], v_strides[1], masked, runs, index,
+        at, outer, interval, key, batch, interval_strides[1], columns, scale2,
+        D, BLOCK_N, SEGMENTS, INDEXED, True, PRECISION,
     )  # fmt: skip
 
     if STAGED == 1 or STAGED == 3:
@@ -139,8 +140,8 @@ def dq_kernel(
 @triton.jit
 def add_queries(
     dk, dv, k, v, q, dout, lse2, delta, q_stride, dout_stride, row_stride, number, runs, index, at,
-    outer, outer_facts, positions, documents, batch, fact_strides, columns, scale2,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    outer, key, low, high, batch, interval_stride, columns, scale2,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, SEGMENTS: tl.constexpr,
     INDEXED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to `dk, dv [N, D]` what `number` blocks of queries, from `at` on, give them; dk without the scale."""
@@ -150,7 +151,7 @@ def add_queries(
         do = load_rows(dout, dout_stride, inner, exists, columns, D, MASKED)
         places = inner * row_stride  # within the rows of one head
         if MASKED:
-            log = tl.load(lse2 + places, mask=exists, other=float("inf"))
+            log = tl.load(lse2 + places, mask=exists, other=0.0)
             shift = tl.load(delta + places, mask=exists, other=0.0)
         else:
             log = tl.load(lse2 + places)
@@ -162,10 +163,9 @@ def add_queries(
         else:
             p = tl.math.exp2(scores * scale2[0] - (log - weight)[None, :])
         if MASKED:
-            inner_facts = row_facts(positions, documents, batch, fact_strides, inner, exists, CAUSAL, DOCUMENTS)
-            visible = counts(
-                runs, at, outer, outer_facts, inner, inner_facts, exists, CAUSAL, DOCUMENTS, SEGMENTS, True
-            )
+            first, last = row_interval(low, high, batch, interval_stride, inner, exists)
+            visible = (key[:, None] >= first[None, :]) & (key[:, None] <= last[None, :])
+            visible = within_segments(visible, runs, at, outer, inner, SEGMENTS)
             p = tl.where(visible, p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         ds = p * (dp - shift[None, :])
@@ -178,15 +178,17 @@ def add_queries(
 def dkdv_kernel(
     q, k, v, dout, lse2, delta, dk, dv,
     q_strides, k_strides, v_strides, dout_strides, lse_strides, dk_strides, dv_strides,
-    tables, tiles, rows, runs, index, outer_positions, outer_documents, inner_positions, inner_documents,
-    table_stride, num_tiles, outer_strides, inner_strides, scale, scale2,
+    tables, order, tiles, steps, runs, rows, index, low, high, key,
+    table_strides, num_tiles, tile_width, num_runs, interval_strides, scale, scale2,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr, INDEXED: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, INDEXED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles, Hkv, B)`: the outer rows are keys."""
     batch, kv_head = tl.program_id(2).to(tl.int64), tl.program_id(1)
-    tile, outer, first, full, masked = tile_of(tables, tiles, rows, table_stride, num_tiles, batch, kv_head, BLOCK_N)
-    if tile == 0:
+    count, outer, runs, run, full, masked = tile_of(
+        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, BLOCK_N
+    )
+    if count == 0:
         return
     exists = outer >= 0
     columns = tl.arange(0, BLOCK_D)
@@ -194,7 +196,7 @@ def dkdv_kernel(
     v += batch * v_strides[0] + kv_head * v_strides[2]
     keys = load_rows(k, k_strides[1], outer, exists, columns, D, True)
     vals = load_rows(v, v_strides[1], outer, exists, columns, D, True)
-    outer_facts = row_facts(outer_positions, outer_documents, batch, outer_strides, outer, exists, CAUSAL, DOCUMENTS)
+    own_key = row_key(key, batch, interval_strides[1], outer, exists)
     key_gradient = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     value_gradient = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -205,15 +207,15 @@ def dkdv_kernel(
         row = batch * lse_strides[0] + head * lse_strides[2]
         key_gradient, value_gradient, at = add_queries(
             key_gradient, value_gradient, keys, vals, queries, douts, lse2 + row, delta + row,
-            q_strides[1], dout_strides[1], lse_strides[1], full, runs, index, start_walk(runs, index, first, BLOCK_M, INDEXED),
-            outer, outer_facts, inner_positions, inner_documents, batch, inner_strides, columns, scale2,
-            D, BLOCK_M, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, False, PRECISION,
+            q_strides[1], dout_strides[1], lse_strides[1], full, runs, index, start_walk(runs, run, index, BLOCK_M, INDEXED),
+            outer, own_key, low, high, batch, interval_strides[0], columns, scale2,
+            D, BLOCK_M, SEGMENTS, INDEXED, False, PRECISION,
         )  # fmt: skip
         key_gradient, value_gradient, at = add_queries(
             key_gradient, value_gradient, keys, vals, queries, douts, lse2 + row, delta + row,
             q_strides[1], dout_strides[1], lse_strides[1], masked, runs, index, at,
-            outer, outer_facts, inner_positions, inner_documents, batch, inner_strides, columns, scale2,
-            D, BLOCK_M, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, True, PRECISION,
+            outer, own_key, low, high, batch, interval_strides[0], columns, scale2,
+            D, BLOCK_M, SEGMENTS, INDEXED, True, PRECISION,
         )  # fmt: skip
 
     dk += batch * dk_strides[0] + kv_head * dk_strides[2]

@@ -10,22 +10,24 @@ import triton.language as tl
 from ring_hilbert.kernels.steps import (
     VARIES,
     above,
-    counts,
     load_rows,
     next_step,
-    row_facts,
+    row_interval,
+    row_key,
+    sees,
     start_walk,
     step_rows,
     store_rows,
     tile_of,
+    within_segments,
 )
 
 
 @triton.jit
 def attend(
     values, maximum, total, q, k, v, k_stride, v_stride, number, runs, index, at,
-    outer, outer_facts, positions, documents, batch, fact_strides, columns, scale2,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    outer, interval, key, batch, key_stride, columns, scale2,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr,
     INDEXED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Merge `number` blocks of keys, from `at` on, into the running softmax `(values, maximum, total)`."""
@@ -34,10 +36,8 @@ def attend(
         keys = load_rows(k, k_stride, inner, exists, columns, D, MASKED)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
         if MASKED:
-            inner_facts = row_facts(positions, documents, batch, fact_strides, inner, exists, CAUSAL, DOCUMENTS)
-            visible = counts(
-                runs, at, outer, outer_facts, inner, inner_facts, exists, CAUSAL, DOCUMENTS, SEGMENTS, False
-            )
+            visible = sees(interval, row_key(key, batch, key_stride, inner, exists))
+            visible = within_segments(visible, runs, at, outer, inner, SEGMENTS)
             powers = tl.where(visible, scores * scale2[0], float("-inf"))
             higher = tl.maximum(maximum, tl.max(powers, 1))
             finite = tl.where(higher == float("-inf"), 0.0, higher)
@@ -64,13 +64,13 @@ def attend(
 
 @triton.jit(do_not_specialize=VARIES)
 def forward_kernel(
-    q, k, v, out, lse, residue, slots, s_maximum, s_total, s_values,
+    q, k, v, out, lse, lse_error, slots, s_maximum, s_total, s_values,
     q_strides, k_strides, v_strides, out_strides, lse_strides, slot_strides, row_strides, values_strides,
-    tables, tiles, rows, runs, index, outer_positions, outer_documents, inner_positions, inner_documents,
-    table_stride, num_tiles, outer_strides, inner_strides, scale2,
+    tables, order, tiles, steps, runs, rows, index, low, high, key,
+    table_strides, num_tiles, tile_width, num_runs, interval_strides, scale2,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr, INDEXED: tl.constexpr,
-    STAGED: tl.constexpr, RESIDUE: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, INDEXED: tl.constexpr,
+    STAGED: tl.constexpr, LSE_ERROR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles, H, B)`. See `launch.forward` for the tensors; strides are of `(batch, row, head)`, in elements.
 
@@ -79,8 +79,10 @@ def forward_kernel(
     """
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     kv_head = head // GROUP
-    tile, outer, run, full, masked = tile_of(tables, tiles, rows, table_stride, num_tiles, batch, kv_head, BLOCK_M)
-    if tile == 0:
+    count, outer, runs, run, full, masked = tile_of(
+        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, BLOCK_M
+    )
+    if count == 0:
         return
     exists = outer >= 0
     columns = tl.arange(0, BLOCK_D)
@@ -88,7 +90,6 @@ def forward_kernel(
     k += batch * k_strides[0] + kv_head * k_strides[2]
     v += batch * v_strides[0] + kv_head * v_strides[2]
     queries = load_rows(q, q_strides[1], outer, exists, columns, D, True)
-    outer_facts = row_facts(outer_positions, outer_documents, batch, outer_strides, outer, exists, CAUSAL, DOCUMENTS)
 
     wide = outer.to(tl.int64)
     if STAGED:
@@ -106,16 +107,16 @@ def forward_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         values = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    at = start_walk(runs, index, run, BLOCK_N, INDEXED)
     values, maximum, total, at = attend(
-        values, maximum, total, queries, k, v, k_strides[1], v_strides[1], full, runs, index, at,
-        outer, outer_facts, inner_positions, inner_documents, batch, inner_strides, columns, scale2,
-        D, BLOCK_N, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, False, PRECISION,
+        values, maximum, total, queries, k, v, k_strides[1], v_strides[1], full, runs, index,
+        start_walk(runs, run, index, BLOCK_N, INDEXED), outer, (outer, outer), key, batch, interval_strides[1], columns, scale2,
+        D, BLOCK_N, SEGMENTS, INDEXED, False, PRECISION,
     )  # fmt: skip
+    interval = row_interval(low, high, batch, interval_strides[0], outer, exists)
     values, maximum, total, at = attend(
-        values, maximum, total, queries, k, v, k_strides[1], v_strides[1], masked, runs, index, at,
-        outer, outer_facts, inner_positions, inner_documents, batch, inner_strides, columns, scale2,
-        D, BLOCK_N, CAUSAL, DOCUMENTS, SEGMENTS, INDEXED, True, PRECISION,
+        values, maximum, total, queries, k, v, k_strides[1], v_strides[1], masked, runs, index,
+        at, outer, interval, key, batch, interval_strides[1], columns, scale2,
+        D, BLOCK_N, SEGMENTS, INDEXED, True, PRECISION,
     )  # fmt: skip
 
     if STAGED == 1 or STAGED == 3:
@@ -130,11 +131,11 @@ def forward_kernel(
     store_rows(out + batch * out_strides[0] + head * out_strides[2], out_strides[1], outer, exists, columns, values, D)
     row = batch * lse_strides[0] + head * lse_strides[2] + wide * lse_strides[1]
     ln2: tl.constexpr = 0.6931471805599453
-    if RESIDUE:
+    if LSE_ERROR:
         highest = tl.where(some, maximum, 0.0).to(tl.float64)
         exact = (highest + tl.math.log2(tl.where(some, total, 1.0).to(tl.float64))) * ln2
         rounded = exact.to(tl.float32)
-        tl.store(residue + row, tl.where(some, (exact - rounded.to(tl.float64)).to(tl.float32), 0.0), mask=exists)
+        tl.store(lse_error + row, tl.where(some, (exact - rounded.to(tl.float64)).to(tl.float32), 0.0), mask=exists)
     else:
         rounded = (maximum + tl.math.log2(tl.where(some, total, 1.0))) * ln2
     tl.store(lse + row, tl.where(some, rounded, float("-inf")), mask=exists)

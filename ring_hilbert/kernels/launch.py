@@ -2,7 +2,7 @@
 """Launches of the kernels on whole tensors. Imports Triton: import this module only where it is installed.
 
 Shapes: `B` batch, `S` outer or inner rows, `H` query heads, `Hkv` kv heads, `D` head dim. Rows may lie at any stride, 0 as well;
-`D` is contiguous. A walk's outer rows are q's in forward and dQ, k's in dK and dV.
+`D` is contiguous. A schedule's outer rows are q's in forward and dQ, k's in dK and dV.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ring_hilbert.kernels.backward import delta_kernel, dkdv_kernel, dq_kernel
 from ring_hilbert.kernels.forward import forward_kernel
+from ring_hilbert.kernels.tables import Schedule
 from ring_hilbert.kernels.tiles import Tile, padded_head_dim
-from ring_hilbert.kernels.walk import Walk
 
 LOG2E = 1.4426950408889634
 DELTA_ROWS = 64
@@ -44,19 +44,19 @@ class Staging(NamedTuple):
 
 
 class Output(NamedTuple):
-    """`out [B, S, H, D]`, `lse [B, H, S]` float32 and, where asked for, `residue` of its shape: what rounding took from lse."""
+    """`out [B, S, H, D]`, `lse [B, H, S]` float32 and, where asked for, `lse_error` of its shape: what rounding took from lse."""
 
     out: Tensor
     lse: Tensor
-    residue: Tensor | None
+    lse_error: Tensor | None
 
     @classmethod
-    def allocate(cls, q: Tensor, residue: bool, *, clear: bool = False) -> Output:
+    def allocate(cls, q: Tensor, lse_error: bool, *, clear: bool = False) -> Output:
         """For `q [B, S, H, D]`: uninitialised, or (`clear`) what rows without a key have, 0 and -inf."""
         make = torch.zeros if clear else torch.empty
         out = make(q.shape, dtype=q.dtype, device=q.device)
         lse = make((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-        rounding = make(lse.shape, dtype=torch.float32, device=q.device) if residue else None
+        rounding = make(lse.shape, dtype=torch.float32, device=q.device) if lse_error else None
         return cls(out, lse.fill_(float("-inf")) if clear else lse, rounding)
 
 
@@ -65,7 +65,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     tile: Tile,
-    walk: Walk,
+    schedule: Schedule,
     scale: float,
     output: Output,
     staging: Staging | None = None,
@@ -73,13 +73,13 @@ def forward(
     stage: str = "leave",
     precision: str = "ieee",
 ) -> None:
-    """Attend the walk's rows.
+    """Attend the schedule's rows.
 
     Args:
         q: `[B, S, H, D]`, fp16, bf16 or fp32.
         k, v: `[B, S, Hkv, D]`.
-        tile: of the blocks that the walk was planned for.
-        walk: its outer rows are q's.
+        tile: of the blocks that the schedule is of.
+        schedule: its outer rows are q's.
         scale: of the scores.
         output: where finished rows go.
         staging: where the running softmax of its rows is left instead, and taken up again.
@@ -88,15 +88,15 @@ def forward(
         precision: of fp32 products, "ieee" or "tf32".
     """
     q, k, v, positive = _operands(q, k, v, scale)
-    slots, maximum, total, values = staging if staging is not None else (walk.tables, q, q, q)
-    residue = output.lse if output.residue is None else output.residue
-    forward_kernel[_grid(walk, q, q.shape[2])](
-        q, k, v, output.out, output.lse, residue, slots, maximum, total, values,
+    slots, maximum, total, values = staging if staging is not None else (schedule.steps, q, q, q)
+    lse_error = output.lse if output.lse_error is None else output.lse_error
+    forward_kernel[_grid(schedule, q, q.shape[2])](
+        q, k, v, output.out, output.lse, lse_error, slots, maximum, total, values,
         _strides(q), _strides(k), _strides(v), _strides(output.out), _row_strides(output.lse), _slot_strides(staging),
         (0, 0, 0) if staging is None else _row_strides(maximum), _strides(values),
-        *_tables(walk), _in_twos(positive),
-        BLOCK_M=walk.block_outer, BLOCK_N=walk.block_inner, RESIDUE=output.residue is not None,
-        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, walk, tile, precision),
+        *_tables(schedule), _in_twos(positive),
+        BLOCK_M=tile.block_outer, BLOCK_N=tile.block_inner, LSE_ERROR=output.lse_error is not None,
+        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, schedule, tile, precision),
     )  # fmt: skip
 
 
@@ -113,8 +113,8 @@ def finish_rows(output: Output, staging: Staging, rows: Tensor) -> None:
         exact = (maximum + total.double().log2()) / LOG2E
         lse = exact.float()
         output.lse[:, head, row] = lse.masked_fill(~some, float("-inf"))
-        if output.residue is not None:
-            output.residue[:, head, row] = (exact - lse).float().masked_fill(~some, 0.0)
+        if output.lse_error is not None:
+            output.lse_error[:, head, row] = (exact - lse).float().masked_fill(~some, 0.0)
 
 
 def finish_gradient(gradient: Tensor, staging: Staging, rows: Tensor, scale: float) -> None:
@@ -133,10 +133,10 @@ class RowTerms(NamedTuple):
     delta: Tensor
 
 
-def row_terms(dout: Tensor, out: Tensor, lse: Tensor, residue: Tensor | None) -> RowTerms:
-    """The terms of the merged softmax. With `residue` weights are exact to float32: its factor moves into dout."""
-    if residue is not None:
-        exact = (lse.double() + residue.double()) * LOG2E
+def row_terms(dout: Tensor, out: Tensor, lse: Tensor, lse_error: Tensor | None) -> RowTerms:
+    """The terms of the merged softmax. With `lse_error` weights are exact to float32: its factor moves into dout."""
+    if lse_error is not None:
+        exact = (lse.double() + lse_error.double()) * LOG2E
         lse2 = exact.float()
         factor = (lse2.double() - exact).nan_to_num(0.0).exp2().float()
         dout = dout.float() * factor.transpose(1, 2).unsqueeze(-1)
@@ -160,22 +160,22 @@ def dq(
     terms: RowTerms,
     gradient: Tensor,
     tile: Tile,
-    walk: Walk,
+    schedule: Schedule,
     scale: float,
     staging: Staging | None = None,
     *,
     stage: str = "leave",
     precision: str = "ieee",
 ) -> None:
-    """Write the walk's rows of `gradient [B, S, H, D]`, in its dtype; arguments as in `forward`."""
+    """Write the schedule's rows of `gradient [B, S, H, D]`, in its dtype; arguments as in `forward`."""
     q, k, v, positive = _operands(q, k, v, scale)
-    slots, _, _, values = staging if staging is not None else (walk.tables, q, q, q)
-    dq_kernel[_grid(walk, q, q.shape[2])](
+    slots, _, _, values = staging if staging is not None else (schedule.steps, q, q, q)
+    dq_kernel[_grid(schedule, q, q.shape[2])](
         q, k, v, *terms, gradient, slots, values,
         _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2), _strides(gradient),
-        _slot_strides(staging), _strides(values), *_tables(walk), scale, _in_twos(positive),
-        BLOCK_M=walk.block_outer, BLOCK_N=walk.block_inner,
-        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, walk, tile, precision),
+        _slot_strides(staging), _strides(values), *_tables(schedule), scale, _in_twos(positive),
+        BLOCK_M=tile.block_outer, BLOCK_N=tile.block_inner,
+        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, schedule, tile, precision),
     )  # fmt: skip
 
 
@@ -186,18 +186,18 @@ def dkdv(
     terms: RowTerms,
     gradients: tuple[Tensor, Tensor],
     tile: Tile,
-    walk: Walk,
+    schedule: Schedule,
     scale: float,
     *,
     precision: str = "ieee",
 ) -> None:
-    """Write the walk's rows of `gradients`, of k's shape, in their dtype; the walk's outer rows are k's."""
+    """Write the schedule's rows of `gradients`, of k's shape, in their dtype; the schedule's outer rows are k's."""
     q, k, v, positive = _operands(q, k, v, scale)
-    dkdv_kernel[_grid(walk, q, k.shape[2])](
+    dkdv_kernel[_grid(schedule, q, k.shape[2])](
         q, k, v, *terms, *gradients,
         _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2),
-        _strides(gradients[0]), _strides(gradients[1]), *_tables(walk), positive, _in_twos(positive),
-        BLOCK_N=walk.block_outer, BLOCK_M=walk.block_inner, **_options(q, k, walk, tile, precision),
+        _strides(gradients[0]), _strides(gradients[1]), *_tables(schedule), positive, _in_twos(positive),
+        BLOCK_N=tile.block_outer, BLOCK_M=tile.block_inner, **_options(q, k, schedule, tile, precision),
     )  # fmt: skip
 
 
@@ -214,25 +214,30 @@ def _in_twos(scale: float) -> tuple[float, float]:
     return high, exact - high
 
 
-def _grid(walk: Walk, q: Tensor, heads: int) -> tuple[int, int, int]:
-    return walk.tiles.shape[1], heads, q.shape[0]
+def _grid(schedule: Schedule, q: Tensor, heads: int) -> tuple[int, int, int]:
+    return schedule.walk.tiles.shape[1], heads, q.shape[0]
 
 
-def _options(q: Tensor, k: Tensor, walk: Walk, tile: Tile, precision: str) -> dict[str, Any]:
-    assert (tile.block_outer, tile.block_inner) == (walk.block_outer, walk.block_inner)
+def _options(q: Tensor, k: Tensor, schedule: Schedule, tile: Tile, precision: str) -> dict[str, Any]:
+    walk = schedule.walk
+    limit = {"maxnreg": tile.registers} if tile.registers and torch.version.hip is None else {}
+    assert (tile.block_outer, tile.block_inner) == (walk.block_outer, schedule.block_inner)
     return {
         "GROUP": q.shape[2] // k.shape[2], "D": q.shape[3], "BLOCK_D": padded_head_dim(q.shape[3]),
-        "CAUSAL": walk.causal, "DOCUMENTS": walk.documents, "SEGMENTS": walk.segments, "INDEXED": walk.indexed,
-        "PRECISION": precision, "num_warps": tile.warps, "num_stages": tile.stages,
+        "SEGMENTS": walk.segments, "INDEXED": walk.indexed, "PRECISION": precision, "num_warps": tile.warps,
+        "num_stages": tile.stages, **limit,
     }  # fmt: skip
 
 
-def _tables(walk: Walk) -> tuple[Any, ...]:
-    """The walk's tensors, and the strides of the batch in those that have one."""
-    strides = [x.stride(0) if len(x) > 1 else 0 for x in walk.facts]
+def _tables(schedule: Schedule) -> tuple[Any, ...]:
+    """The schedule's tensors, and their sizes."""
+    walk, low, key = schedule.walk, schedule.low, schedule.key
+    by_entry = walk.tables.stride(0) if len(walk.tables) > 1 else 0
+    tables = walk.tiles.shape[0]
     return (
-        walk.tables, walk.tiles, walk.rows, walk.runs, walk.index, *walk.facts,
-        walk.tables.stride(0) if len(walk.tables) > 1 else 0, walk.tiles.shape[1], tuple(strides[:2]), tuple(strides[2:]),
+        walk.tables, schedule.order, walk.tiles, schedule.steps, schedule.runs, schedule.outer, schedule.inner,
+        low, schedule.high, key, (by_entry, tables if len(schedule.order) > tables else 0), walk.tiles.shape[1],
+        walk.tiles.shape[2], walk.runs, tuple(x.stride(0) if len(x) > 1 else 0 for x in (low, key)),
     )  # fmt: skip
 
 

@@ -1,43 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The walk inside a kernel: the rows of a tile, the rows of a step, and which pairs of them count.
+"""The schedule inside a kernel: the rows of a tile, the rows of a step, and which pairs of them count.
 
-What the tables hold is in `walk.Walk`. Rows are int32; offsets into tensors are int64.
+What the tables hold is in `tables.py`. Rows are int32; offsets into tensors are int64.
 """
 
 import triton
 import triton.language as tl
 
+from ring_hilbert.kernels import tables
+
 # Numbers that change with the batch: a kernel is not compiled anew for whether 16 divides them.
-VARIES = ["lse_strides", "slot_strides", "row_strides", "table_stride", "num_tiles", "outer_strides", "inner_strides"]
+VARIES = ["lse_strides", "slot_strides", "row_strides", "table_strides", "num_tiles", "num_runs", "interval_strides"]
+
+PLACE, COUNT, RUN = (tl.constexpr(x) for x in (tables.TILE_PLACE, tables.TILE_COUNT, tables.TILE_RUN))
+FIRST, STEP, LEFT, TIMES = (
+    tl.constexpr(x) for x in (tables.RUN_FIRST, tables.RUN_STEP, tables.RUN_COUNT, tables.RUN_TIMES)
+)
+SEGMENT, AHEAD, HOLE, HOLE_AHEAD, WIDTH = (
+    tl.constexpr(x)
+    for x in (tables.RUN_SEGMENT, tables.RUN_AHEAD, tables.RUN_HOLE, tables.RUN_HOLE_AHEAD, tables.RUN_WIDTH)
+)
 
 
 @triton.jit
-def tile_of(tables, tiles, rows, table_stride, num_tiles, batch, kv_head, BLOCK: tl.constexpr):
-    """This program's tile: `(place, outer rows [BLOCK], first run, blocks without a mask, blocks with one)`; place 0: none."""
-    tile = tiles + (tl.load(tables + batch * table_stride + kv_head) * num_tiles + tl.program_id(0)) * 4
-    place = tl.load(tile)
-    outer = tl.load(rows + place.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
-    return place, outer, tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+def tile_of(
+    tables, order, tiles, steps, runs, outer, table_strides, num_tiles, tile_width, num_runs, batch, kv_head,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """This program's tile: `(rows there are, outer rows [BLOCK], runs, first run, blocks without a mask, blocks with one)`."""
+    table = tl.load(tables + batch * table_strides[0] + kv_head).to(tl.int64)
+    number = table + batch * table_strides[1]
+    name = tl.load(order + number * num_tiles + tl.program_id(0))
+    tile = tiles + (table * num_tiles + name) * tile_width
+    count = tl.load(tile + COUNT)
+    within = tl.arange(0, BLOCK)
+    rows = tl.load(outer + tl.load(tile + PLACE) + within, mask=within < count, other=-1)
+    steps += (number * num_tiles + name) * 2
+    return count, rows, runs + number * num_runs * WIDTH, tl.load(tile + RUN), tl.load(steps), tl.load(steps + 1)
 
 
 @triton.jit
-def start_walk(runs, index, run, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
-    """Where a walk stands: `(run, first row, its step and how often rows count, rows left, with INDEXED the rows)`."""
-    entry = runs + 8 * run
-    first = tl.load(entry)
+def start_walk(runs, run, index, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
+    """Where a walk stands: `(run, first row, its step, rows left, how often they count, with INDEXED the rows)`."""
+    entry = runs + WIDTH * run
+    first = tl.load(entry + FIRST)
     rows = first
     if INDEXED:
         rows = tl.load(index + first + tl.arange(0, BLOCK))
-    return run, first, tl.load(entry + 1), tl.load(entry + 2), rows
+    step = 1
+    if not INDEXED:
+        step = tl.load(entry + STEP)
+    return run, first, step, tl.load(entry + LEFT), tl.load(entry + TIMES), rows
 
 
 @triton.jit
 def step_rows(at, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
     """Of the step that a walk stands at: `(inner rows [BLOCK], which of them exist, log2 of how often they count)`."""
-    _, first, step, left, rows = at
+    _, first, step, left, times, rows = at
     places = tl.arange(0, BLOCK)
-    inner = rows if INDEXED else first + places * (step >> 8)
-    return inner, places < left, tl.math.log2((step & 255).to(tl.float32))
+    inner = rows if INDEXED else first + places * step
+    exists = places < left
+    if INDEXED:
+        exists = exists & (rows >= 0)
+    return inner, exists, tl.math.log2(times.to(tl.float32))
 
 
 @triton.jit
@@ -47,25 +72,36 @@ def next_step(runs, index, at, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
     Without a branch, and what is loaded here is used in the next iteration only: else Triton does not pipeline the loop, or
     gives these loads, which those of rows wait for, stages of their own.
     """
-    run, first, step, left, rows = at
+    run, first, step, left, _, rows = at
     ends = left <= BLOCK
     run += ends.to(tl.int32)
-    entry = runs + 8 * run
-    first = tl.where(ends, tl.load(entry), first + BLOCK * (step >> 8))
+    entry = runs + WIDTH * run
+    first = tl.where(ends, tl.load(entry + FIRST), first + BLOCK * step)
+    left = tl.where(ends, tl.load(entry + LEFT), left - BLOCK)
     if INDEXED:
         rows = tl.load(index + first + tl.arange(0, BLOCK))
-    return run, first, tl.load(entry + 1), tl.where(ends, tl.load(entry + 2), left - BLOCK), rows
+    else:
+        step = tl.load(entry + STEP)
+    return run, first, step, left, tl.load(entry + TIMES), rows
 
 
 @triton.jit
-def row_facts(positions, documents, batch, strides, rows, exists, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Positions and documents of rows; `strides` are of the batch, for each. What is not needed are the rows."""
-    position, document = rows, rows
-    if CAUSAL == 2:
-        position = tl.load(positions + batch * strides[0] + rows, mask=exists, other=0)
-    if DOCUMENTS:
-        document = tl.load(documents + batch * strides[1] + rows, mask=exists, other=-1)
-    return position, document
+def row_interval(low, high, batch, stride, rows, exists):
+    """The intervals of keys that query rows see; `[0, 0]`, in which there is no key, where there is no row."""
+    place = batch * stride + rows
+    return tl.load(low + place, mask=exists, other=0), tl.load(high + place, mask=exists, other=0)
+
+
+@triton.jit
+def row_key(key, batch, stride, rows, exists):
+    """The keys of key rows; 0, which nothing sees, where there is no row: other numbers would cost registers."""
+    return tl.load(key + batch * stride + rows, mask=exists, other=0)
+
+
+@triton.jit
+def sees(interval, key):
+    """Which query rows `[M]` see which key rows `[N]`: bool `[M, N]`."""
+    return (key[None, :] >= interval[0][:, None]) & (key[None, :] <= interval[1][:, None])
 
 
 @triton.jit
@@ -75,27 +111,13 @@ def segment_of(rows, ahead, length):
 
 
 @triton.jit
-def counts(
-    runs, at, outer, outer_facts, inner, inner_facts, exists,
-    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, SEGMENTS: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """Which pairs of outer and inner rows count, bool `[M, N]`; `exists [N]`: the inner rows that there are.
-
-    With TRANSPOSED inner rows that do not exist are not hidden: their lse is infinite.
-    """
-    visible = tl.full([1, 1], 1, tl.int1) if TRANSPOSED else exists[None, :]
-    if CAUSAL > 0:
-        if TRANSPOSED:
-            visible = visible & (outer_facts[0][:, None] <= inner_facts[0][None, :])
-        else:
-            visible = visible & (inner_facts[0][None, :] <= outer_facts[0][:, None])
-    if DOCUMENTS:
-        visible = visible & (outer_facts[1][:, None] == inner_facts[1][None, :]) & (inner_facts[1] >= 0)[None, :]
+def within_segments(visible, runs, at, outer, inner, SEGMENTS: tl.constexpr):
+    """`visible [M, N]` without the pairs that the run says are in other segments, or in one that is left out."""
     if SEGMENTS:
-        entry = runs + 8 * at[0]
-        length, ahead = tl.load(entry + 4), tl.load(entry + 5)
+        run = runs + WIDTH * at[0]
+        length, ahead = tl.load(run + SEGMENT), tl.load(run + AHEAD)
         visible = visible & (segment_of(outer, ahead, length)[:, None] == segment_of(inner, ahead, length)[None, :])
-        hole, ahead = tl.load(entry + 6), tl.load(entry + 7)
+        hole, ahead = tl.load(run + HOLE), tl.load(run + HOLE_AHEAD)
         length = tl.maximum(hole, 1)
         inside = segment_of(outer, ahead, length)[:, None] == segment_of(inner, ahead, length)[None, :]
         visible = visible & ((hole == 0) | (inside == 0))

@@ -8,19 +8,28 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from ring_hilbert.kernels.walk import Walk
+from ring_hilbert.kernels.tables import CHUNK, Walk
 
 Pass = Literal["forward", "dq", "dkdv"]
 PASSES: tuple[Pass, ...] = get_args(Pass)
 
 
 class Tile(NamedTuple):
-    """Rows of a tile (queries in forward and dQ, keys in dK and dV), rows of a step, warps, pipeline stages."""
+    """Rows of a tile (queries in forward and dQ, keys in dK and dV), rows of a step, warps, pipeline stages.
+
+    `registers`: at most so many per thread, where a few more would leave room for one tile less at a time; 0: as it comes.
+    """
 
     block_outer: int
     block_inner: int
     warps: int
     stages: int
+    registers: int = 0
+
+    @property
+    def chunk(self) -> int:
+        """Rows whose extremes are taken together when a schedule is made: fewer where steps are."""
+        return min(CHUNK, self.block_inner)
 
 
 # (least compute capability, largest padded head dim, bytes of an element): tiles of forward, dQ, dK and dV. A pass may have up
@@ -29,11 +38,11 @@ class Tile(NamedTuple):
 TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
     (100, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
     (100, 128, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 2),)),
-    (90, 64, 2): ((Tile(64, 64, 4, 3),), (Tile(64, 64, 4, 3),), (Tile(64, 32, 4, 3),)),
+    (90, 64, 2): ((Tile(64, 64, 4, 3, 168),), (Tile(64, 64, 4, 3, 168),), (Tile(64, 32, 4, 3),)),
     (90, 128, 2): (
         (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
         (Tile(128, 64, 8, 3),),
-        (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 3)),
+        (Tile(128, 32, 8, 2), Tile(128, 16, 8, 3)),
     ),
     (90, 256, 2): ((Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 1),), (Tile(32, 32, 4, 1),)),
     (0, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
@@ -51,12 +60,9 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def demand(pass_: Pass, walk: Walk) -> int:
+def demand(walk: Walk) -> int:
     """How many registers the rows and masks of a walk take beside the pass itself: 0, 1 or 2, found by compiling."""
-    facts = walk.documents or walk.causal == 2
-    if walk.segments or (walk.indexed and pass_ != "forward" and not facts):
-        return 2
-    return int(walk.documents or (walk.indexed and pass_ != "forward"))
+    return 2 if walk.segments else int(walk.indexed)
 
 
 def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype) -> tuple[Tile, ...]:
@@ -77,8 +83,8 @@ def device_tiles(pass_: Pass, head_dim: int, dtype: torch.dtype, device: torch.d
     return tiles_for(pass_, 10 * major + minor, head_dim, dtype)
 
 
-def plan_tile(pass_: Pass, tiles: tuple[Tile, ...], plan: Callable[[Tile], Walk]) -> tuple[Tile, Walk]:
+def plan_tile(tiles: tuple[Tile, ...], plan: Callable[[Tile], Walk]) -> tuple[Tile, Walk]:
     """The tile of a walk, and the walk that `plan` makes for it."""
     walk = plan(tiles[0])
-    tile = tiles[min(demand(pass_, walk), len(tiles) - 1)]
+    tile = tiles[min(demand(walk), len(tiles) - 1)]
     return tile, walk if tile == tiles[0] else plan(tile)

@@ -37,9 +37,9 @@ class RunningSoftmax:
         self.lse.copy_(torch.logaddexp(self.lse, lse))
 
     def logarithms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`(lse, residue)` in `dtype`: their sum is the logarithm to twice the precision, residue 0 where lse is -inf.
+        """`(lse, lse_error)` in `dtype`: their sum is the logarithm to twice the precision, the error 0 where lse is -inf.
 
-        Backward needs the residue: at logits of 60 the rounding of a float32 lse alone is as large as all other errors of a
+        Backward needs the error: at logits of 60 the rounding of a float32 lse alone is as large as all other errors of a
         softmax together.
         """
         lse = self.lse.to(dtype)

@@ -155,6 +155,18 @@ def _tokens(order: TokenOrder, length: int, start: int, stop: int) -> np.ndarray
     return tokens[start - first * n : stop - first * n]
 
 
+def natural_places(rows: np.ndarray, seq_len: int, order: TokenOrder | None) -> np.ndarray:
+    """The token that stands at each of `rows` (int64, any shape) of a sequence in `order`; rows behind a grid are themselves."""
+    if order is None or not rows.size:
+        return rows
+    length = seq_len if order.grid is None else min(seq_len, prod(order.grid))
+    first, stop = int(rows.min()), min(int(rows.max()) + 1, length)
+    if first >= stop:
+        return rows
+    tokens = order.permutation(length, first, stop).numpy()
+    return np.where(rows < length, tokens[np.minimum(rows, stop - 1) - first], rows)
+
+
 @lru_cache(maxsize=_CACHED)
 def _permutation(order: TokenOrder, length: int, start: int, stop: int) -> torch.Tensor:
     return _cacheable(_tokens(order, length, start, stop))

@@ -10,21 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ring_hilbert.ops.visible import HIDDEN
+
 EVERYTHING = slice(None)
 TILE_QUERIES, TILE_KEYS = 256, 512
 LONGEST_KEYS = 4096  # of neighbouring tiles taken as one: the mask of a tile stays below 4 MiB per segment and residue
 TRIANGLE_GRAIN = 512  # up to so many rows fused kernels compute a whole square for a triangle
 
 
-class RowFacts(NamedTuple):
-    """Positions and documents of the rows of one side of a visit, int64 `[B or 1, segments, residues, rows]`, or None."""
+class RowIntervals(NamedTuple):
+    """Key, low and high of rows, int64 `[B or 1, segments, residues, rows]` each; see `ops/visible.py`."""
 
-    positions: np.ndarray | None = None
-    documents: np.ndarray | None = None
+    key: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 class Tile(NamedTuple):
-    """Query rows x key rows of a visit. `masked`: facts hide some pairs. `diagonal`: query `i` sees no key `j > i + diagonal`."""
+    """Query rows x key rows of a visit. `masked`: some are hidden. `diagonal`: query `i` sees no key `j > i + diagonal`."""
 
     queries: slice
     keys: slice
@@ -49,16 +52,15 @@ class Sight:
         parts: the tiles to compute.
         order, inverse: int64 `[B or 1, segments or 1, residues or 1, rows]`: the rows are to be taken in this order (queries
             and keys alike), and how to undo it; None if they are in it.
-        query_positions, ...: the facts that the masked tiles compare, in this order, on the device; None where not needed.
+        key, low, high: of the key rows and of the query rows, in this order, on the device: what masked tiles compare.
     """
 
     parts: tuple[Part, ...]
     order: Tensor | None = None
     inverse: Tensor | None = None
-    query_positions: Tensor | None = None
-    query_documents: Tensor | None = None
-    key_positions: Tensor | None = None
-    key_documents: Tensor | None = None
+    key: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
 
     def arrange(self, values: np.ndarray, device: torch.device) -> Tensor:
         """What the rows of every segment have, `[..., rows]`, in this order: `[B or 1, n or 1, c or 1, ..., rows]`."""
@@ -79,53 +81,35 @@ def clear_sight(count: int, triangle: bool) -> Sight:
     return Sight((Part(EVERYTHING, EVERYTHING, tiles),))
 
 
-def sight(queries: RowFacts, keys: RowFacts, is_self: bool, device: torch.device) -> Sight:
-    """What follows from the facts of both sides: keys of another document are hidden, and those with a larger position.
+def sight(queries: RowIntervals, key: np.ndarray, is_self: bool, device: torch.device) -> Sight:
+    """What follows from the keys and intervals of both sides.
 
     Args:
-        queries, keys: positions and documents, both sides or none of each.
-        is_self: queries and keys are the same rows: they are taken by document and position, which makes triangles.
+        queries: of the query rows.
+        key: of the key rows, int64 `[B or 1, segments, residues, rows]`.
+        is_self: queries and keys are the same rows: they are taken in the order of their keys, which makes triangles.
         device: where the tensors go.
     """
-    positions, documents = (queries.positions, keys.positions), (queries.documents, keys.documents)
-    if documents[0] is not None and documents[1] is not None:
-        one = documents[0].flat[0]
-        if one != -1 and (documents[0] == one).all() and (documents[1] == one).all():
-            documents = (None, None)
-    if positions[0] is not None and positions[1] is not None and (positions[1].max(-1) <= positions[0].min(-1)).all():
-        positions = (None, None)
-    count = next((x.shape[-1] for x in (*positions, *documents) if x is not None), 0)
-    if count == 0:
+    own, low, high = queries
+    if not key.size or not low.size:
         return clear_sight(0, triangle=False)
-
+    if ((key.min(-1) >= low.max(-1)) & (key.max(-1) <= high.min(-1))).all():
+        return clear_sight(0, triangle=False)
     order = inverse = None
-    if is_self and positions[0] is not None:
-        order = _order(positions[0], documents[0])
-        ordered = np.take_along_axis(positions[0], order, -1)
-        positions = (ordered, ordered)
-        if documents[0] is not None:
-            ordered_documents = np.take_along_axis(documents[0], order, -1)
-            documents = (ordered_documents, ordered_documents)
-        if (order == np.arange(count)).all():
+    if is_self:
+        order = np.argsort(own, axis=-1, kind="stable")
+        key, low, high = (np.take_along_axis(x, order, -1) for x in (own, low, high))
+        if (order == np.arange(key.shape[-1])).all():
             order = None
         elif (order == order[:1, :1, :1]).all():  # blocks of a curve
             order = order[:1, :1, :1]
         inverse = None if order is None else np.argsort(order, axis=-1, kind="stable")
-        if documents[0] is None and (ordered[..., 1:] > ordered[..., :-1]).all():
-            return Sight(clear_sight(count, triangle=True).parts, _tensor(order, device), _tensor(inverse, device))
-    facts = (positions[0], documents[0], positions[1], documents[1])
-    parts = tuple(_parts(*facts))
-    tensors = [_tensor(x, device) for x in (order, inverse, *facts)]
-    return Sight(parts, *tensors)
-
-
-def _order(positions: np.ndarray, documents: np.ndarray | None) -> np.ndarray:
-    """The rows by document, then position."""
-    if documents is None:
-        return np.argsort(positions, axis=-1, kind="stable")
-    first = np.argsort(positions, axis=-1, kind="stable")
-    second = np.argsort(np.take_along_axis(documents, first, -1), axis=-1, kind="stable")
-    return np.take_along_axis(first, second, -1)
+        following = np.concatenate((key[..., 1:], np.full_like(key[..., :1], np.iinfo(np.int64).max)), axis=-1)
+        if ((low <= key[..., :1]) & (high >= key) & (high < following)).all():
+            parts = clear_sight(key.shape[-1], triangle=True).parts
+            return Sight(parts, _tensor(order, device), _tensor(inverse, device))
+    parts = tuple(_parts(key, low, high))
+    return Sight(parts, *(_tensor(x, device) for x in (order, inverse, key, low, high)))
 
 
 def _triangle(count: int) -> tuple[Tile, ...]:
@@ -135,31 +119,17 @@ def _triangle(count: int) -> tuple[Tile, ...]:
     return tuple(Tile(slice(a, b), slice(0, b), diagonal=a) for a, b in strips)
 
 
-def _parts(
-    query_positions: np.ndarray | None,
-    query_documents: np.ndarray | None,
-    key_positions: np.ndarray | None,
-    key_documents: np.ndarray | None,
-) -> list[Part]:
-    some_q = query_positions if query_positions is not None else query_documents
-    some_k = key_positions if key_positions is not None else key_documents
-    assert some_q is not None and some_k is not None
-    entries, segments = max(some_q.shape[0], some_k.shape[0]), some_q.shape[1]
-    tiles_q, tiles_k = -(-some_q.shape[-1] // TILE_QUERIES), -(-some_k.shape[-1] // TILE_KEYS)
-    full: np.ndarray = np.ones((entries, segments, some_q.shape[2], tiles_q, tiles_k), bool)
-    empty = np.zeros_like(full)
-    if query_positions is not None and key_positions is not None:
-        (q_min, q_max), (k_min, k_max) = _bounds(query_positions, TILE_QUERIES), _bounds(key_positions, TILE_KEYS)
-        full &= k_max[..., None, :] <= q_min[..., :, None]
-        empty |= k_min[..., None, :] > q_max[..., :, None]
-    if query_documents is not None and key_documents is not None:
-        (q_min, q_max), (k_min, k_max) = _bounds(query_documents, TILE_QUERIES), _bounds(key_documents, TILE_KEYS)
-        q_min, q_max, k_min, k_max = q_min[..., :, None], q_max[..., :, None], k_min[..., None, :], k_max[..., None, :]
-        full &= (q_min == q_max) & (k_min == k_max) & (q_min == k_min) & (q_min >= 0)
-        empty |= (q_min > k_max) | (q_max < k_min) | (q_max < 0) | (k_max < 0)
+def _parts(key: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Part]:
+    entries, segments = max(len(key), len(low)), low.shape[1]
+    (low_min, low_max), (high_min, high_max) = (_bounds(x, TILE_QUERIES) for x in (low, high))
+    key_min, key_max = _bounds(key, TILE_KEYS)
+    real_min, _ = _bounds(np.where(key == HIDDEN, np.iinfo(np.int64).max, key), TILE_KEYS)  # padding widens no block
+    low_min, low_max, high_min, high_max = (x[..., :, None] for x in (low_min, low_max, high_min, high_max))
+    key_min, key_max, real_min = (x[..., None, :] for x in (key_min, key_max, real_min))
+    full, empty = (key_min >= low_max) & (key_max <= high_min), (real_min > high_max) | (key_max < low_min)
     full, empty = np.all(full, axis=2), np.all(empty, axis=2)
 
-    step = max(1, 2048 // some_q.shape[-1])  # short segments are taken together
+    step = max(1, 2048 // low.shape[-1])  # short segments are taken together
     parts = []
     for entry in range(entries):
         for start in range(0, segments, step):
@@ -167,8 +137,8 @@ def _parts(
             tiles = _tiles(
                 np.all(full[entry, chosen], axis=0),
                 np.all(empty[entry, chosen], axis=0),
-                some_q.shape[-1],
-                some_k.shape[-1],
+                low.shape[-1],
+                key.shape[-1],
             )
             if tiles:
                 parts.append(Part(EVERYTHING if entries == 1 else slice(entry, entry + 1), chosen, tuple(tiles)))

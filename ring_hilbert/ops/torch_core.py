@@ -1,289 +1,257 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch core: one visit, forward and backward, through the dense kernel of the device, in pieces of bounded size.
-
-Works on any device and dtype PyTorch multiplies matrices in. Nothing here knows of patterns or ranks: a visit arrives as
-strided views.
-
-Shapes: `B` batch, `n` segments, `c` residues, `h` kv heads, `G` query heads per kv head, `Q` query rows, `K` key rows, `D`
-head dim.
-"""
+"""The torch core: the visits of a rank one after the other, on any device and dtype that PyTorch multiplies matrices in."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ring_hilbert.ops.dense import DenseKernel, MatrixProducts
+from ring_hilbert.ops import torch_visit
+from ring_hilbert.ops.core import BackwardState, ForwardState, Incoming, RemoteVisit
+from ring_hilbert.ops.dense import DenseKernel, dense_kernel
 from ring_hilbert.ops.merge import RunningSoftmax
-from ring_hilbert.ops.sight import Part, Sight, Tile
+from ring_hilbert.ops.pattern import Heads
+from ring_hilbert.ops.sight import RowIntervals, clear_sight, sight
+from ring_hilbert.ops.torch_visit import Scope, Weights
+from ring_hilbert.ops.visits import Visit
 
-PIECE = 1 << 20  # elements of a tensor that one kernel call returns, where the rows of a segment allow it
-
-MATRIX_QUERIES, MATRIX_KEYS = 256, 1024  # the tile of a kernel that holds its scores in memory
-
-Index = tuple[int | slice, ...]
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64, everything else is merged and summed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+PARTS = 6  # of the local backward: some hide what is fetched, others what is returned
 
 
-class Weights(NamedTuple):
-    """How often the pairs of a visit count: query `i` over key `j` as `logs[..., levels[..., i], j]` says, in the sight's order.
+@dataclass
+class _Forward(ForwardState):
+    """A forward between its steps: the running softmax of all rows, and what the steps need."""
 
-    Attributes:
-        levels: int64 `[B or 1, n or 1, c or 1, Q]`.
-        logs: logarithms in the dtype of the kernel, `[B or 1, n or 1, c or 1, L, K]`.
-    """
-
-    levels: Tensor
-    logs: Tensor
+    softmax: RunningSoftmax
+    q: Tensor
+    dtype: torch.dtype
+    scale: float
 
 
-@dataclass(frozen=True)
-class Scope:
-    """How a visit is computed.
+@dataclass
+class _Backward(BackwardState):
+    """A backward between its steps. `add` adds one visit, `add_local` some of those among own rows, of which `done` are."""
 
-    Attributes:
-        kernel: the dense kernel.
-        sight: which keys are seen.
-        weights: how often the pairs count; None for once each.
-        opens_queries, opens_keys: the results of query rows (key rows) are written for the first time, whatever was there.
-    """
-
-    kernel: DenseKernel
-    sight: Sight
-    weights: Weights | None = None
-    opens_queries: bool = False
-    opens_keys: bool = False
+    add: Callable[..., None]
+    add_local: Callable[[list[tuple[Visit, Scope]]], None]
+    done: int
+    dtype: torch.dtype
 
 
-def forward(state: RunningSoftmax, q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> None:
-    """Merge a visit into `state`.
+class TorchCore:
+    """The rows at hand of one sequence under one pattern.
 
     Args:
-        state: views `lse [G, B, n, c, h, Q]`, `out [G, B, n, c, h, Q, D]`, updated in place.
-        q: `[G, B, n, c, h, Q, D]`.
-        k, v: `[B, n, c, h, K, D]`.
-        scope: how.
-        scale: factor of the scores.
+        local: the visits among the rows at hand, those that open rows first.
+        own: what these see, int64 `[1 or B, S]` each; None where their visits say it all (`Visible.by_row_alone`).
+        head_dim, dtype, device: of q, k and v.
+        hops: the visits over what each hop brings.
+        incoming: what of it travels in this batch, hop by hop, on the CPU.
     """
-    made: dict[tuple[int, ...], Tensor] = {}
-    for part, index in _pieces(scope, k.shape, q.shape[-2]):
-        keys, values = (_take(x[index], scope, index) for x in (k, v))
-        for group in range(q.shape[0]):
-            queries = _take(q[group][index], scope, index)
-            piece: RunningSoftmax | None = None
-            for tile, kernel, bias, hidden in _tiles(part, index, queries, keys, scope, made):
-                block = (queries[:, :, tile.queries], keys[:, :, tile.keys], values[:, :, tile.keys])
-                qt, kt, vt = (x.to(kernel.dtype) for x in block)
-                out, lse = kernel.forward(qt, kt, vt, tile.diagonal == 0, bias, scale)
-                if hidden is not None:
-                    lse = lse.masked_fill(hidden, float("-inf"))
-                if tile.whole:
-                    piece = RunningSoftmax(lse, out)
-                    break
-                if piece is None:
-                    piece = RunningSoftmax(
-                        lse.new_empty(queries.shape[:-1], dtype=torch.float64),
-                        torch.empty_like(queries, dtype=state.out.dtype),
-                    )
-                    piece.clear()
-                RunningSoftmax(piece.lse[:, :, tile.queries], piece.out[:, :, tile.queries]).add(lse, out)
-            if piece is not None:
-                rows = RunningSoftmax(state.lse[group][index], state.out[group][index])
-                merge = rows.open if scope.opens_queries else rows.add
-                merge(_put_back(piece.lse.unsqueeze(-1), scope, index).squeeze(-1), _put_back(piece.out, scope, index))
 
-
-def backward(
-    grads: tuple[Tensor, Tensor, Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scope: Scope,
-    scale: float,
-) -> None:
-    """Add a visit's share of the gradient of the *merged* softmax.
-
-    Args:
-        grads: `dq [G, B, n, c, h, Q, D]`, `dk`, `dv [B, n, c, h, K, D]`: float32 or float64 views, added to in place.
-        q, k, v, scope, scale: as in `forward`.
-        dout, out: `[G, B, n, c, h, Q, D]`; out is the merged one.
-        lse: merged log-sum-exp `[G, B, n, c, h, Q]` in float64, +inf (not -inf) for rows without a key.
-    """
-    made: dict[tuple[int, ...], Tensor] = {}
-    for part, index in _pieces(scope, k.shape, q.shape[-2]):
-        keys, values = (_take(x[index], scope, index) for x in (k, v))
-        for group in range(q.shape[0]):
-            queries, douts, outs = (_take(x[group][index], scope, index) for x in (q, dout, out))
-            logs = _take(lse[group][index].unsqueeze(-1), scope, index, convert=False).squeeze(-1)
-            pieces: list[Tensor] = []
-            for tile, kernel, bias, _ in _tiles(part, index, queries, keys, scope, made):
-                rows, columns = (slice(None), slice(None), tile.queries), (slice(None), slice(None), tile.keys)
-                block = (douts[rows], queries[rows], keys[columns], values[columns], outs[rows])
-                dt, qt, kt, vt, ot = (x.to(kernel.dtype) for x in block)
-                results = kernel.backward(dt, qt, kt, vt, ot, logs[rows], tile.diagonal == 0, bias, scale)
-                if tile.whole:
-                    pieces = list(results)
-                    break
-                if not pieces:
-                    pieces = [torch.zeros_like(x, dtype=grads[0].dtype) for x in (queries, keys, values)]
-                for piece, where, result in zip(pieces, (rows, columns, columns), results, strict=True):
-                    piece[where] += result
-            opens = (scope.opens_queries, scope.opens_keys and group == 0, scope.opens_keys and group == 0)
-            targets = (grads[0][group], grads[1], grads[2])
-            for target, piece, opening in zip(targets, pieces, opens, strict=False):
-                value = _put_back(piece, scope, index)
-                target[index].copy_(value) if opening else target[index].add_(value)
-
-
-# ---- pieces: a visit cut into kernel calls
-
-
-def _pieces(scope: Scope, k_shape: torch.Size, q_rows: int) -> Iterator[tuple[Part, Index]]:
-    """What one kernel call takes: indices into `[B, n, c, h]` that leave two axes, and the part that they lie in."""
-    batch, segments, residues, heads, k_rows, head_dim = k_shape
-    items = max(1, PIECE // (max(q_rows, k_rows) * head_dim))
-    for part in scope.sight.parts:
-        ranges = [range(batch)[part.entries], range(segments)[part.segments], range(residues), range(heads)]
-        inner = sorted(sorted(range(4), key=lambda axis: len(ranges[axis]))[2:])  # a call takes the two longest axes
-        steps = [1, 1, 1, 1]
-        steps[inner[1]] = len(ranges[inner[1]])
-        room = max(items, 2 * torch.get_num_threads())  # the CPU kernel's backward is parallel over these axes alone
-        steps[inner[0]] = max(1, -(-room // steps[inner[1]]))
-        starts = [r[::step] for r, step in zip(ranges, steps, strict=True)]
-        for corner in itertools.product(*starts):
-            yield (
-                part,
-                tuple(
-                    slice(start, min(start + steps[axis], ranges[axis].stop)) if axis in inner else start
-                    for axis, start in enumerate(corner)
+    def __init__(
+        self, local: Sequence[Visit], own: RowIntervals | None, head_dim: int, dtype: torch.dtype, device: torch.device,
+        hops: Sequence[Sequence[RemoteVisit]] = (), incoming: Sequence[Incoming] = (),
+    ) -> None:  # fmt: skip
+        kernel = dense_kernel(device, dtype, head_dim)
+        scopes = [(visit, _local_scope(visit, own, kernel, device)) for visit in local]
+        opening = [scope for _, scope in scopes if scope.opens_queries]
+        self.opens_queries = bool(opening) and all(scope.sight.covers for scope in opening)
+        self.opens_keys = self.opens_queries and all(scope.opens_keys for scope in opening)
+        self.local = [
+            (
+                visit,
+                replace(
+                    scope,
+                    opens_queries=scope.opens_queries and self.opens_queries,
+                    opens_keys=scope.opens_keys and self.opens_keys,
                 ),
             )
+            for visit, scope in scopes
+        ]
+        bound = [
+            [_BoundVisit(visit, arriving, own, kernel, device) for visit in visits]
+            for visits, arriving in zip(hops, incoming, strict=True)
+        ]
+        self.hops = [[visit for visit in visits if visit.places.shape[-1]] for visits in bound]
+        self.in_parts = _in_parts(self.local) if self.hops else self.local  # some before the hops, some after
+
+    # ---- forward
+
+    def begin(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> _Forward:
+        """The visits among own rows."""
+        dtype, kv_heads = torch_visit.compute_dtype(q.dtype), k.shape[2]
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
+        softmax = RunningSoftmax(out.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float64), out)
+        if not self.opens_queries:
+            softmax.clear()
+        grouped = RunningSoftmax(_grouped(softmax.lse.transpose(1, 2), kv_heads), _grouped(out, kv_heads))
+        state = _Forward(softmax, _grouped(q, kv_heads), q.dtype, scale)
+        for visit, scope in self.local:
+            rows = RunningSoftmax(_queries(grouped.lse, visit), _queries(grouped.out, visit))
+            keys = visit.view(k, visit.keys), visit.view(v, visit.keys)
+            torch_visit.forward(rows, _queries(state.q, visit), *keys, scope, scale)
+        return state
+
+    def forward_hop(self, state: ForwardState, hop: int, received: Tensor) -> None:
+        """The visits over `received [rows, 2, D]`."""
+        assert isinstance(state, _Forward)
+        buffer, kv_heads = _with_blank_row(received), state.q.shape[2]
+        logs = _grouped(state.softmax.lse.transpose(1, 2), kv_heads)
+        outs = _grouped(state.softmax.out, kv_heads)
+        for bound in self.hops[hop]:
+            rows = RunningSoftmax(_queries(logs, bound.visit), _queries(outs, bound.visit))
+            queries = _queries(state.q, bound.visit)
+            torch_visit.forward(rows, queries, *bound.rows_of(buffer), bound.scope, state.scale)
+
+    def finish(self, state: ForwardState) -> tuple[Tensor, Tensor, Tensor]:
+        """`out` in the dtype of q, `lse` and `lse_error`."""
+        assert isinstance(state, _Forward)
+        dtype = torch_visit.compute_dtype(state.dtype)
+        return state.softmax.out.to(state.dtype), *state.softmax.logarithms(dtype)
+
+    # ---- backward
+
+    def begin_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        lse_error: Tensor,
+        scale: float,
+        sums: torch.dtype,
+        share: float,
+    ) -> _Backward:
+        """About a `share` of the visits among own rows; dK and dV are summed in `sums` at least."""
+        dtype, kv_heads = torch_visit.compute_dtype(q.dtype), k.shape[2]
+        exact = lse.double() + lse_error
+        exact = exact.masked_fill(lse == float("-inf"), float("inf"))  # no key, no gradient
+        done = np.cumsum([visit.cost for visit, _ in self.in_parts])
+        upto = int(np.searchsorted(done, share * done[-1] - 0.5)) + 1 if share and len(done) else 0
+        opens = upto >= sum(
+            scope.opens_queries for _, scope in self.in_parts
+        )  # else hops add to rows before they are opened
+        fresh_q = torch.empty if self.opens_queries and opens else torch.zeros
+        fresh_k = torch.empty if self.opens_keys and opens else torch.zeros
+        dq = fresh_q(q.shape, dtype=dtype, device=q.device)
+        sums = torch_visit.compute_dtype(sums)
+        dk, dv = (fresh_k(k.shape, dtype=sums, device=k.device) for _ in range(2))
+        q, dout, out, dq_grouped, exact = (_grouped(x, kv_heads) for x in (q, dout, out, dq, exact.transpose(1, 2)))
+
+        def add(visit: Visit, scope: Scope, keys: tuple[Tensor, Tensor], dkeys: tuple[Tensor, Tensor]) -> None:
+            q_rows, dout_rows, out_rows, lse_rows = (_queries(x, visit) for x in (q, dout, out, exact))
+            grads = (_queries(dq_grouped, visit), *dkeys)
+            torch_visit.backward(grads, q_rows, *keys, dout_rows, out_rows, lse_rows, scope, scale)
+
+        def add_local(visits: list[tuple[Visit, Scope]]) -> None:
+            for visit, scope in visits:
+                k_rows, v_rows, dk_rows, dv_rows = (visit.view(x, visit.keys) for x in (k, v, dk, dv))
+                scope = scope if opens else replace(scope, opens_queries=False, opens_keys=False)
+                add(visit, scope, (k_rows, v_rows), (dk_rows, dv_rows))
+
+        add_local(self.in_parts[:upto])
+        return _Backward(dq, dk, dv, add, add_local, upto, dtype)
+
+    def backward_hop(self, state: BackwardState, hop: int, received: Tensor) -> Tensor:
+        """The visits over `received [rows, 2, D]`, and its gradient."""
+        assert isinstance(state, _Backward)
+        buffer = _with_blank_row(received)
+        gradients = torch.zeros(buffer.shape, dtype=state.dk.dtype, device=buffer.device)
+        for bound in self.hops[hop]:
+            keys = bound.rows_of(buffer)
+            dk, dv = (torch.zeros(x.shape, dtype=state.dk.dtype, device=x.device) for x in keys)
+            state.add(bound.visit, bound.scope, keys, (dk, dv))
+            bound.add_to(gradients, dk, dv)
+        return gradients[:-1].to(state.dtype)
+
+    def rest_of_backward(self, state: BackwardState) -> None:
+        """The visits among own rows that `begin_backward` left."""
+        assert isinstance(state, _Backward)
+        state.add_local(self.in_parts[state.done :])
 
 
-def _tiles(
-    part: Part, index: Index, queries: Tensor, keys: Tensor, scope: Scope, made: dict[tuple[int, ...], Tensor]
-) -> Iterator[tuple[Tile, DenseKernel, Tensor | None, Tensor | None]]:
-    """The tiles of a piece, each with its kernel, the bias of its scores, and the query rows that see nothing."""
-    for tile in part.tiles:
-        plain = not tile.masked and scope.weights is None and tile.diagonal in (None, 0)
-        kernel = scope.kernel if plain or scope.kernel.takes_bias else MatrixProducts(compute_dtype(queries.dtype))
-        whole = Tile(slice(0, queries.shape[2]), slice(0, keys.shape[2]), tile.masked, tile.diagonal)
-        tile = whole if tile.whole else tile
-        for small in [tile] if kernel.max_scores is None else _cut(tile):
-            bias, hidden = _bias(small, index, scope, kernel.dtype, queries.device, made)
-            yield small._replace(whole=small[:2] == whole[:2]), kernel, bias, hidden
+def _in_parts(local: list[tuple[Visit, Scope]]) -> list[tuple[Visit, Scope]]:
+    """The same visits, expensive ones cut into some for each thread's worth of their heads."""
+    most, parts = sum(visit.cost for visit, _ in local) / PARTS, []
+    for visit, scope in local:
+        start, stop, step = visit.heads
+        heads = len(visit.heads.indices)
+        size = max(torch.get_num_threads(), -(-heads // PARTS)) if visit.cost > most else heads
+        cuts = [min(start + i * step, stop) for i in range(0, heads, size)] + [stop]
+        parts += [(replace(visit, heads=Heads(a, b, step)), scope) for a, b in itertools.pairwise(cuts)]
+    return parts
 
 
-def _cut(tile: Tile) -> Iterator[Tile]:
-    """A tile in smaller ones, without those above its diagonal."""
-    first = tile.queries.start
-    for i in range(first, tile.queries.stop, MATRIX_QUERIES):
-        queries = slice(i, min(i + MATRIX_QUERIES, tile.queries.stop))
-        for j in range(tile.keys.start, tile.keys.stop, MATRIX_KEYS):
-            keys = slice(j, min(j + MATRIX_KEYS, tile.keys.stop))
-            diagonal = None if tile.diagonal is None else tile.diagonal + (i - first) - (j - tile.keys.start)
-            if diagonal is None or diagonal > -(queries.stop - i):
-                yield Tile(queries, keys, tile.masked, diagonal)
+class _BoundVisit:
+    """A remote visit in one batch: the candidates of it that travel, as index tensors on a device."""
+
+    def __init__(
+        self,
+        remote: RemoteVisit,
+        arriving: Incoming,
+        own: RowIntervals | None,
+        kernel: DenseKernel,
+        device: torch.device,
+    ) -> None:
+        self.visit = Visit(remote.heads, remote.queries, remote.queries)
+        at = remote.keys  # [B, heads, K]
+        places = at if arriving.place is None else arriving.place.numpy().astype(np.int64)[at]
+        travels = (places >= 0).any((0, 1))
+        at, places = at[..., travels], places[..., travels]
+        self.places = torch.from_numpy(np.ascontiguousarray(places)).to(device)
+        seen = clear_sight(remote.queries.count, triangle=False)
+        if own is not None:
+            key = arriving.key.numpy().astype(np.int64)[at].max(1)  # heads that a row does not travel for do not see it
+            seen = sight(_cut(own, self.visit.rows(remote.queries)), key[: len(own.low), None, None], False, device)
+        self.scope = Scope(kernel, seen)
+
+    def rows_of(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """The visit's K and V as `[B, 1, 1, h, K, D]`."""
+        kv = buffer[self.places][:, None, None]
+        return kv[..., 0, :], kv[..., 1, :]
+
+    def add_to(self, gradients: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Add gradients `[B, 1, 1, h, K, D]` to the buffer's; its rows are distinct within a visit (others are the blank row)."""
+        gradients[self.places] += torch.stack((dk, dv), dim=-2)[:, 0, 0]
 
 
-def _bias(
-    tile: Tile,
-    index: Index,
-    scope: Scope,
-    dtype: torch.dtype,
-    device: torch.device,
-    made: dict[tuple[int, ...], Tensor],
-) -> tuple[Tensor | None, Tensor | None]:
-    hidden: Tensor | None = None
-    sight = scope.sight
-    if tile.masked:
-        for queries, keys in (
-            (sight.query_positions, sight.key_positions),
-            (sight.query_documents, sight.key_documents),
-        ):
-            if queries is None or keys is None:
-                continue
-            rows = _facts(queries, index)[:, :, tile.queries].unsqueeze(-1)
-            columns = _facts(keys, index)[:, :, tile.keys].unsqueeze(-2)
-            if queries is sight.query_positions:
-                unseen = columns > rows
-            else:
-                unseen = (columns != rows) | (columns == -1)
-            hidden = unseen if hidden is None else hidden | unseen
-    if tile.diagonal:
-        shape = (tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start)
-        hidden = torch.ones(shape, dtype=torch.bool, device=device).triu_(tile.diagonal + 1)[None, None]
-    counts = None if scope.weights is None else _log_counts(scope.weights, tile, index, dtype, made)
-    if hidden is None:
-        return counts, None
-    shape = torch.broadcast_shapes(hidden.shape, () if counts is None else counts.shape)
-    bias = torch.zeros(shape, dtype=dtype, device=device) if counts is None else counts.expand(shape)
-    return bias.masked_fill(hidden, float("-inf")), hidden.all(-1)
+def _local_scope(visit: Visit, own: RowIntervals | None, kernel: DenseKernel, device: torch.device) -> Scope:
+    if own is None:
+        seen = clear_sight(visit.queries.count, visit.causal)
+    else:
+        keys = own.key[:, visit.rows(visit.keys)]
+        seen = sight(_cut(own, visit.rows(visit.queries)), keys, visit.is_self, device)
+    weights = None
+    if visit.repeats:
+        queries_in, keys_in = visit.depths()
+        times = 1 + np.minimum.outer(np.arange(len(visit.repeats) + 1), keys_in)
+        weights = Weights(seen.arrange(queries_in, device), seen.arrange(np.log(times), device).to(kernel.dtype))
+    return Scope(kernel, seen, weights, visit.opening, visit.opening and visit.is_self)
 
 
-def _log_counts(
-    weights: Weights, tile: Tile, index: Index, dtype: torch.dtype, made: dict[tuple[int, ...], Tensor]
-) -> Tensor:
-    """`[X or 1, Y or 1, Q, K]` of the pairs of a tile; kept in `made` where it is the same for all pieces."""
-    place = (tile.queries.start, tile.queries.stop, tile.keys.start, tile.keys.stop)
-    if place in made:
-        return made[place]
-    levels = _facts(weights.levels, index)[:, :, tile.queries]
-    logs = _facts(weights.logs, index)[..., tile.keys].to(dtype)
-    x, y, depth, keys = logs.shape
-    start = torch.arange(0, x * y * depth, depth, device=logs.device).view(x, y, 1)
-    result = logs.reshape(-1, keys).index_select(0, (levels + start).flatten()).view(x, y, -1, keys)
-    if weights.levels.shape[:3] == (1, 1, 1):
-        made[place] = result
-    return result
+def _cut(own: RowIntervals, rows: np.ndarray) -> RowIntervals:
+    """The intervals `[B or 1, S]` of `rows [n, c, rows]`."""
+    return RowIntervals(*(x[:, rows] for x in own))
 
 
-def _facts(facts: Tensor, index: Index) -> Tensor:
-    """Facts `[B or 1, n, c, rows]` of a piece, as `[.., .., rows]` with sizes 1 where they are the same."""
-    chosen = list(index)
-    for axis in (axis for axis in range(4) if axis == 3 or facts.shape[axis] == 1):
-        chosen[axis] = slice(0, 1) if isinstance(chosen[axis], slice) else 0
-    return facts.unsqueeze(3)[tuple(chosen)]
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """`[B, S, H, ...]` as `[B, S, Hkv, G, ...]`."""
+    return x.unflatten(2, (kv_heads, -1))
 
 
-# ---- rows in the order that makes triangles
+def _with_blank_row(received: Tensor) -> Tensor:
+    """The received rows and one row of zeros after them, which index -1 reads."""
+    return torch.cat((received, received.new_zeros(1, *received.shape[1:])))
 
 
-def _take(x: Tensor, scope: Scope, index: Index, convert: bool = True) -> Tensor:
-    """Rows `[X, Y, rows, D]` of a piece in the order of its sight, in the dtype of its kernel."""
-    if scope.sight.order is not None:
-        x = _reorder(x, _facts(scope.sight.order, index))
-    return x.to(scope.kernel.dtype) if convert else x
-
-
-def _put_back(x: Tensor, scope: Scope, index: Index) -> Tensor:
-    return x if scope.sight.inverse is None else _reorder(x, _facts(scope.sight.inverse, index))
-
-
-def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """`x [X, Y, rows, D]` with the rows `order [X or 1, Y or 1, rows]`, each read as one run of memory."""
-    width = x.shape[-1]
-    stride_x, stride_y, stride_rows, unit = x.stride()
-    strides = (stride_x, stride_y, stride_rows)
-    if unit != 1 or any(s % width for s in strides):
-        x = x.contiguous()
-        strides = x.stride()[:3]
-    reach = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=False)) // width + 1
-    flat = x.as_strided((reach, width), (width, 1))
-    rows = order * (strides[2] // width)
-    for axis in range(2):
-        steps = torch.arange(x.shape[axis], device=x.device) * (strides[axis] // width)
-        rows = rows + steps.view(-1, *[1] * (2 - axis))
-    return flat.index_select(0, rows.reshape(-1)).view(*rows.shape, width)
+def _queries(x: Tensor, visit: Visit) -> Tensor:
+    """The visit's query rows of `[B, S, Hkv, G, ...]` as `[G, B, n, c, h, Q, ...]`."""
+    return visit.view(x, visit.queries).movedim(5, 0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton core: all local branches in one launch, rows received from elsewhere in one more each time, on one device.
 
-Nothing here knows of ranks: remote rows arrive as buffers, and as lists of who sees which of their rows.
+Nothing here knows of ranks: remote rows arrive as buffers, and as lists of who may see which of their rows.
 
 To see what the kernels make of a call, `rh.reference.compare(rh.dilated_attention, q, k, v, pattern, backend="triton", ...)`
 runs it on them and by the definition in plain PyTorch, differentiated by autograd, and returns the errors of both.
@@ -9,28 +9,32 @@ runs it on them and by the definition in plain PyTorch, differentiated by autogr
 
 from __future__ import annotations
 
-import hashlib
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._triton import has_triton_package
 
-from ring_hilbert.kernels.tiles import PASSES, Pass, Tile, device_tiles, plan_tile
-from ring_hilbert.kernels.upload import upload
-from ring_hilbert.kernels.walk import Facts, Rule, Walk, chains, plan_lists, plan_rows
-from ring_hilbert.kernels.workers import Worker
+from ring_hilbert.kernels.tables import Walk
+from ring_hilbert.kernels.tiles import Pass, Tile, device_tiles, plan_tile
+from ring_hilbert.ops.core import BackwardState, ForwardState, Incoming, Shard
+from ring_hilbert.ops.nesting import Chain, chains
 from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.ops.remote_walk import RemoteWalks
+from ring_hilbert.ops.visible import Intervals
+from ring_hilbert.ops.walk import plan_rows
+
+if TYPE_CHECKING:
+    from ring_hilbert.kernels.launch import Output, RowTerms, Staging
+    from ring_hilbert.kernels.tables import Schedule
 
 BACKENDS = ("triton", "torch", "auto")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KEPT_WALKS = 64  # a walk is a few bytes per row, kv head and direction
+KEPT_WALKS = 512  # of layers with offsets of their own: at most as many as there are dilation rates to rotate through
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -61,51 +65,25 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
     return automatic if backend == "auto" else backend
 
 
-class RemoteVisit(NamedTuple):
-    """`queries [Q]` (rows at hand) of kv heads `heads` see the rows `keys [B, heads, K]` of the buffer, where these are not -1."""
-
-    heads: range
-    queries: np.ndarray
-    keys: np.ndarray
-
-
-@dataclass(frozen=True)
-class Remote:
-    """Who sees which rows of the received buffer.
-
-    Attributes:
-        visits: a row of the buffer belongs to one batch entry and head; in how many visits it is, so often it counts.
-        queries, keys: facts of the rows at hand and of those of the buffer, `[B or 1, S]` and `[1, rows]`, positions of both
-            sides or of none.
-    """
-
-    visits: Sequence[RemoteVisit]
-    queries: Facts
-    keys: Facts
-
-
 @dataclass
-class ForwardState:
+class _Forward(ForwardState):
     """A forward between its steps."""
 
     q: Tensor
-    output: Any
-    staging: Any
+    output: Output
+    staging: Staging | None
     scale: float
 
 
 @dataclass
-class BackwardState:
-    """A backward between its steps: `dq` in the dtype of q, `dk, dv`, and what the steps need."""
+class _Backward(BackwardState):
+    """A backward between its steps; dq is in the dtype of q. `owes_keys`: dk and dv of the rows at hand are yet to come."""
 
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
-    terms: Any
-    staging: Any
+    terms: RowTerms
+    staging: Staging | None
     scale: float
     owes_keys: bool
 
@@ -116,85 +94,57 @@ class TritonCore:
     Args:
         pattern: the branches.
         num_kv_heads: Hkv of k and v.
-        rows: which rows of the sequence they are, ascending.
-        facts: their positions, if not the rows, and documents.
-        causal: rows see no larger position.
+        shard: the rows at hand.
+        own: what they see, int32 `[1 or B, S]` on the device.
         head_dim, dtype, device: of q, k and v.
-        remotes: what is received, one after the other.
+        remote: the walks of what is received, if anything is.
+        incoming: what of it travels in this batch, hop by hop.
         tiles: instead of those in the table.
-
-    Attributes:
-        local, remotes: tile and walk of every pass, of the rows at hand over themselves and over received ones.
     """
 
     def __init__(
         self,
         pattern: DilatedPattern,
         num_kv_heads: int,
-        rows: np.ndarray,
-        facts: Facts,
-        causal: bool,
+        shard: Shard,
+        own: Intervals,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        remotes: Sequence[Remote] = (),
+        remote: RemoteWalks | None = None,
+        incoming: Sequence[Incoming] = (),
         tiles: Mapping[Pass, Tile] | None = None,
     ) -> None:
         self.exact = dtype == torch.float32  # float32 keeps what rounding takes from lse
-        self.local: dict[Pass, tuple[Tile, Walk]] = {}
-        self.remotes: list[dict[Pass, tuple[Tile, Walk]]] = [{} for _ in remotes]
-        for pass_ in PASSES:
-            back = pass_ == "dkdv"
-            choice = (tiles[pass_],) if tiles else device_tiles(pass_, head_dim, dtype, device)
-
-            def local_walk(tile: Tile, back: bool = back) -> Walk:
-                return _local_walk(pattern, num_kv_heads, rows, facts, causal, tile, back, device)
-
-            self.local[pass_] = plan_tile(pass_, choice, local_walk)
-            for walks, remote in zip(self.remotes, remotes, strict=True):
-                if remote.visits:
-
-                    def remote_walk(tile: Tile, back: bool = back, remote: Remote = remote) -> Walk:
-                        return _remote_walk(remote, num_kv_heads, tile, back).to(device)
-
-                    walks[pass_] = plan_tile(pass_, choice, remote_walk)
-        covered = _covered(pattern, num_kv_heads, rows)
-        self.covers = bool(covered.all())  # else some rows are in no tile, and results start as those of no key
-        self.slots, self.places = None, 0
-        self.staged: Tensor | None = None  # kv head, row and place of every row that hops pass on, int64 `[3, n]`
-        if any(self.remotes):
-            slots = np.full((num_kv_heads, len(rows)), -1, np.int32)
-            for heads, queries, _ in (visit for remote in remotes for visit in remote.visits):
-                slots[np.array(heads)[:, None], queries] = 0
-            slots[slots == 0] = (np.cumsum(slots + 1, axis=1, dtype=np.int32) - 1)[slots == 0]
-            self.places = int(slots.max()) + 1
-            self.slots = upload(torch.from_numpy(slots)[None], device)
-            if len(self.remotes) > 1:
-                head, row = np.nonzero(slots >= 0)
-                self.staged = upload(torch.from_numpy(np.stack((head, row, slots[head, row]))), device)
+        self.own, self.remote, self.incoming, self.device = own, remote, incoming, device
+        self.head_dim, self.dtype, self.tiles = head_dim, dtype, tiles
+        self.chains, self.shift, self.shard = tuple(chains(pattern, num_kv_heads)), pattern.segment_shift, shard
+        # Some rows may be in no tile: then results start as those of rows without a key.
+        self.covers = any(r == 1 for _, r in pattern.branches)
 
     # ---- forward
 
-    def begin(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> ForwardState:
+    def begin(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> _Forward:
         """Attend the rows at hand: `q [B, S, H, D]`, `k, v [B, S, Hkv, D]`; `scale` of the scores."""
         from ring_hilbert.kernels import launch
 
-        state = ForwardState(q, launch.Output.allocate(q, self.exact, clear=not self.covers), self._staging(q), scale)
+        state = _Forward(q, launch.Output.allocate(q, self.exact, clear=not self.covers), self._staging(q), scale)
         if q.shape[1]:
-            launch.forward(q, k, v, *self.local["forward"], scale, state.output, state.staging)
+            launch.forward(q, k, v, *self.schedule("forward"), scale, state.output, state.staging)
         return state
 
     def forward_hop(self, state: ForwardState, hop: int, received: Tensor) -> None:
         """Attend the rows `received [rows, 2, D]` of k and v."""
         from ring_hilbert.kernels import launch
 
-        if self.remotes[hop]:
+        assert isinstance(state, _Forward)
+        if self.remote is not None and self.remote.hops[hop] and (len(received) or self._stage == "finish"):
             k, v = self._spread(received, state.q)
             launch.forward(
                 state.q,
                 k,
                 v,
-                *self.remotes[hop]["forward"],
+                *self._remote("forward", hop),
                 state.scale,
                 state.output,
                 state.staging,
@@ -202,13 +152,14 @@ class TritonCore:
             )
 
     def finish(self, state: ForwardState) -> tuple[Tensor, Tensor, Tensor]:
-        """`out [B, S, H, D]`, `lse` and its rounding `residue [B, H, S]` float32."""
+        """`out [B, S, H, D]`, `lse` and its rounding error `[B, H, S]` float32."""
         from ring_hilbert.kernels import launch
 
-        if self.staged is not None:
-            launch.finish_rows(state.output, state.staging, self.staged)
-        out, lse, residue = state.output
-        return out, lse, torch.zeros_like(lse) if residue is None else residue
+        assert isinstance(state, _Forward)
+        if self._staged is not None and state.staging is not None:
+            launch.finish_rows(state.output, state.staging, self._staged)
+        out, lse, error = state.output
+        return out, lse, torch.zeros_like(lse) if error is None else error
 
     # ---- backward
 
@@ -220,24 +171,24 @@ class TritonCore:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        residue: Tensor,
+        lse_error: Tensor,
         scale: float,
         sums: torch.dtype,
         share: float,
-    ) -> BackwardState:
+    ) -> _Backward:
         """Begin the gradients: those of the rows at hand over themselves, or (`share < 1`, and at most one hop) only that of q.
 
         The arguments are those of forward and what it returned. dK and dV are summed in `sums`, the dtype of k or wider.
         """
         from ring_hilbert.kernels import launch
 
-        terms = launch.row_terms(dout, out, lse, residue if self.exact else None)
+        terms = launch.row_terms(dout, out, lse, lse_error if self.exact else None)
         allocate = torch.empty if self.covers else torch.zeros
         dq = allocate(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (allocate(k.shape, dtype=sums, device=k.device) for _ in range(2))
-        state = BackwardState(dq, dk, dv, q, k, v, terms, self._staging(q), scale, share < 1 and len(self.remotes) <= 1)
+        state = _Backward(dq, dk, dv, q, k, v, terms, self._staging(q), scale, share < 1 and len(self.incoming) <= 1)
         if q.shape[1]:
-            launch.dq(q, k, v, terms, dq, *self.local["dq"], scale, state.staging)
+            launch.dq(q, k, v, terms, dq, *self.schedule("dq"), scale, state.staging)
         if not state.owes_keys:
             self._local_keys(state)
         return state
@@ -246,125 +197,99 @@ class TritonCore:
         """Add the share of rows `received [rows, 2, D]` to the gradient of q; return theirs, float32 `[rows, 2, D]`."""
         from ring_hilbert.kernels import launch
 
+        assert isinstance(state, _Backward)
         returned = torch.zeros(received.shape, dtype=torch.float32, device=received.device)
-        walks = self.remotes[hop]
-        if walks:
+        if self.remote is not None and self.remote.hops[hop] and (len(received) or self._stage == "finish"):
             k, v = self._spread(received, state.q)
             q, terms, scale = state.q, state.terms, state.scale
-            launch.dq(q, k, v, terms, state.dq, *walks["dq"], scale, state.staging, stage=self._stage)
-            launch.dkdv(q, k, v, terms, self._spread(returned, q), *walks["dkdv"], scale)
+            launch.dq(q, k, v, terms, state.dq, *self._remote("dq", hop), scale, state.staging, stage=self._stage)
+            if len(received):
+                launch.dkdv(q, k, v, terms, self._spread(returned, q), *self._remote("dkdv", hop), scale)
         return returned
 
     def rest_of_backward(self, state: BackwardState) -> None:
         """What `begin_backward` left."""
         from ring_hilbert.kernels import launch
 
+        assert isinstance(state, _Backward)
         if state.owes_keys:
             self._local_keys(state)
-        if self.staged is not None:
-            launch.finish_gradient(state.dq, state.staging, self.staged, state.scale)
+        if self._staged is not None and state.staging is not None:
+            launch.finish_gradient(state.dq, state.staging, self._staged, state.scale)
 
-    def _local_keys(self, state: BackwardState) -> None:
+    def _local_keys(self, state: _Backward) -> None:
         from ring_hilbert.kernels import launch
 
         if state.q.shape[1]:
             gradients = state.dk, state.dv
-            launch.dkdv(state.q, state.k, state.v, state.terms, gradients, *self.local["dkdv"], state.scale)
+            launch.dkdv(state.q, state.k, state.v, state.terms, gradients, *self.schedule("dkdv"), state.scale)
+
+    # ---- schedules: made for every launch, so that nothing has to be kept, and to follow what `Prepared.refresh` changes
+
+    def schedule(self, pass_: Pass) -> tuple[Tile, Schedule]:
+        """The tile and the schedule of the rows at hand over themselves."""
+        from ring_hilbert.kernels.prune import prune
+
+        tile, walk = self.local_walk(pass_)
+        key, low, high = self.own
+        return tile, prune(
+            walk, low, high, key, block_inner=tile.block_inner, transposed=pass_ == "dkdv", entries=len(key)
+        )
+
+    def _remote(self, pass_: Pass, hop: int) -> tuple[Tile, Schedule]:
+        """The tile and the schedule of the rows at hand over those of a hop."""
+        from ring_hilbert.kernels.prune import prune
+
+        assert self.remote is not None
+        remote, incoming, transposed = self.remote, self.incoming[hop], pass_ == "dkdv"
+        tile, walk = self._tile(pass_, lambda tile: remote.walk(hop, tile, transposed))
+        rows = walk.outer, walk.inner
+        if incoming.place is not None:
+            place = incoming.place
+            rows = (place[walk.outer], walk.inner) if transposed else (walk.outer, place[walk.inner])
+        return tile, prune(
+            walk, self.own.low, self.own.high, incoming.key[None], block_inner=tile.block_inner, transposed=transposed,
+            rows=rows, places=incoming.packed_key[None],
+        )  # fmt: skip
+
+    def local_walk(self, pass_: Pass) -> tuple[Tile, Walk]:
+        """The tile and the walk of the rows at hand over themselves."""
+
+        def plan(tile: Tile) -> Walk:
+            return _local_walk(self.chains, self.shift, self.shard, tile.block_outer, tile.chunk, self.device)
+
+        return self._tile(pass_, plan)
+
+    def _tile(self, pass_: Pass, plan: Callable[[Tile], Walk]) -> tuple[Tile, Walk]:
+        tiles = (self.tiles[pass_],) if self.tiles else device_tiles(pass_, self.head_dim, self.dtype, self.device)
+        return plan_tile(tiles, plan)
+
+    @property
+    def _staged(self) -> Tensor | None:
+        return None if self.remote is None else self.remote.staged
 
     @property
     def _stage(self) -> str:
         """What a hop does with the rows it takes up: a single one finishes them."""
-        return "pass on" if self.staged is not None else "finish"
+        return "pass on" if self._staged is not None else "finish"
 
-    def _staging(self, q: Tensor) -> Any:
-        """Room for the rows that see received ones, if there are any."""
+    def _staging(self, q: Tensor) -> Staging | None:
+        """Room for the rows that may see received ones, if there are any."""
         from ring_hilbert.kernels import launch
 
-        return None if self.slots is None else launch.Staging.allocate(q, self.slots, self.places)
+        return None if self.remote is None else launch.Staging.allocate(q, self.remote.slots, self.remote.number)
 
     def _spread(self, buffer: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """`buffer [rows, 2, D]` as k and v `[B, rows, Hkv, D]`: every batch entry and head reads the rows of its own."""
-        assert self.slots is not None
-        shape = (q.shape[0], buffer.shape[0], self.slots.shape[1], buffer.shape[2])
+        assert self.remote is not None
+        shape = (q.shape[0], buffer.shape[0], self.remote.num_kv_heads, buffer.shape[2])
         k, v = (buffer[:, i][None, :, None].expand(shape) for i in range(2))
         return k, v
 
 
-# ---- walks
-
-
-def _covered(pattern: DilatedPattern, num_kv_heads: int, rows: np.ndarray) -> np.ndarray:
-    """Which rows are in some branch, bool `[Hkv, S]`."""
-    s, covered = rows + pattern.segment_shift, np.zeros((num_kv_heads, len(rows)), bool)
-    for branch in pattern.branches:
-        w, r = branch
-        offsets = np.array([pattern.offset(branch, g, num_kv_heads) for g in range(num_kv_heads)])
-        covered |= (s if w is None else s % w) % r == offsets[:, None]
-    return covered
-
-
-_walks: OrderedDict[tuple[Any, ...], Walk] = OrderedDict()
-_walks_lock = threading.Lock()  # layers are planned in several threads
-
-
+@lru_cache(maxsize=KEPT_WALKS)
 def _local_walk(
-    pattern: DilatedPattern,
-    num_kv_heads: int,
-    rows: np.ndarray,
-    facts: Facts,
-    causal: bool,
-    tile: Tile,
-    transposed: bool,
-    device: torch.device,
+    of: tuple[Chain, ...], shift: int, shard: Shard, block_outer: int, chunk: int, device: torch.device
 ) -> Walk:
-    """The walk of the rows over themselves; what was planned for equal arguments is kept."""
-    key = (pattern, num_kv_heads, _digest(rows, *facts), causal, tile[:2], transposed, device)
-    with _walks_lock:
-        walk = _walks.get(key)
-    if walk is None:
-        offsets = [[pattern.offset(b, g, num_kv_heads) for g in range(num_kv_heads)] for b in pattern.branches]
-        walk = _planned(
-            plan_rows, chains(pattern.branches, offsets), pattern.segment_shift, rows, facts, causal=causal,
-            block_outer=tile.block_outer, block_inner=tile.block_inner, transposed=transposed,
-        ).to(device)  # fmt: skip
-    with _walks_lock:
-        _walks[key] = walk
-        _walks.move_to_end(key)
-        while len(_walks) > KEPT_WALKS:
-            _walks.popitem(last=False)
-    return walk
-
-
-def _digest(*arrays: np.ndarray | None) -> tuple[Any, ...]:
-    """Equal for equal arrays."""
-    return tuple(
-        None if x is None else (x.shape, hashlib.blake2b(np.ascontiguousarray(x).data).digest()) for x in arrays
-    )
-
-
-def _remote_walk(remote: Remote, num_kv_heads: int, tile: Tile, transposed: bool) -> Walk:
-    batch = len(remote.visits[0].keys)
-    visits: list[list[list[tuple[np.ndarray, np.ndarray]]]] = [[[] for _ in range(num_kv_heads)] for _ in range(batch)]
-    for heads, queries, keys in remote.visits:
-        for entry in range(batch):
-            for head, columns in zip(heads, keys[entry], strict=True):
-                seen = columns[columns >= 0]
-                visits[entry][head].append((seen, queries) if transposed else (queries, seen))
-    sides = (remote.keys, remote.queries) if transposed else (remote.queries, remote.keys)
-    causal = 0 if remote.keys.positions is None else 2
-    return _planned(
-        plan_lists, visits, *sides, Rule(tile.block_outer, tile.block_inner, transposed, causal, indexed=True)
-    )
-
-
-_elsewhere = threading.local()
-
-
-def plan_elsewhere() -> None:
-    """From now on this thread leaves the planning of walks to a process of its own."""
-    _elsewhere.worker = Worker()
-
-
-def _planned(plan: Callable[..., Walk], *args: Any, **options: Any) -> Walk:
-    worker: Worker | None = getattr(_elsewhere, "worker", None)
-    return plan(*args, **options) if worker is None else worker.call(plan, *args, **options)
+    rows, places = (torch.from_numpy(x).to(device) for x in (shard.rows(), shard.places()))
+    return plan_rows(of, shift, rows, places, block_outer=block_outer, chunk=chunk)

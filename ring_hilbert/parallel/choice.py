@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ring_hilbert.ops.pattern import DilatedPattern
-from ring_hilbert.parallel.facts import Facts
+from ring_hilbert.ops.visible import Visible
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.plan import PASSES, Plan, Shapes
 
@@ -70,18 +70,18 @@ class Choice(NamedTuple):
 
 
 def choose(
-    pattern: DilatedPattern, layout: Layout, facts: Facts, shapes: Shapes, speeds: Speeds | None = None
+    pattern: DilatedPattern, layout: Layout, visible: Visible, shapes: Shapes, speeds: Speeds | None = None
 ) -> Choice:
     """The fastest strategy by the plans; the same on every rank that knows the same. Documents and positions are left out.
 
     A ring moves what an exchange moves, in hops: it is for patterns whose rows of other ranks are too many to be held at a time.
     """
     speeds = speeds or Speeds()
-    facts = replace(facts, documents=None, positions=None)
+    visible = Visible(visible.seq_len, visible.causal, order=visible.order)
     costs, impossible = {}, {}
     for strategy in ("exchange", "ring", "ulysses"):
         try:
-            costs[strategy] = _cost(Plan(pattern, layout, facts, shapes, strategy))
+            costs[strategy] = _cost(Plan(pattern, layout, visible, shapes, strategy))
         except ValueError as problem:
             impossible[strategy] = str(problem)
     exchange = costs["exchange"]

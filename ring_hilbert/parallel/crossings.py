@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Crossings: the segments that reach over a rank boundary, and the rows that therefore travel."""
+"""Crossings: the segments that reach over a rank boundary, and the rows that may therefore travel, whatever the batch.
+
+These rows are *candidates*; which of them a batch sends is in `travel.py`.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,25 +17,19 @@ import numpy as np
 from ring_hilbert.ops.pattern import Branch, DilatedPattern
 from ring_hilbert.ops.visits import Chunk, Segments, rows_in, segment_at
 from ring_hilbert.parallel.combs import Comb, Stretch, widest
-from ring_hilbert.parallel.facts import Facts
 from ring_hilbert.parallel.layout import Layout
 
 Windows = Sequence[tuple[int, int]]  # runs of rows `[start, stop)`, ascending
 
 KEPT_READERS = 16
+KEPT = 512  # crossings: of the layers of a model, with what is known of their ranks
 
 
 class Block(NamedTuple):
-    """Part of a shipment: the ascending `rows` of one kv head, the same for all of `entries` (of the batch)."""
+    """Part of a shipment: the ascending `rows` of one kv head, for every batch entry in turn."""
 
-    entries: range
     head: int
     rows: np.ndarray
-
-    @property
-    def size(self) -> int:
-        """How many (entry, row) payload rows this is."""
-        return len(self.entries) * len(self.rows)
 
 
 class Reach(NamedTuple):
@@ -53,16 +50,17 @@ class Reach(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Crossings:
-    """Who reads whose rows, for one pattern on one sequence.
+    """Who may read whose rows, for one pattern on one sequence.
 
     Args:
-        pattern, layout, facts: of the whole sequence.
+        pattern, layout: of the whole sequence.
+        in_row_order: causal, and rows of a later chunk are later in position than all of an earlier one.
         num_kv_heads, batch_size: of k and v.
     """
 
     pattern: DilatedPattern
     layout: Layout
-    facts: Facts
+    in_row_order: bool
     num_kv_heads: int
     batch_size: int
     _reaches: dict[int, list[Reach]] = field(default_factory=dict, init=False)
@@ -76,27 +74,13 @@ class Crossings:
             w is None or (start + shift) % w for w in set(self.pattern.segment_lengths) for start in interior
         )
 
-    @cached_property
-    def in_row_order(self) -> bool:
-        """Causality follows the row index wherever it concerns rows of two chunks."""
-        return self.facts.causal and self.facts.ascending(self.layout.cuts)
-
-    @cached_property
-    def regular(self) -> bool:
-        """Which rows travel follows from row indices alone: they are counted without being listed, and none is masked."""
-        return self.facts.documents is None and (not self.facts.causal or self.in_row_order)
-
-    # ---- how many rows travel
+    # ---- how many rows may travel
 
     def counts(self, reader: int) -> np.ndarray:
-        """Payload rows that `reader` needs from every rank, int64 `[P]`."""
+        """Payload rows that `reader` may need from every rank, int64 `[P]`."""
         counts = np.zeros(self.layout.world_size, np.int64)
-        if not self.regular:
-            for owner, blocks in self.shipments(reader).items():
-                counts[owner] = sum(block.size for block in blocks)
-            return counts
         cuts = self.layout.cuts
-        for heads, stretches in self._stretches(self.reaches(reader), self._elsewhere(reader)):
+        for heads, stretches in self._stretches(self.reaches(reader), self.elsewhere(reader)):
             for stretch in stretches:
                 first = int(np.searchsorted(cuts, stretch.start, "right")) - 1
                 last = int(np.searchsorted(cuts, stretch.stop, "left"))
@@ -105,72 +89,52 @@ class Crossings:
         return counts
 
     def count(self, reader: int, owner: int) -> int:
-        """Payload rows that `reader` needs from `owner`."""
-        if not self.regular:
-            return sum(block.size for block in self.shipment(reader, owner))
-        reaches, windows = self._toward(reader, owner)
+        """Payload rows that `reader` may need from `owner`."""
+        reaches, windows = self.toward(reader, owner)
         return self.batch_size * sum(
             len(heads) * stretch.size for heads, stretches in self._stretches(reaches, windows) for stretch in stretches
         )
 
-    # ---- which rows travel
+    # ---- which rows may travel
 
     def shipment(self, reader: int, owner: int) -> list[Block]:
-        """The K and V rows that `reader` needs from `owner`: for every kv head the union over the branches."""
-        return self._blocks(*self._toward(reader, owner)).get(owner, [])
+        """The K and V rows that `reader` may need from `owner`: for every kv head the union over the branches."""
+        return self._blocks(*self.toward(reader, owner)).get(owner, [])
 
     def shipments(self, reader: int) -> dict[int, list[Block]]:
         """The shipments to `reader` by owner, without empty ones."""
-        return self._blocks(self.reaches(reader), self._elsewhere(reader))
+        return self._blocks(self.reaches(reader), self.elsewhere(reader))
 
     def _blocks(self, reaches: list[Reach], windows: Windows) -> dict[int, list[Block]]:
-        """By owner, by entry and head: both ends of a shipment find the same blocks in the same order."""
+        """By owner, by head: both ends of a shipment find the same blocks in the same order."""
         cuts, owners = self.layout.cuts, self.layout.owners
         blocks: dict[int, list[Block]] = {}
-        for entry, heads, rows in self._needed(reaches, windows):
+        for heads, rows in self.needed(reaches, windows):
             ends = np.searchsorted(rows, cuts)
             parts: dict[int, list[np.ndarray]] = {}
             for chunk in np.flatnonzero(np.diff(ends)):
                 parts.setdefault(int(owners[chunk]), []).append(rows[ends[chunk] : ends[chunk + 1]])
             for owner, runs in parts.items():
                 held = runs[0] if len(runs) == 1 else np.concatenate(runs)
-                blocks.setdefault(owner, []).extend(Block(self.batch(entry), head, held) for head in heads)
+                blocks.setdefault(owner, []).extend(Block(head, held) for head in heads)
         for found in blocks.values():
-            found.sort(key=lambda block: (block.entries.start, block.head))
+            found.sort(key=lambda block: block.head)
         return blocks
 
-    def _needed(self, reaches: list[Reach], windows: Windows) -> Iterator[tuple[int, tuple[int, ...], np.ndarray]]:
-        """(entry, kv heads, ascending rows in `windows` that these need), rows not empty."""
-        if self.regular:
-            for heads, stretches in self._stretches(reaches, windows):
-                parts = [stretch.rows() for stretch in stretches]
-                rows = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
-                if len(rows):
-                    yield 0, heads, rows
-            return
-        seen: dict[tuple[int, int, int], np.ndarray] = {}
-        for offsets, heads in self._head_classes(frozenset(reach.branch for reach in reaches)):
-            for entry in self.entries:
-                parts = []
-                for i, reach in enumerate(reaches):
-                    key = (i, offsets[reach.branch], entry)
-                    if key not in seen:
-                        seen[key] = self.keys(reach, offsets[reach.branch], entry, windows)
-                    parts.append(seen[key])
-                rows = np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
-                if len(rows):
-                    yield entry, heads, rows
+    def needed(self, reaches: list[Reach], windows: Windows) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """(kv heads, ascending rows in `windows` that these may need), rows not empty."""
+        for heads, stretches in self._stretches(reaches, windows):
+            parts = [stretch.rows() for stretch in stretches]
+            rows = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
+            if len(rows):
+                yield heads, rows
 
-    def keys(self, reach: Reach, offset: int, entry: int, windows: Windows) -> np.ndarray:
-        """The rows of `windows` that rows of this offset see within the reach, ascending."""
+    def keys(self, reach: Reach, offset: int, windows: Windows) -> np.ndarray:
+        """The rows of `windows` that rows of this offset may see within the reach, ascending."""
         comb = reach.comb(offset)
         clipped = [(max(a, reach.start), min(b, reach.stop)) for a, b in windows]
         parts = [Stretch(a, b, (comb,)).rows() for a, b in clipped if a < b] if comb is not None else []
-        rows = np.concatenate(parts) if parts else np.empty(0, np.int64)
-        queries = rows_in(reach.mine, reach.branch.dilation_rate, offset)
-        if self.regular or queries is None:
-            return rows
-        return self.facts.needed(queries.indices()[0], rows, entry)
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     # ---- where rows may be needed
 
@@ -207,28 +171,26 @@ class Crossings:
 
     def readers(self, owner: int) -> Iterable[int]:
         """The ranks that may see rows of `owner`."""
-        return [
-            reader for reader in range(self.layout.world_size) if reader != owner and self._toward(reader, owner)[0]
-        ]
+        return [reader for reader in range(self.layout.world_size) if reader != owner and self.toward(reader, owner)[0]]
 
     def windows(self, owner: int) -> Windows:
         """The rows of `owner`."""
         return [(chunk.start, chunk.stop) for chunk in self.layout.chunks(owner)]
 
-    def _elsewhere(self, reader: int) -> Windows:
+    def elsewhere(self, reader: int) -> Windows:
         """All rows but those of `reader`."""
         edges = [0, *itertools.chain(*self.windows(reader)), self.layout.seq_len]
         return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
-    def _toward(self, reader: int, owner: int) -> tuple[list[Reach], Windows]:
+    def toward(self, reader: int, owner: int) -> tuple[list[Reach], Windows]:
         """The reaches of `reader` that hold rows of `owner`, and these."""
         windows = self.windows(owner) if reader != owner else []
         reaches = [r for r in self.reaches(reader) if any(r.start < b and a < r.stop for a, b in windows)]
         return reaches, windows
 
     def _stretches(self, reaches: list[Reach], windows: Windows) -> Iterator[tuple[tuple[int, ...], list[Stretch]]]:
-        """(kv heads, the rows in `windows` that these need), ascending; facts must be regular."""
-        for offsets, heads in self._head_classes(frozenset(reach.branch for reach in reaches)):
+        """(kv heads, the rows in `windows` that these may need), ascending."""
+        for offsets, heads in self.head_classes(frozenset(reach.branch for reach in reaches)):
             teeth = [
                 (reach.start, reach.stop, comb)
                 for reach in reaches
@@ -243,18 +205,9 @@ class Crossings:
                         found.append(Stretch(a, b, widest(combs)))
             yield heads, found
 
-    # ---- batch entries and heads
+    # ---- heads
 
-    @cached_property
-    def entries(self) -> range:
-        """The batch entries whose rows have to be looked at separately: one if facts are shared."""
-        return range(self.facts.batch_size)
-
-    def batch(self, entry: int) -> range:
-        """The batch entries that `entry` of `entries` speaks for: all if facts are shared, else itself."""
-        return range(self.batch_size) if len(self.entries) == 1 else range(entry, entry + 1)
-
-    def _head_classes(self, branches: frozenset[Branch]) -> list[tuple[dict[Branch, int], tuple[int, ...]]]:
+    def head_classes(self, branches: frozenset[Branch]) -> list[tuple[dict[Branch, int], tuple[int, ...]]]:
         """The kv heads grouped by their offsets in `branches`: heads of one group need the same rows."""
         classes = self._classes
         if branches not in classes:
@@ -270,3 +223,11 @@ class Crossings:
     @cached_property
     def _classes(self) -> dict[frozenset[Branch], list[tuple[dict[Branch, int], tuple[int, ...]]]]:
         return {}
+
+
+@lru_cache(maxsize=KEPT)
+def crossings_of(
+    pattern: DilatedPattern, layout: Layout, in_row_order: bool, num_kv_heads: int, batch_size: int
+) -> Crossings:
+    """The same crossings for the same arguments, so that every batch finds what is known of them."""
+    return Crossings(pattern, layout, in_row_order, num_kv_heads, batch_size)

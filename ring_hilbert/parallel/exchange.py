@@ -6,37 +6,26 @@ A payload row is one kv head of one row: `[2, D]`, K and V or dK and dV together
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_hilbert.kernels.upload import upload
-from ring_hilbert.parallel.crossings import Block
-from ring_hilbert.parallel.plan import RankPlan
-from ring_hilbert.parallel.remote import Hop
+from ring_hilbert.parallel.travel import HopTravel
 from ring_hilbert.parallel.wire import Pending, collective, point_to_point
 
 
 class Exchange:
-    """The shipments of one hop as index tensors on a device.
+    """What one hop of one batch sends and receives.
 
     Args:
-        hop: what travels: the blocks give the rows and their order in the buffers.
-        rank_plan: of this rank.
+        travel: the rows, and their order in the buffers.
         group: the process group.
-        device: where K and V live.
         together: one collective of all ranks; else messages from and to the ranks of the hop.
     """
 
-    def __init__(
-        self, hop: Hop, rank_plan: RankPlan, group: dist.ProcessGroup, device: torch.device, *, together: bool
-    ) -> None:
+    def __init__(self, travel: HopTravel, group: dist.ProcessGroup, *, together: bool) -> None:
         self.group, self.together = group, together
-        self.received = {owner: sum(block.size for block in blocks) for owner, blocks in sorted(hop.received.items())}
-        self.sent = {reader: sum(block.size for block in blocks) for reader, blocks in sorted(hop.sent.items())}
-        indices = [_payload_index(hop.sent[reader], rank_plan) for reader in self.sent]
-        self.send_index = [tuple(upload(torch.from_numpy(i), device) for i in index) for index in indices]
+        self.received, self.sent = travel.received.counts, travel.sent.counts
+        self.send_index = travel.send_index()
 
     def fetch(self, k: Tensor, v: Tensor, name: str = "") -> Pending:
         """Start sending the rows of `k, v [B, S_local, Hkv, D]` that others read; the buffer receives `[rows, 2, D]`.
@@ -65,21 +54,3 @@ class Exchange:
 
 def _of(name: str) -> str:
     return f" of {name}" if name else ""
-
-
-def _payload_index(blocks: list[Block], rank_plan: RankPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(batch entry, local row, kv head) of every payload row: block by block, in these by entry, then row."""
-    sizes = [block.size for block in blocks]
-    empty = np.empty(0, np.int64)
-    entry = np.concatenate([empty, *(np.repeat(block.entries, len(block.rows)) for block in blocks)])
-    row = np.concatenate([empty, *(np.tile(_local(block.rows, rank_plan), len(block.entries)) for block in blocks)])
-    return entry, row, np.repeat(np.array([block.head for block in blocks], np.int64), sizes)
-
-
-def _local(rows: np.ndarray, rank_plan: RankPlan) -> np.ndarray:
-    """Local rows of whole-sequence `rows` that this rank owns."""
-    local = np.empty_like(rows)
-    for chunk in rank_plan.chunks:
-        inside = (rows >= chunk.start) & (rows < chunk.stop)
-        local[inside] = rows[inside] - chunk.start + chunk.local
-    return local

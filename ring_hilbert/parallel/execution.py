@@ -8,21 +8,30 @@ exchanged.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from ring_hilbert.parallel.cores import TorchVisits, TritonVisits, own_facts
+from ring_hilbert.ops.core import BackwardState, Core, Incoming, Shard
+from ring_hilbert.ops.order import natural_places
+from ring_hilbert.ops.remote_walk import RemoteWalks
+from ring_hilbert.ops.sight import RowIntervals
+from ring_hilbert.ops.torch_core import TorchCore
+from ring_hilbert.ops.visible import HIDDEN, Intervals
+from ring_hilbert.parallel.crossings import KEPT, Crossings
 from ring_hilbert.parallel.exchange import Exchange
 from ring_hilbert.parallel.plan import Plan
+from ring_hilbert.parallel.remote import payload
+from ring_hilbert.parallel.travel import HopTravel, hop_candidates, read_counts
 from ring_hilbert.parallel.wire import Pending, communicator
 
 
 class Execution:
-    """Runs `plan.rank(rank)`, an exchange or a ring, on local tensors.
+    """Runs the part of one rank in a plan, an exchange or a ring, on local tensors.
 
     Args:
         plan: the plan of the whole sequence.
@@ -30,18 +39,57 @@ class Execution:
         group: the process group; None if there is one rank.
         device: of q, k, v.
         backend: "torch" or "triton", one that can run the plan's shapes on `device`.
+        travels: what of every hop travels in this batch, its counts read; None: find out, which reads the device.
     """
 
     def __init__(
-        self, plan: Plan, rank: int, group: dist.ProcessGroup | None, device: torch.device, backend: str = "torch"
-    ) -> None:
-        self.plan, self.part = plan, plan.rank(rank)
+        self, plan: Plan, rank: int, group: dist.ProcessGroup | None, device: torch.device, backend: str = "torch",
+        travels: Sequence[HopTravel] | None = None,
+    ) -> None:  # fmt: skip
+        self.plan, self.shard = plan, Shard(plan.layout.chunks(rank), plan.layout.seq_len, plan.visible.order)
+        self.hops = plan.hops(rank)
+        if travels is None:
+            travels = travels_of(plan, rank, device)
+            read_counts([shipment for travel in travels for shipment in (travel.received, travel.sent)])
         self.exchanges: list[Exchange] = []
-        if group is not None and self.part.hops:
+        if group is not None and self.hops:
             own, together = communicator(group), plan.strategy == "exchange"
-            self.exchanges = [Exchange(hop, self.part, own, device, together=together) for hop in self.part.hops]
-        core = TritonVisits if backend == "triton" else TorchVisits
-        self.core: Any = core(self.part, plan, own_facts(plan, rank), device)
+            self.exchanges = [Exchange(travel, own, together=together) for travel in travels]
+        incoming = [travel.incoming() for travel in travels]
+        make = self._triton_core if backend == "triton" else self._torch_core
+        self.core: Core = make(rank, device, incoming)
+
+    def _own(self, values: Tensor) -> Tensor:
+        """Of `values [1 or B, S]` of the sequence those of the rows at hand."""
+        parts = [values[:, chunk.start : chunk.stop] for chunk in self.shard.chunks]
+        return parts[0] if len(parts) == 1 else torch.cat([values[:, :0], *parts], dim=1)
+
+    def _torch_core(self, rank: int, device: torch.device, incoming: Sequence[Incoming]) -> Core:
+        plan, own = self.plan, None
+        if not plan.visible.by_row_alone:
+            entries = [plan.visible.of(self.shard.rows(), entry) for entry in range(plan.visible.batch_size)]
+            own = RowIntervals(*(np.stack(x) for x in zip(*entries, strict=True)))
+        on_host = [arriving.on(torch.device("cpu")) for arriving in incoming]
+        visits = [hop.hop.visits for hop in self.hops]
+        return TorchCore(plan.local(rank), own, plan.shapes.head_dim, plan.shapes.dtype, device, visits, on_host)
+
+    def _triton_core(self, rank: int, device: torch.device, incoming: Sequence[Incoming]) -> Core:
+        from ring_hilbert.ops.triton_core import TritonCore
+
+        plan, shapes = self.plan, self.plan.shapes
+        own = Intervals(*(self._own(x) for x in plan.visible.on(device)))
+        remote = remote_walks(plan.crossings, rank, plan.strategy == "ring", self.shard, device) if self.hops else None
+        return TritonCore(
+            plan.pattern, shapes.num_kv_heads, self.shard, own, shapes.head_dim, shapes.dtype, device, remote, incoming
+        )
+
+    def _clean(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """K and V without what padding rows hold: a weight of 0 times NaN is NaN."""
+        visible = self.plan.visible
+        if not visible.has_documents:
+            return tensors
+        padding = self._own(visible.on(tensors[0].device).key) == HIDDEN
+        return tuple(x.masked_fill(padding[:, :, None, None], 0.0) for x in tensors)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, name: str = "", *, keep: bool = False, lse: bool = True
@@ -56,11 +104,12 @@ class Execution:
             lse: whether lse will be read; an exchange has it anyway.
 
         Returns:
-            `out [B, S_local, H, D]` in the dtype of q; `lse` and its rounding `residue` `[B, H, S_local]`, float32 or float64;
-            and what is kept, bytes `[n]`.
+            `out [B, S_local, H, D]` in the dtype of q; `lse` and what its rounding
+            took, `lse_error`, `[B, H, S_local]`, float32 or float64; and what is kept, bytes `[n]`.
         """
         del lse
         core, kept = self.core, []
+        k, v = self._clean(k, v)
         pending = self._fetch(0, k, v, name)
         with record_function("ring_hilbert: local forward"):
             state = core.begin(q, k, v, scale)
@@ -90,7 +139,8 @@ class Execution:
         Returns:
             `dq, dk, dv` in the dtype and shape of `q, k, v`.
         """
-        q, k, v, out, lse, residue, *kept = saved
+        q, k, v, out, lse, lse_error, *kept = saved
+        k, v = self._clean(k, v)
         sums = k.dtype
         if self.exchanges or wide:
             # Rows that gather shares from many ranks gather a rounding from each, unless the sum has room.
@@ -103,7 +153,7 @@ class Execution:
         )  # what is fetched travels behind that share of the local visits, what returns behind the rest
         share = 1.0 if not hops else 0.0 if arrived else item / (item + max(4, item))
         with record_function("ring_hilbert: local backward"):
-            state = core.begin_backward(dout, q, k, v, out, lse, residue, scale, sums, share)
+            state = core.begin_backward(dout, q, k, v, out, lse, lse_error, scale, sums, share)
         returning: tuple[Exchange, Pending] | None = None
         for i, exchange in enumerate(self.exchanges):
             if arrived is not None:
@@ -134,10 +184,10 @@ class Execution:
         Two ranks that fetch from each other, at distances `d` and `P - d`, must send and receive in one order: a rank
         without a hop between keeps the place of that hop.
         """
-        hops = self.part.hops
+        hops = [candidates.hop for candidates in self.hops]
         return hop < len(hops) and hops[hop].distance == hops[hop - 1].distance + 1
 
-    def _add(self, returning: tuple[Exchange, Pending] | None, state: Any) -> None:
+    def _add(self, returning: tuple[Exchange, Pending] | None, state: BackwardState) -> None:
         if returning is not None:
             exchange, pending = returning
             with record_function("ring_hilbert: wait"):
@@ -148,3 +198,20 @@ class Execution:
         """The received rows of every hop `[rows, 2, D]`."""
         rows = kept.view(k.dtype).view(-1, 2, k.shape[-1])
         return list(rows.split([sum(exchange.received.values()) for exchange in self.exchanges]))
+
+
+def travels_of(plan: Plan, rank: int, device: torch.device) -> list[HopTravel]:
+    """What travels to and from a rank in every hop, but for its counts, which `read_counts` reads."""
+    return [hop.in_batch(plan.visible, device, plan.all_travel) for hop in plan.hops(rank)]
+
+
+@lru_cache(maxsize=KEPT)
+def remote_walks(crossings: Crossings, rank: int, ring: bool, shard: Shard, device: torch.device) -> RemoteWalks | None:
+    """The walks over what hops bring, the same objects for the same arguments; None if nothing is visited."""
+    hops = hop_candidates(crossings, rank, ring=ring)
+    places = [
+        natural_places(payload(hop.incoming.blocks, crossings.batch_size)[1], shard.seq_len, shard.order)
+        for hop in hops
+    ]
+    walks = RemoteWalks([hop.hop.visits for hop in hops], places, shard, crossings.num_kv_heads, device)
+    return walks if walks.number else None

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ring_hilbert.ops.visits import Chunk
 
@@ -84,13 +87,13 @@ class Layout:
         runs = [np.arange(chunk.start, chunk.stop) for chunk in self.chunks(rank)]
         return np.concatenate(runs) if runs else np.empty(0, np.int64)
 
-    def assemble(self, pieces: list[np.ndarray]) -> np.ndarray:
+    def assemble(self, pieces: Sequence[Tensor]) -> Tensor:
         """The whole sequence `[..., S]` from every rank's `[..., L_p]`."""
-        whole = np.empty((*pieces[0].shape[:-1], self.seq_len), pieces[0].dtype)
+        parts = list[tuple[int, Tensor]]()
         for rank, piece in enumerate(pieces):
             for chunk in self.chunks(rank):
-                whole[..., chunk.start : chunk.stop] = piece[..., chunk.local : chunk.local + chunk.stop - chunk.start]
-        return whole
+                parts.append((chunk.start, piece[..., chunk.local : chunk.local + chunk.stop - chunk.start]))
+        return torch.cat([pieces[0][..., :0], *(part for _, part in sorted(parts, key=lambda part: part[0]))], dim=-1)
 
 
 def check_layout(kind: str) -> None:

@@ -4,7 +4,7 @@
 What a compiled graph knows of a call is q, k, v, a `Call` (constants) and the *handle* of the batch's `Prepared`, an integer in
 a tensor on the CPU. Everything that differs between batches is behind the handle and looked up when the operator runs, so
 that a new batch recompiles nothing, and a handle is read without waiting for a device. What the node keeps for backward is
-q, k, v, out, lse, residue, and the handle, which keeps the facts alive.
+q, k, v, out, lse, lse_error, and the handle, which keeps the facts alive.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ def _forward(
         return execution.forward(q, k, v, call.scale, call.name, **options)
     row, token = permutation
     q, k, v = (x.index_select(1, row) for x in (q, k, v))
-    out, lse, residue, kept = execution.forward(q, k, v, call.scale, call.name, **options)
-    return out.index_select(1, token), lse.index_select(2, token), residue.index_select(2, token), kept
+    out, lse, lse_error, kept = execution.forward(q, k, v, call.scale, call.name, **options)
+    return out.index_select(1, token), lse.index_select(2, token), lse_error.index_select(2, token), kept
 
 
 @torch.library.custom_op(
@@ -203,8 +203,8 @@ def _backward(
         return execution.backward(dout, saved, call.scale, call.name)
     row, token = permutation
     if not call.keeps_all:
-        q, k, v, out, lse, residue, *kept = saved
-        by_row = [x.index_select(1, row) for x in (q, k, v, out)] + [x.index_select(2, row) for x in (lse, residue)]
+        q, k, v, out, lse, lse_error, *kept = saved
+        by_row = [x.index_select(1, row) for x in (q, k, v, out)] + [x.index_select(2, row) for x in (lse, lse_error)]
         saved = [*by_row, *kept]
     dq, dk, dv = execution.backward(dout.index_select(1, row), saved, call.scale, call.name)
     return dq.index_select(1, token), dk.index_select(1, token), dv.index_select(1, token)
@@ -238,8 +238,8 @@ def _backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     q, k, v, handle, *ctx.call = inputs
     call, ctx.kv_heads = Call(*ctx.call), k.shape[2]
-    out, lse, residue, kept = output
-    tensors = [kept] if call.keeps_all else [q, k, v, out, lse, residue, *([kept] if call.keep else [])]
+    out, lse, lse_error, kept = output
+    tensors = [kept] if call.keeps_all else [q, k, v, out, lse, lse_error, *([kept] if call.keep else [])]
     ctx.save_for_backward(*tensors, handle)
     # What hooks on saved tensors make of the handle need not keep the batch alive. A tensor that is being traced has none.
     ctx.prepared = getattr(handle, "held", None)

@@ -7,24 +7,21 @@ The operator executes the object that is counted here: what a plan predicts is w
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.ops.nesting import nested
 from ring_hilbert.ops.pattern import Branch, DilatedPattern
-from ring_hilbert.ops.rings import nested, ring_visits, rings_pay
+from ring_hilbert.ops.shells import shell_visits, shells_pay
+from ring_hilbert.ops.visible import Visible
 from ring_hilbert.ops.visits import Chunk, Rows, Segments, Visit, branch_visits, crossing_visits, rows_in, segments_of
-from ring_hilbert.parallel.crossings import Crossings
-from ring_hilbert.parallel.facts import Facts
+from ring_hilbert.parallel.crossings import crossings_of
 from ring_hilbert.parallel.heads import head_shares
 from ring_hilbert.parallel.layout import Layout
-from ring_hilbert.parallel.remote import Hop, remote_visits
+from ring_hilbert.parallel.travel import Candidates, HopCandidates, hop_candidates
 
 STRATEGIES = ("exchange", "ring", "ulysses", "auto")
 PASSES = ("forward", "backward")
@@ -40,21 +37,11 @@ class Shapes(NamedTuple):
     dtype: torch.dtype
 
 
-@dataclass(frozen=True, eq=False)
-class RankPlan:
-    """What one rank does: visits among its own rows, and hops, each with the visits over what it brings."""
-
-    rank: int
-    chunks: tuple[Chunk, ...]
-    local: list[Visit]
-    hops: list[Hop]
-
-
 class Plan:
     """The plan of one pattern on one sequence; made by `rh.plan`, or by a `Prepared` for the call at hand.
 
     Attributes:
-        pattern, layout, facts, shapes: what it is a plan of.
+        pattern, layout, visible, shapes: what it is a plan of.
         strategy: "exchange", all rows in one collective; "ring", the same rows in hops, from one rank at a time; "ulysses",
             heads for rows.
         deduplicate: visit every pair of local rows once (True; the pattern must be nested), once per branch (False), or as is
@@ -65,75 +52,62 @@ class Plan:
         self,
         pattern: DilatedPattern,
         layout: Layout,
-        facts: Facts,
+        visible: Visible,
         shapes: Shapes,
         strategy: str = "exchange",
         deduplicate: bool | None = None,
     ) -> None:
-        self.pattern, self.layout, self.facts, self.shapes = pattern, layout, facts, shapes
+        self.pattern, self.layout, self.visible, self.shapes = pattern, layout, visible, shapes
         self.strategy, self.deduplicate = check_strategy(strategy), deduplicate
         if strategy == "auto":
-            raise ValueError("a plan is of one strategy; parallel.choice.choose chooses one")
+            raise ValueError("a plan is of one strategy; parallel/choice.py chooses one")
         self.shares = (
             head_shares(shapes.num_heads, shapes.num_kv_heads, layout.world_size) if strategy == "ulysses" else ()
         )
-        self.crossings = Crossings(pattern, layout, facts, shapes.num_kv_heads, shapes.batch_size)
-        self._ranks: dict[int, RankPlan] = {}
+        in_row_order = visible.causal and visible.rises_at(layout.cuts)
+        self.crossings = crossings_of(pattern, layout, in_row_order, shapes.num_kv_heads, shapes.batch_size)
+        # Else only those candidates travel that the batch's documents and positions let be seen.
+        self.all_travel = not visible.has_documents and (not visible.causal or in_row_order)
 
     # ---- what a rank executes
 
-    def rank(self, rank: int) -> RankPlan:
-        """The part of `rank` in an exchange or a ring, made on first use."""
-        if rank not in self._ranks:
-            chunks = self.layout.chunks(rank)
-            local = [visit for chunk in chunks for visit in self._visits_within(chunk)]
-            local += crossing_visits(self.pattern, self.shapes.num_kv_heads, chunks, self.crossings.in_row_order)
-            local.sort(key=lambda visit: not visit.opening)
-            self._ranks[rank] = RankPlan(rank, chunks, local, self._hops(rank))
-        return self._ranks[rank]
+    def local(self, rank: int) -> list[Visit]:
+        """The visits among the rows of `rank` in an exchange or a ring, for the torch core."""
+        chunks = self.layout.chunks(rank)
+        local = [visit for chunk in chunks for visit in self._visits_within(chunk)]
+        local += crossing_visits(self.pattern, self.shapes.num_kv_heads, chunks, self.crossings.in_row_order)
+        return sorted(local, key=lambda visit: not visit.opening)
+
+    def hops(self, rank: int) -> tuple[HopCandidates, ...]:
+        """What may come to `rank` and leave it, and the visits over it."""
+        return hop_candidates(self.crossings, rank, ring=self.strategy == "ring")
 
     def of_heads(self, rank: int) -> Plan:
         """What `rank` computes under "ulysses": the whole sequence, for its share of the heads, as on one device."""
         share, shapes = self.shares[rank], self.shapes
         return Plan(
-            self.pattern.for_heads(share.kv_heads.start, shapes.num_kv_heads), Layout((self.layout.seq_len,)), self.facts,
+            self.pattern.for_heads(share.kv_heads.start, shapes.num_kv_heads), Layout((self.layout.seq_len,)), self.visible,
             shapes._replace(num_heads=len(share.heads), num_kv_heads=len(share.kv_heads)), "exchange", self.deduplicate,
         )  # fmt: skip
-
-    def _hops(self, rank: int) -> list[Hop]:
-        crossings, world = self.crossings, self.layout.world_size
-        if not crossings.communicates:
-            return []
-        received = crossings.shipments(rank)
-        sent = {reader: crossings.shipment(reader, rank) for reader in crossings.readers(rank)}
-        if self.strategy == "exchange":
-            return [Hop(0, received, sent, list(remote_visits(crossings, rank, received)))]
-        hops = []
-        for distance in range(1, world):
-            owner, reader = (rank - distance) % world, (rank + distance) % world
-            theirs, mine = ({r: x[r]} if x.get(r) else {} for x, r in ((received, owner), (sent, reader)))
-            if theirs or mine:
-                hops.append(Hop(distance, theirs, mine, list(remote_visits(crossings, rank, theirs))))
-        return hops
 
     def deduplicates(self, chunk: Chunk) -> bool:
         """Whether the pairs among the rows of `chunk` are visited once instead of once per branch."""
         if self.deduplicate is not None:
             return self.deduplicate
-        if self.facts.documents is not None or nested(self.pattern) is None:
+        if self.visible.has_documents or nested(self.pattern) is None:
             return False
-        regular = self.facts.by_row_alone or self._in_equal_blocks(chunk)
-        return regular and rings_pay(self.pattern, self.shapes.num_kv_heads, chunk, self.facts.causal)
+        regular = self.visible.by_row_alone or self._in_equal_blocks(chunk)
+        return regular and shells_pay(self.pattern, self.shapes.num_kv_heads, chunk, self.visible.causal)
 
     def _in_equal_blocks(self, chunk: Chunk) -> bool:
         """Whether the innermost segments of `chunk` follow each other in position, and all are in one order within."""
-        if len(self.crossings.entries) > 1:
+        if self.visible.batch_size > 1:
             return False
         innermost = min(self.pattern.branches, key=lambda branch: branch.segment_length or math.inf)
         latest = -math.inf
         for segments in segments_of(innermost, self.pattern.segment_shift, chunk.start, chunk.stop):
             rows = Rows(segments.start, 1, segments.stop - segments.start, segments.count, segments.pitch).indices()
-            positions = self.facts.positions_of(rows.ravel()).reshape(rows.shape)
+            positions = self.visible.of(rows)[0]
             first, last = positions.min(1), positions.max(1)
             order = positions.argsort(axis=1, kind="stable")
             if first[0] <= latest or (first[1:] <= last[:-1]).any() or (order != order[:1]).any():
@@ -142,8 +116,8 @@ class Plan:
         return True
 
     def _visits_within(self, chunk: Chunk) -> list[Visit]:
-        make = ring_visits if self.deduplicates(chunk) else branch_visits
-        return make(self.pattern, self.shapes.num_kv_heads, chunk, self.facts.row_causal)
+        make = shell_visits if self.deduplicates(chunk) else branch_visits
+        return make(self.pattern, self.shapes.num_kv_heads, chunk, self.visible.row_causal)
 
     # ---- costs
 
@@ -162,9 +136,23 @@ class Plan:
         if not self.crossings.communicates:
             return 0
         if pass_ == "forward":
-            return int(self.crossings.counts(rank).sum()) * self._row_bytes(pass_)
+            return int(self.counts(rank).sum()) * self._row_bytes(pass_)
+        if not self.all_travel:
+            return self.traffic[pass_][rank]
         readers = self.crossings.readers(rank)
         return sum(self.crossings.count(reader, rank) for reader in readers) * self._row_bytes(pass_)
+
+    def counts(self, reader: int) -> np.ndarray:
+        """Payload rows that travel to `reader` from every rank, int64 `[P]`."""
+        if self.all_travel:
+            return self.crossings.counts(reader)
+        counts = np.zeros(self.layout.world_size, np.int64)
+        if self.crossings.communicates:
+            candidates = Candidates(self.crossings, reader, self.crossings.shipments(reader))
+            travel = candidates.travel(self.visible.on(torch.device("cpu")))
+            for owner, flags in zip(candidates.owners, travel.split(candidates.sizes), strict=True):
+                counts[owner] = int(flags.sum())
+        return counts
 
     @cached_property
     def traffic(self) -> dict[str, list[int]]:
@@ -174,7 +162,7 @@ class Plan:
         world = self.layout.world_size
         forward, backward = np.zeros(world, np.int64), np.zeros(world, np.int64)
         for rank in range(world) if self.crossings.communicates else ():
-            counts = self.crossings.counts(rank)
+            counts = self.counts(rank)
             forward[rank] = counts.sum()
             backward += counts
         return {p: (n * self._row_bytes(p)).tolist() for p, n in zip(PASSES, (forward, backward), strict=True)}
@@ -209,7 +197,7 @@ class Plan:
             return self.of_heads(rank).attention_flops(0)
         shapes, pairs = self.shapes, 0
         group = shapes.num_heads // shapes.num_kv_heads
-        repeat = shapes.batch_size // len(self.crossings.entries)
+        repeat = shapes.batch_size // self.visible.batch_size
         for branch in self.pattern.branches:
             for chunk in self.layout.chunks(rank):
                 for segments in segments_of(branch, self.pattern.segment_shift, chunk.start, chunk.stop):
@@ -224,10 +212,13 @@ class Plan:
         """
         if self.strategy == "ulysses":
             return self.of_heads(rank).executed_flops(0)
-        shapes, part = self.shapes, self.rank(rank)
-        pairs = shapes.batch_size * sum(visit.pairs for visit in part.local)
-        for visit in (visit for hop in part.hops for visit in hop.visits):
-            pairs += visit.queries.count * int((visit.arena >= 0).sum())
+        shapes = self.shapes
+        pairs = shapes.batch_size * sum(visit.pairs for visit in self.local(rank))
+        for candidates in self.hops(rank):
+            travel = candidates.in_batch(self.visible, torch.device("cpu"), self.all_travel).received.flags
+            for visit in candidates.hop.visits:
+                keys = visit.keys.size if travel is None else int(travel.numpy()[visit.keys].sum())
+                pairs += visit.queries.count * keys
         return pairs * 4 * shapes.head_dim * (shapes.num_heads // shapes.num_kv_heads)
 
     def memory_bytes(self, rank: int) -> int:
@@ -248,17 +239,17 @@ class Plan:
             share = self.shares[rank]
             return self._tensor_bytes(self.layout.seq_len, len(share.heads), len(share.kv_heads))
         dtype = self.shapes.dtype
-        return self.arena_rows(rank) * 2 * self.shapes.head_dim * (dtype.itemsize + max(4, dtype.itemsize))
+        return self.buffer_rows(rank) * 2 * self.shapes.head_dim * (dtype.itemsize + max(4, dtype.itemsize))
 
     def _tensor_bytes(self, rows: int, heads: int, kv_heads: int) -> int:
         batch, _, _, dim, dtype = self.shapes
         return batch * rows * (4 * (heads + kv_heads) * dim * dtype.itemsize + 2 * heads * max(4, dtype.itemsize))
 
-    def arena_rows(self, rank: int) -> int:
+    def buffer_rows(self, rank: int) -> int:
         """The most payload rows of other ranks that `rank` holds at a time, in an exchange or a ring."""
         if not self.crossings.communicates:
             return 0
-        counts = self.crossings.counts(rank)
+        counts = self.counts(rank)
         if self.strategy == "exchange":
             return int(counts.sum())
         in_turn = np.roll(counts, -rank)[:0:-1]  # of the rank before this one, the one before that, ...
@@ -276,21 +267,21 @@ class Plan:
         keys = rows_in(Segments(origin, start, stop, 1, 0), rate, offset)
         assert keys is not None, "a segment holds the keys of its queries"
         if self._countable:
-            if not self.facts.causal:
+            if not self.visible.causal:
                 return queries.segments * queries.count * keys.count
             before = (queries.start - keys.start) // rate  # keys ahead of the first query
             return queries.segments * (queries.count * (before + 1) + queries.count * (queries.count - 1) // 2)
         pitches = segments.pitch * np.arange(segments.count)
         return sum(
-            self.facts.pairs(rows, keys.indices()[0] + pitch, entry)
-            for entry in self.crossings.entries
+            self.visible.pairs(rows, keys.indices()[0] + pitch, entry)
+            for entry in range(self.visible.batch_size)
             for rows, pitch in zip(queries.indices(), pitches, strict=True)
         )
 
     @cached_property
     def _countable(self) -> bool:
         """Allowed pairs are counted in closed form: no documents, and rows of a chunk see distinct positions as a triangle."""
-        return self.crossings.regular and (not self.facts.causal or self.facts.positions is None)
+        return self.visible.default and (not self.visible.causal or self.crossings.in_row_order)
 
     @cached_property
     def imbalance(self) -> float:
@@ -308,7 +299,7 @@ class Plan:
         branches = ", ".join(f"{'all' if w is None else w}/{r}" for w, r in pattern.branches)
         lines = [
             f"{self.layout.seq_len} rows over {world} rank(s), {self.layout.kind}; branches w/r {branches}; "
-            f"{'causal' if self.facts.causal else 'not causal'}",
+            f"{'causal' if self.visible.causal else 'not causal'}",
             f"B {shapes.batch_size}  H {shapes.num_heads}  Hkv {shapes.num_kv_heads}  D {shapes.head_dim}  {shapes.dtype}; "
             f"strategy {self.strategy}",
         ]
@@ -333,85 +324,3 @@ def check_strategy(strategy: str) -> str:
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is not supported; use one of {', '.join(map(repr, STRATEGIES))}")
     return strategy
-
-
-def order_warnings(pattern: DilatedPattern, order: TokenOrder | None, causal: bool) -> list[str]:
-    """What a person should know about causal text in this order (DESIGN: the local branch keeps its nearest tokens)."""
-    if order is None or not causal or order.block is None:
-        return []
-    block = order.block
-    return [
-        f"order.block={block} does not divide segment length {w} of an undilated branch: its segments are then not the "
-        "token sets of raster order, and a token loses some of its nearest predecessors"
-        for w, r in pattern.branches
-        if r == 1 and w is not None and w % block
-    ]
-
-
-def plan(
-    pattern: DilatedPattern,
-    seq_len: int,
-    world_size: int,
-    *,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    head_dim: int,
-    dtype: torch.dtype,
-    causal: bool = True,
-    batch_size: int = 1,
-    layout: str = "contiguous",
-    local_lengths: Sequence[int] | None = None,
-    order: TokenOrder | None = None,
-    document_ids: np.ndarray | torch.Tensor | None = None,
-    strategy: str = "auto",
-) -> Plan:
-    """Plan dilated attention of `seq_len` rows over `world_size` ranks, without any of them.
-
-    Args:
-        pattern: the branches.
-        seq_len: rows of the whole sequence, `S`.
-        world_size: ranks, `P`.
-        num_heads, num_kv_heads, head_dim, dtype, batch_size: of `q [B, S, H, D]` and `k, v [B, S, Hkv, D]`.
-        causal: keys with a larger position are hidden; positions are token indices.
-        layout: "contiguous" or "zigzag".
-        local_lengths: rows of each rank; default `seq_len // world_size`, the first ranks one more.
-        order: the order that the rows are in.
-        document_ids: `[S]` or `[B, S]` integers in natural token order, -1 for padding.
-        strategy: "exchange", "ring", "ulysses", or "auto": the one that is expected to be the fastest.
-
-    Returns:
-        A `Plan`: `received_bytes(rank, pass_)`, `attention_flops(rank)`, `imbalance`, `summary()`.
-
-    Raises:
-        ValueError: for sizes that do not fit each other.
-    """
-    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
-    check_strategy(strategy)
-    if local_lengths is None:
-        rows = Layout.even(seq_len, world_size, layout)
-    else:
-        rows = Layout(tuple(local_lengths), layout)
-        if len(rows.lengths) != world_size or rows.seq_len != seq_len or min(rows.lengths) < 0:
-            raise ValueError(
-                f"local_lengths={list(local_lengths)} must be {world_size} lengths >= 0 with sum {seq_len}, got sum {rows.seq_len}"
-            )
-    documents = None
-    if document_ids is not None:
-        documents = np.atleast_2d(np.asarray(document_ids, dtype=np.int64))
-        if documents.shape not in ((1, seq_len), (batch_size, seq_len)):
-            raise ValueError(
-                f"document_ids must be [{seq_len}] or [{batch_size}, {seq_len}], got {list(np.shape(document_ids))}"
-            )
-        if order is not None:
-            documents = documents[:, order.permutation(seq_len).numpy()]
-    for message in order_warnings(pattern, order, causal):
-        warnings.warn(message, UserWarning, stacklevel=2)
-    facts = Facts(seq_len, causal, documents=documents, order=order)
-    shapes = Shapes(batch_size, num_heads, num_kv_heads, head_dim, dtype)
-    if strategy == "auto":
-        from ring_hilbert.parallel.choice import choose
-
-        strategy = choose(pattern, rows, facts, shapes).strategy
-    return Plan(pattern, rows, facts, shapes, strategy)

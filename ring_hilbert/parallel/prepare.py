@@ -5,38 +5,39 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from ring_hilbert.kernels import workers
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
-from ring_hilbert.ops.triton_core import plan_elsewhere
+from ring_hilbert.ops.visible import Visible
+from ring_hilbert.parallel.agreement import Group, agree, gather, note_agreement, raise_disagreement, resolve_group
 from ring_hilbert.parallel.choice import choose
-from ring_hilbert.parallel.execution import Execution
-from ring_hilbert.parallel.facts import Facts
+from ring_hilbert.parallel.execution import Execution, travels_of
 from ring_hilbert.parallel.handles import new_handle
 from ring_hilbert.parallel.layout import Layout, check_layout
 from ring_hilbert.parallel.plan import Plan, Shapes, check_strategy
+from ring_hilbert.parallel.travel import HopTravel, read_counts
 from ring_hilbert.parallel.ulysses import Ulysses
-from ring_hilbert.parallel.wire import communicator
+from ring_hilbert.parallel.wire import all_rows
 
-Group = dist.ProcessGroup | DeviceMesh | None
+KEPT_CALLS = 512  # whose rows that travel are counted as soon as a batch is prepared
 
 log = logging.getLogger(__name__)
 
 _chosen: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
-_agreed: weakref.WeakKeyDictionary[dist.ProcessGroup, set[tuple]] = weakref.WeakKeyDictionary()
+_calls: weakref.WeakKeyDictionary[dist.ProcessGroup, OrderedDict[_Call, None]] = weakref.WeakKeyDictionary()
 
 
-_planners = ThreadPoolExecutor(workers.count(), "ring_hilbert-plan", plan_elsewhere)
+class _Call(NamedTuple):
+    """What was asked of an earlier batch of a layout, and most likely will be of the next."""
+
+    layout: Layout
+    key: _Key
 
 
 class _Key(NamedTuple):
@@ -59,11 +60,11 @@ class Prepared:
         layout: rows of every rank.
         rank: this rank within the group (0 without one).
         group: the process group, or None.
-        facts: positions and documents of the whole sequence.
+        visible: what the rows of the whole sequence see.
         order: the order of a caller with natural-order tensors (`dilated_attention(order=...)`), else None.
         strategy: how rows reach other ranks; "auto" is resolved by `strategy_for`.
         save_remote: whether received rows are kept for backward instead of being fetched again.
-        rows: int64 `[1 or B, S_local]` on the CPU: the natural token index of every local row.
+        rows: int64 `[1 or B, S_local]`, on the device of the batch: the natural token index of every local row.
         position_ids: what `shard_batch` returned as such, or None; integrations check that the model was given them.
         position_ids_checked: whether that was done for this batch.
         handle: int64 `[]` on the CPU, what compiled graphs and autograd hold of these facts, and keep them alive by. So
@@ -76,7 +77,7 @@ class Prepared:
         layout: Layout,
         rank: int,
         group: dist.ProcessGroup | None,
-        facts: Facts,
+        visible: Visible,
         *,
         order: TokenOrder | None = None,
         rows: Tensor | None = None,
@@ -84,11 +85,12 @@ class Prepared:
         strategy: str = "exchange",
         save_remote: bool = False,
     ) -> None:
-        self.layout, self.rank, self.group, self.facts = layout, rank, group, facts
+        self.layout, self.rank, self.group, self.visible = layout, rank, group, visible
         self.order, self.strategy, self.save_remote = order, strategy, save_remote
         self.position_ids, self.position_ids_checked = position_ids, False
         self.rows = torch.from_numpy(layout.rows(rank))[None] if rows is None else rows
-        self._executions: dict[_Key, Execution | Ulysses | Future[Execution | Ulysses]] = {}
+        self._executions: dict[_Key, Execution | Ulysses] = {}
+        self._travels: dict[_Key, list[HopTravel]] = {}
         self._permutations: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.handle = self._new_handle()
 
@@ -113,7 +115,7 @@ class Prepared:
     @property
     def causal(self) -> bool:
         """Whether keys with a larger position are hidden."""
-        return self.facts.causal
+        return self.visible.causal
 
     def plan(self, pattern: DilatedPattern, shapes: Shapes) -> Plan:
         """The plan of `pattern` on this batch: the very object that is executed."""
@@ -129,7 +131,7 @@ class Prepared:
         chosen = _chosen.setdefault(self.group, {})
         key = (pattern, shapes._replace(batch_size=1), self.layout.kind, self.causal, self.order, whole_heads)
         if key not in chosen:
-            choice = choose(pattern, self.layout, self.facts, shapes)
+            choice = choose(pattern, self.layout, self.visible, shapes)
             chosen[key], reason = choice.strategy, choice.reason
             if whole_heads and choice.strategy == "ulysses":
                 chosen[key] = "exchange" if choice.costs["exchange"].fits else "ring"
@@ -150,41 +152,62 @@ class Prepared:
         if strategy is None or strategy == "auto":
             strategy = self.strategy_for(pattern, shapes, whole_heads=strategy == "auto")
         key = _Key(pattern, shapes, device, backend, strategy)
-        found = self._executions.get(key)
-        if not isinstance(found, (Execution, Ulysses)):
-            found = self._executions[key] = self._bind(key) if found is None else found.result()
-        return found
+        if key not in self._executions:
+            self._executions[key] = self._bind(key)
+        return self._executions[key]
 
-    def plan_ahead(self, like: Prepared) -> None:
-        """Begin to plan, in other processes, what the layers asked of another batch: they find it done, or wait for the rest.
-
-        For callers that prepare a batch while the device still computes on the one before, `like`: planning is the host's work,
-        and takes as long as a layer or longer where every batch has documents of its own. Errors are the layers' to raise. Does
-        nothing for batches of different groups.
-        """
-        if like.group is not self.group:
-            return
-        streams = {
-            key.device: torch.cuda.current_stream(key.device) for key in like._executions if key.device.type == "cuda"
-        }
-        for key in like._executions.keys() - self._executions.keys():
-            self._executions[key] = _planners.submit(self._bind, key, streams.get(key.device))
-
-    def forget_plans(self) -> None:
-        """Drop what was planned for this batch, and what waits to be: it is not used again, or would be planned anew."""
-        for planned in self._executions.values():
-            if isinstance(planned, Future):
-                planned.cancel()
-        self._executions.clear()
-
-    def _bind(self, key: _Key, stream: torch.cuda.Stream | None = None) -> Execution | Ulysses:
-        """What `execution` returns; its tensors are made in `stream`, if given."""
+    def _plan(self, key: _Key) -> Plan:
         # Fused kernels of other devices take no weights, and the Triton core deduplicates by itself.
         deduplicate = None if key.device.type == "cpu" else False
-        plan = Plan(key.pattern, self.layout, self.facts, key.shapes, key.strategy, deduplicate)
-        bind = Ulysses if key.strategy == "ulysses" else Execution
-        with torch.cuda.stream(stream):  # None: the current one
-            return bind(plan, self.rank, self.group, key.device, key.backend)
+        return Plan(key.pattern, self.layout, self.visible, key.shapes, key.strategy, deduplicate)
+
+    def _bind(self, key: _Key) -> Execution | Ulysses:
+        plan = self._plan(key)
+        if key.strategy == "ulysses":
+            return Ulysses(plan, self.rank, self.group, key.device, key.backend)
+        if self.group is not None and plan.crossings.communicates and not plan.all_travel:
+            calls = _calls.setdefault(self.group, OrderedDict())
+            calls[_Call(self.layout, key)] = None
+            calls.move_to_end(_Call(self.layout, key))
+            while len(calls) > KEPT_CALLS:
+                calls.popitem(last=False)
+        return Execution(plan, self.rank, self.group, key.device, key.backend, self._travels.pop(key, None))
+
+    def find_travel(self, batch: int | None, *also: Tensor) -> list[Any]:
+        """Find what travels for the calls that were made with earlier batches like this one of `batch` entries (None: any).
+
+        The one read of the device: it also brings the values of `also`, integers of any shape, as lists.
+        """
+        known = () if self.group is None or self.visible.default else list(_calls.get(self.group, ()))
+        for layout, key in known:
+            entries = self.visible.batch_size
+            fits = key.shapes.batch_size == batch if batch else entries in (1, key.shapes.batch_size)
+            if layout == self.layout and fits:
+                plan = self._plan(key)
+                if not plan.all_travel:
+                    self._travels[key] = travels_of(plan, self.rank, key.device)
+        travels = [travel for found in self._travels.values() for travel in found]
+        return read_counts([shipment for travel in travels for shipment in (travel.received, travel.sent)], also)
+
+    def refresh(self, positions: Tensor | None = None, document_ids: Tensor | None = None) -> None:
+        """Take another batch's positions and documents in place: for one device, the same shapes, and what was given before.
+
+        Layers see them from their next launch on. Nothing is read by the host and nothing checked, so that it can be captured in
+        a CUDA graph together with forward and backward. Document ids must be -1 or more.
+
+        Raises:
+            ValueError: with a group of ranks, other shapes, or facts that were not given when this was prepared.
+        """
+        if self.group is not None:
+            raise ValueError(
+                "refresh() is for one device; with a group prepare every batch anew: ranks must count what travels"
+            )
+        given = [None if x is None else torch.atleast_2d(x).to(torch.int64) for x in (positions, document_ids)]
+        if self.order is not None:
+            given = [None if x is None else x[:, self.visible.places(x.device)[0]] for x in given]
+        self.visible.refresh(*given)
+        for key in [key for key in self._executions if key.backend != "triton"]:  # decided on the host, once
+            del self._executions[key]
 
     def permutation(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """With `order`: (local token of each local row, local row of each local token), int64 `[S_local]`; else None."""
@@ -201,8 +224,8 @@ class Prepared:
         """Why `q [B, S, H, D]` cannot be the rows of this batch on this rank, or None if it can."""
         if q.shape[1] != self.local_len:
             return f"q must have the {self.local_len} rows that prepared says this rank holds, got {list(q.shape)}"
-        if self.facts.batch_size not in (1, q.shape[0]):
-            return f"q must have the batch size {self.facts.batch_size} of prepared, got {list(q.shape)}"
+        if self.visible.batch_size not in (1, q.shape[0]):
+            return f"q must have the batch size {self.visible.batch_size} of prepared, got {list(q.shape)}"
         return None
 
     def agree(self, fields: dict[str, Any], error: str | None) -> None:
@@ -213,62 +236,7 @@ class Prepared:
         Raises:
             ValueError: on every rank, naming the ranks and the field that differs, or a rank's own `error`.
         """
-        if self.group is None:
-            if error:
-                raise ValueError(error)
-            return
-        agreed, signature = _agreed.setdefault(self.group, set()), tuple(fields.items())
-        if error is None and signature in agreed:
-            return
-        raise_disagreement(gather({"fields": fields, "error": error}, self.group, error))
-        agreed.add(signature)
-
-
-def resolve_group(group: Group) -> tuple[dist.ProcessGroup | None, int, int]:
-    """`(group, rank in it, world size)` of a process group, a 1-D DeviceMesh, or None (one device)."""
-    if group is None:
-        return None, 0, 1
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(
-                f"group must be a 1-D DeviceMesh, got {group.ndim} dimensions; pass mesh['sp'], the sp axis"
-            )
-        group = group.get_group()
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError(
-            "group does not contain this rank; every rank passes the sequence-parallel group it belongs to"
-        )
-    return group, rank, dist.get_world_size(group)
-
-
-def gather(record: dict[str, Any], group: dist.ProcessGroup, error: str | None = None) -> list[dict[str, Any]]:
-    """Every rank's `record`, by group rank. If the others never come, the local `error` (if any) is what is reported."""
-    records: list[Any] = [None] * dist.get_world_size(group)
-    try:
-        dist.all_gather_object(records, record, group=communicator(group))
-    except RuntimeError as failure:
-        rank = dist.get_rank(group)
-        reason = f"; this rank's own error: {error}" if error else ""
-        raise RuntimeError(
-            f"rank {rank}: not all ranks of the group arrived at the agreement on this call{reason}"
-        ) from failure
-    return records
-
-
-def raise_disagreement(records: list[dict[str, Any]]) -> None:
-    """Raise the same ValueError on every rank if a record holds an error, or if a value in `fields` is not everybody's."""
-    errors = [f"rank {rank}: {record['error']}" for rank, record in enumerate(records) if record["error"]]
-    if errors:
-        raise ValueError("; ".join(errors))
-    for name in records[0]["fields"]:
-        values = [record["fields"].get(name) for record in records]
-        usual, _ = Counter(values).most_common(1)[0]
-        odd = [rank for rank, value in enumerate(values) if value != usual]
-        if odd:
-            given = ", ".join(f"rank {rank} has {values[rank]!r}" for rank in odd[:4])
-            more = f" and {len(odd) - 4} more ranks" if len(odd) > 4 else ""
-            raise ValueError(f"{name} must be the same on all ranks: {given}{more}, the others have {usual!r}")
+        agree(fields, error, self.group)
 
 
 def prepare(
@@ -328,42 +296,46 @@ def prepare_call(
     """`prepare` that is also `agree` on the fields of a call, or on the `error` this rank already knows of."""
     process_group, rank, _ = resolve_group(group)
     local = {"positions": positions, "document_ids": document_ids}
-    arrays: dict[str, np.ndarray | None] = {}
+    facts: dict[str, Tensor] = {}
     try:
         if error is None:
             check_layout(layout)
             strategy = check_strategy(strategy)
             if isinstance(local_len, bool) or not isinstance(local_len, int) or local_len < 0:
                 raise ValueError(f"local_len must be an integer >= 0, got {local_len!r}")
-            arrays = {name: _fact(name, value, local_len) for name, value in local.items()}
+            facts = {name: _fact(name, value, local_len) for name, value in local.items() if value is not None}
     except ValueError as problem:
         error = str(problem)
     fields = call_fields | {"layout": layout, "order": order, "causal": causal, "strategy": strategy}
     fields["save_remote"] = save_remote
     fields |= {f"{name} is given": value is not None for name, value in local.items()}
-    fields |= {f"batch size of {name}": len(a) for name, a in arrays.items() if a is not None}
-    record = {"fields": fields, "error": error, "local_len": local_len, "arrays": arrays}
+    fields |= {f"batch size of {name}": len(fact) for name, fact in facts.items()}
+    record = {"fields": fields, "error": error, "local_len": local_len}
     records = [record] if process_group is None else gather(record, process_group, error)
     if process_group is None and error:
         raise ValueError(error)
     raise_disagreement(records)
     if process_group is not None and call_fields:
-        _agreed.setdefault(process_group, set()).add(tuple(call_fields.items()))
+        note_agreement(call_fields, process_group)
 
     rows = Layout(tuple(r["local_len"] for r in records), layout)
-    whole = {name: _assemble([r["arrays"][name] for r in records], rows) for name in local}
+    if process_group is not None:
+        facts = {name: rows.assemble(all_rows(x, rows.lengths, process_group)) for name, x in facts.items()}
     if order is not None:
         _check_order(order, rows)
-        permutation = rows.assemble([_ordered(order, rows, p).numpy() for p in range(rows.world_size)])
-        whole = {name: None if a is None else a[:, permutation] for name, a in whole.items()}
-    facts = Facts(
-        rows.seq_len,
-        causal,
-        whole["positions"] if causal else None,
-        whole["document_ids"],
-        order=order if causal else None,
-    )
-    return Prepared(rows, rank, process_group, facts, order=order, strategy=strategy, save_remote=save_remote)
+        permutation = rows.assemble([_ordered(order, rows, p) for p in range(rows.world_size)]) if facts else None
+        facts = {name: x[:, permutation.to(x.device)] for name, x in facts.items() if permutation is not None}
+    documents = facts.get("document_ids")
+    visible = Visible(rows.seq_len, causal, order=order, positions=facts.get("positions"), documents=documents)
+    prepared = Prepared(rows, rank, process_group, visible, order=order, strategy=strategy, save_remote=save_remote)
+    late = (
+        documents is not None and documents.device.type != "cpu" and documents.numel()
+    )  # read with what must be read anyway
+    least = [documents.amin()] if documents is not None and late else []
+    for (lowest,) in prepared.find_travel(None, *least):
+        if lowest < -1:
+            raise ValueError(f"document_ids must be >= 0, or -1 for padding rows, got {lowest}")
+    return prepared
 
 
 def _ordered(order: TokenOrder, layout: Layout, rank: int) -> Tensor:
@@ -372,10 +344,8 @@ def _ordered(order: TokenOrder, layout: Layout, rank: int) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.int64), *pieces])
 
 
-def _fact(name: str, value: Tensor | None, local_len: int) -> np.ndarray | None:
-    """A validated fact as int64 `[B or 1, S_local]` on the host."""
-    if value is None:
-        return None
+def _fact(name: str, value: Tensor, local_len: int) -> Tensor:
+    """A validated fact as int64 `[B or 1, S_local]`."""
     if (
         not isinstance(value, Tensor)
         or value.dtype.is_floating_point
@@ -388,16 +358,9 @@ def _fact(name: str, value: Tensor | None, local_len: int) -> np.ndarray | None:
         raise ValueError(
             f"{name} must be [{local_len}] or [B, {local_len}] (the rows of this rank), got {list(value.shape)}"
         )
-    array = np.atleast_2d(value.detach().cpu().numpy().astype(np.int64))
-    if name == "document_ids" and array.size and array.min() < -1:
-        raise ValueError(f"document_ids must be >= 0, or -1 for padding rows, got {array.min()}")
-    return array
-
-
-def _assemble(pieces: list[np.ndarray | None], layout: Layout) -> np.ndarray | None:
-    """The whole sequence from every rank's `[B or 1, S_local]`."""
-    present = [piece for piece in pieces if piece is not None]
-    return layout.assemble(present) if present else None
+    if name == "document_ids" and value.device.type == "cpu" and value.numel() and value.min() < -1:
+        raise ValueError(f"document_ids must be >= 0, or -1 for padding rows, got {value.min()}")
+    return torch.atleast_2d(value.detach()).to(torch.int64)
 
 
 def _check_order(order: TokenOrder, layout: Layout) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ring_hilbert.kernels.upload import upload
-from ring_hilbert.ops.order import TokenOrder
-from ring_hilbert.parallel.facts import PADDING, Facts
+from ring_hilbert.ops.order import TokenOrder, natural_places
+from ring_hilbert.ops.visible import PADDING, Visible, changes
+from ring_hilbert.parallel.agreement import Group, gather, raise_disagreement, resolve_group
 from ring_hilbert.parallel.layout import Layout, check_layout
 from ring_hilbert.parallel.plan import check_strategy
-from ring_hilbert.parallel.prepare import Group, Prepared, gather, raise_disagreement, resolve_group
+from ring_hilbert.parallel.prepare import Prepared
+from ring_hilbert.parallel.wire import all_rows
 
 IGNORED = -100  # the label of a row without a target
 KEYS = ("input_ids", "labels", "document_ids", "position_ids", "attention_mask")
@@ -59,11 +59,11 @@ def shard_batch(
         ValueError: on every rank, naming the rank and the key that is wrong or differs.
     """
     process_group, rank, world = resolve_group(group)
-    error, record = None, {}
+    error, record = None, dict[str, Tensor]()
     try:
         check_layout(layout)
         strategy = check_strategy(strategy)
-        record = _host_arrays(batch, presharded)
+        record = _checked(batch, presharded)
     except ValueError as problem:
         error = str(problem)
     fields = {
@@ -71,30 +71,43 @@ def shard_batch(
         "save_remote": save_remote, "local_lengths": None if local_lengths is None else tuple(local_lengths),
         "keys of batch": tuple(sorted(record)),
         "batch size": next((len(x) for x in record.values()), 0),
+        **({} if presharded else {"tokens": next((x.shape[1] for x in record.values()), 0)}),
     }  # fmt: skip
-    if not presharded:  # the same everywhere, so a digest of it is enough
-        fields |= {f"batch[{key!r}]": _digest(array) for key, array in record.items()}
-    message = {"fields": fields, "error": error, "arrays": record if presharded else None}
+    message = {"fields": fields, "error": error, "tokens": next((x.shape[1] for x in record.values()), 0)}
     records = [message] if process_group is None else gather(message, process_group, error)
     if process_group is None and error:
         raise ValueError(error)
     raise_disagreement(records)
-    if presharded:
-        record = {key: np.concatenate([r["arrays"][key] for r in records], axis=1) for key in record}
 
+    there = batch["input_ids"].device if device is None else torch.device(device)
+    padded = "document_ids" in record or "attention_mask" in record
+    if presharded and process_group is not None:
+        pieces = [r["tokens"] for r in records]
+        record = {key: torch.cat(all_rows(x, pieces, process_group), dim=1) for key, x in record.items()}
     seq_len = record["input_ids"].shape[1]
     rows = Layout.even(seq_len, world, layout) if local_lengths is None else Layout(tuple(local_lengths), layout)
     if rows.world_size != world or rows.seq_len != seq_len or min(rows.lengths) < 0:
         raise ValueError(f"local_lengths={list(rows.lengths)} must be {world} lengths >= 0 with sum {seq_len}")
 
     documents = _documents(record)
+    one_document = not padded or (documents.device.type == "cpu" and _one_document(documents))
+    record, documents = {key: _sent(x, there) for key, x in record.items()}, _sent(documents, there)
+    sums = (
+        []
+        if presharded or process_group is None
+        else [torch.stack([_checksum(x) for x in record.values()])[None, None]]
+    )
     targets, places = _per_document(record.get("labels", record["input_ids"]), documents)
-    tokens = _token_of_row(documents, order)
-    prepared = _prepare(documents, tokens, rows, rank, process_group, causal, strategy, save_remote)
-    mine, there = prepared.rows.numpy(), batch["input_ids"].device if device is None else torch.device(device)
+    tokens = _token_of_row(documents, order, all_real=one_document)
+    prepared = _prepare(
+        documents, tokens, rows, rank, process_group, causal, strategy, order, one_document, save_remote
+    )
+    all_sums = [torch.cat(all_rows(x, [1] * world, process_group), dim=1) for x in sums if process_group is not None]
+    for found in prepared.find_travel(len(documents), *all_sums):
+        _raise_difference(np.array(found).reshape(world, -1), list(record))
 
-    def local(array: np.ndarray) -> Tensor:
-        return upload(torch.from_numpy(np.ascontiguousarray(_rows(array, mine))), there)
+    def local(array: Tensor) -> Tensor:
+        return array.gather(1, prepared.rows.expand(len(array), -1))
 
     prepared.position_ids = local(record.get("position_ids", places))
     return {
@@ -106,7 +119,7 @@ def shard_batch(
     }
 
 
-def prepare_tokens(documents: np.ndarray, order: TokenOrder, *, causal: bool = True) -> Prepared:
+def prepare_tokens(documents: Tensor, order: TokenOrder, *, causal: bool = True) -> Prepared:
     """A `Prepared` for one device and rows that hold the real tokens in `order`, then padding (`rows` says which).
 
     Args:
@@ -114,36 +127,36 @@ def prepare_tokens(documents: np.ndarray, order: TokenOrder, *, causal: bool = T
         order: of the real tokens.
         causal: positions are token indices.
     """
-    tokens = _token_of_row(documents, order)
-    return _prepare(documents, tokens, Layout((documents.shape[1],)), 0, None, causal, "exchange")
+    tokens = _token_of_row(documents, order, all_real=False)
+    layout = Layout((documents.shape[1],))
+    return _prepare(documents, tokens, layout, 0, None, causal, "exchange", order, one_document=False)
 
 
 def _prepare(
-    documents: np.ndarray, tokens: np.ndarray, layout: Layout, rank: int, group: Any, causal: bool, strategy: str,
-    save_remote: bool = False,
+    documents: Tensor, tokens: Tensor, layout: Layout, rank: int, group: Any, causal: bool, strategy: str,
+    order: TokenOrder | None, one_document: bool, save_remote: bool = False,
 ) -> Prepared:  # fmt: skip
     """The `Prepared` of rows that hold `tokens [1 or B, S]`, whose documents are `documents [B, S]` (by token)."""
-    natural = np.array_equal(tokens, np.arange(layout.seq_len)[None])
-    one_document = (documents == documents[:1, :1]).all() and documents[0, 0] != PADDING
-    facts = Facts(
-        layout.seq_len,
-        causal,
-        positions=tokens if causal and not natural else None,
-        documents=None if one_document else _shared(_rows(documents, tokens)),
-    )
-    mine = tokens[:, layout.rows(rank)]
-    rows = torch.from_numpy(mine)
-    return Prepared(layout, rank, group, facts, rows=rows, strategy=strategy, save_remote=save_remote)
+    if one_document:
+        visible = Visible(layout.seq_len, causal, order=order)
+    else:
+        by_row = documents.gather(1, tokens.expand(len(documents), -1))
+        if by_row.device.type == "cpu":  # what all entries share is computed once
+            by_row, tokens = _shared(by_row), _shared(tokens)
+        visible = Visible(layout.seq_len, causal, order=order, positions=tokens, documents=by_row, natural=True)
+    mine = [tokens[:, chunk.start : chunk.stop] for chunk in layout.chunks(rank)]
+    rows = torch.cat([tokens[:, :0], *mine], dim=1)
+    return Prepared(layout, rank, group, visible, rows=rows, strategy=strategy, save_remote=save_remote)
 
 
-def _host_arrays(batch: Mapping[str, Any], presharded: bool) -> dict[str, np.ndarray]:
-    """The known keys of a batch as validated int64 `[B, S]`."""
+def _checked(batch: Mapping[str, Any], presharded: bool) -> dict[str, Tensor]:
+    """The known keys of a batch as validated int64 `[B, S]`, where they are."""
     unknown = sorted(set(batch) - set(KEYS))
     if unknown:
         raise ValueError(f"batch has unknown keys {unknown}; it may have {', '.join(KEYS)}")
     if "input_ids" not in batch:
         raise ValueError(f"batch needs 'input_ids' [B, S], got keys {sorted(batch)}")
-    arrays = {}
+    tensors = dict[str, Tensor]()
     for key, value in batch.items():
         if value is None:
             continue
@@ -156,57 +169,84 @@ def _host_arrays(batch: Mapping[str, Any], presharded: bool) -> dict[str, np.nda
             raise ValueError(
                 f"batch[{key!r}] must be {list(batch['input_ids'].shape)} like input_ids, got {list(value.shape)}"
             )
-        arrays[key] = value.detach().cpu().numpy().astype(np.int64)
-    return arrays
+        tensors[key] = value.detach().to(torch.int64)
+    return tensors
 
 
-def _digest(array: np.ndarray) -> str:
-    """A short name of the contents, to compare over ranks."""
-    return f"{list(array.shape)} {hashlib.blake2b(array.tobytes(), digest_size=6).hexdigest()}"
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`. The host does not wait for what a CUDA device has still to do: that needs pinned memory."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
-def _documents(record: dict[str, np.ndarray]) -> np.ndarray:
+def _checksum(x: Tensor) -> Tensor:
+    """A number of the contents, to compare over ranks: int64 `[]`."""
+    place = torch.arange(x.numel(), device=x.device)
+    mixed = (x.flatten() + 0x1E3779B97F4A7C15) * (2 * place + 1) * 0x2545F4914F6CDD1D
+    return (mixed ^ (mixed >> 29)).sum()
+
+
+def _raise_difference(sums: np.ndarray, keys: Sequence[str]) -> None:
+    """Raise ValueError unless the checksums `[P, keys]` of all ranks are the same."""
+    fields = [
+        {f"batch[{key!r}]": f"contents {n:x}" for key, n in zip(keys, line, strict=True)} for line in sums.tolist()
+    ]
+    raise_disagreement([{"error": None, "fields": of} for of in fields])
+
+
+def _documents(record: dict[str, Tensor]) -> Tensor:
     """Document ids `[B, S]`, -1 where either the ids or the mask say padding."""
-    documents = record.get("document_ids", np.zeros_like(record["input_ids"]))
-    if documents.size and documents.min() < PADDING:
+    documents = record.get("document_ids", torch.zeros_like(record["input_ids"]))
+    if documents.numel() and documents.min() < PADDING:
         raise ValueError(f"batch['document_ids'] must be >= 0, or -1 for padding, got {documents.min()}")
-    return np.where(record["attention_mask"] == 0, PADDING, documents) if "attention_mask" in record else documents
+    return documents.masked_fill(record["attention_mask"] == 0, PADDING) if "attention_mask" in record else documents
 
 
-def _per_document(labels: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _one_document(documents: Tensor) -> bool:
+    """Whether all tokens of a batch are one document, and none is padding."""
+    return bool((documents == documents[:1, :1]).all()) and int(documents[0, 0]) != PADDING
+
+
+def _per_document(labels: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
     """(label of the next token of the same document or -100, place of each token within its document), both `[B, S]`.
 
     Equal ids in separate runs are one document, here as in the attention.
     """
-    targets, places = np.full_like(labels, IGNORED), np.zeros_like(labels)
-    for entry, ids in enumerate(documents):
-        by_document = np.argsort(ids, kind="stable")
-        sorted_ids = ids[by_document]
-        real = sorted_ids != PADDING
-        same = (sorted_ids[1:] == sorted_ids[:-1]) & real[1:]
-        targets[entry, by_document[:-1][same]] = labels[entry, by_document[1:][same]]
-        first = np.searchsorted(sorted_ids, sorted_ids)  # where each document starts among the sorted tokens
-        places[entry, by_document] = np.where(real, np.arange(len(ids)) - first, 0)
-    return targets, places
+    ids, by_document = documents.sort(dim=1, stable=True)
+    change = changes(ids)
+    index = torch.arange(ids.shape[1], device=ids.device)
+    first = torch.where(change[:, :-1], index, 0).cummax(1).values  # where each document starts among the sorted tokens
+    place = torch.where(ids == PADDING, 0, index - first)
+    following = labels.gather(1, by_document).roll(-1, dims=1)
+    target = following.masked_fill(change[:, 1:] | (ids == PADDING), IGNORED)
+    target, place = (torch.empty_like(x).scatter_(1, by_document, x) for x in (target, place))
+    return target, place
 
 
-def _token_of_row(documents: np.ndarray, order: TokenOrder | None) -> np.ndarray:
-    """The token of every row, int64 `[1 or B, S]`: real tokens in `order`, then padding; one line if all entries agree."""
+def _token_of_row(documents: Tensor, order: TokenOrder | None, *, all_real: bool) -> Tensor:
+    """The token of every row, int64 `[1 or B, S]`: real tokens in `order`, then padding. `all_real`: there is no padding."""
+    batch, size = documents.shape
+    index = torch.arange(size, device=documents.device)[None]
     if order is None:
-        return np.arange(documents.shape[1])[None]
-    lines = []
-    for ids in _shared(documents):
-        real = np.flatnonzero(ids != PADDING)
-        ordered = real[order.permutation(len(real)).numpy()] if len(real) else real
-        lines.append(np.concatenate((ordered, np.flatnonzero(ids == PADDING))))
-    return _shared(np.stack(lines))
+        return index
+    if order.grid is not None:
+        for line in documents:  # a grid has a cell for every real token, and no other
+            real = size if all_real else int((line != PADDING).sum())
+            if real:
+                order.permutation(real)
+    curve = torch.from_numpy(natural_places(np.arange(size), size, order)).to(documents.device)[None]
+    if all_real:
+        return curve
+    padding = documents == PADDING
+    real_first = padding.int().argsort(dim=1, stable=True)
+    count = (~padding).sum(1, keepdim=True)
+    # Of a curve through all cells that of the first `count` is what remains without the others.
+    within = (curve < count).expand(batch, -1)
+    row = torch.where(within, within.cumsum(1) - 1, curve)
+    return torch.empty_like(real_first).scatter_(1, row, real_first.gather(1, curve.expand(batch, -1)))
 
 
-def _shared(array: np.ndarray) -> np.ndarray:
+def _shared(lines: Tensor) -> Tensor:
     """The first line alone if all lines are the same."""
-    return array[:1] if (array == array[:1]).all() else array
-
-
-def _rows(array: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """`array [B, S]` of tokens as an array of rows `[B, rows]`."""
-    return np.take_along_axis(array, np.broadcast_to(tokens, (len(array), tokens.shape[1])), axis=1)
+    return lines[:1] if bool((lines == lines[:1]).all()) else lines

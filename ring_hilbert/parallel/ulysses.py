@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from ring_hilbert.ops import torch_core
+from ring_hilbert.ops.torch_visit import compute_dtype
 from ring_hilbert.parallel.execution import Execution
 from ring_hilbert.parallel.plan import Plan
 from ring_hilbert.parallel.wire import collective, communicator
@@ -42,14 +42,14 @@ class Ulysses:
         """As `Execution.forward`; everything is kept, and `lse` travels only if asked for, else it is NaN."""
         del keep
         tensors = self._to_heads((q, k, v), (self.heads, self.kv_heads, self.kv_heads), f"q, K and V rows{_of(name)}")
-        out, logs, residue, _ = self.inner.forward(tensors[0], tensors[1], tensors[2], scale, name)
+        out, logs, lse_error, _ = self.inner.forward(tensors[0], tensors[1], tensors[2], scale, name)
         rows = q.new_empty(q.shape)
         self._to_rows((out,), (rows,), (self.heads,), f"out rows{_of(name)}")
         own = logs.new_full((q.shape[0], q.shape[1], q.shape[2], 1), float("nan"))
         if lse:
             self._to_rows((logs.transpose(1, 2)[..., None],), (own,), (self.heads,), f"lse{_of(name)}")
         own = own[..., 0].transpose(1, 2).contiguous()
-        return rows, own, torch.zeros_like(own), _packed((*tensors, out, logs, residue))
+        return rows, own, torch.zeros_like(own), _packed((*tensors, out, logs, lse_error))
 
     def backward(
         self, dout: Tensor, saved: Sequence[Tensor], scale: float, name: str = "", *, wide: bool = False
@@ -63,7 +63,7 @@ class Ulysses:
         kv_shape = (batch, rows, self.plan.shapes.num_kv_heads, dim)
         dq, dk, dv = (gradients[0].new_zeros(dout.shape), *(x.new_zeros(kv_shape) for x in gradients[1:]))
         # Shares of replicated kv heads are added at home, so their rows travel with more bits.
-        travels = torch_core.compute_dtype(dout.dtype) if self.replicates else dout.dtype
+        travels = compute_dtype(dout.dtype) if self.replicates else dout.dtype
         sent = gradients[0], gradients[1].to(travels), gradients[2].to(travels)
         kinds = (self.heads, self.kv_heads, self.kv_heads)
         for part in [slice(0, 3)] if travels == dq.dtype else [slice(0, 1), slice(1, 3)]:  # one message of each dtype
@@ -134,7 +134,7 @@ class Ulysses:
         return sorted(arrived.items(), key=lambda item: item[0])
 
     def _unpacked(self, kept: Tensor, dout: Tensor) -> list[Tensor]:
-        """q, k, v, out, lse and residue of this rank's heads."""
+        """q, k, v, out, lse and lse_error of this rank's heads."""
         batch, seq_len, dim = dout.shape[0], self.layout.seq_len, dout.shape[3]
         heads, kv_heads = (len(x) for x in self.plan.shares[self.rank])
         lse_dtype = torch.float64 if dout.dtype == torch.float64 else torch.float32

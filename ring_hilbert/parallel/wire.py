@@ -9,7 +9,7 @@ for the stream of the caller; `Pending` keeps what is being sent until the calle
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,3 +98,19 @@ def point_to_point(
     except RuntimeError as failure:
         raise RuntimeError(f"{what} did not start: {failure}") from failure
     return Pending(buffer, payload, works, what)
+
+
+def all_rows(x: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """`x [B, L_p, ...]` of every rank on every rank, where they are on its device; `lengths` are `L_0 ... L_{P-1}`.
+
+    On the way all are as long as the longest, because Gloo sends equal sizes only.
+    """
+    device = x.device
+    sends = [str(kind) for kind in group._device_types]
+    if sends and device.type not in [kind.split(":")[0] for kind in sends]:  # NCCL, and rows on the host
+        device = torch.device("cuda", torch.cuda.current_device())
+    padded = torch.zeros((x.shape[0], max(lengths), *x.shape[2:]), dtype=x.dtype, device=device)
+    padded[:, : x.shape[1]] = x
+    pieces = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(pieces, padded, group=communicator(group))
+    return [piece[:, :length].to(x.device) for piece, length in zip(pieces, lengths, strict=True)]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of
-from ring_hilbert.training.batches import Batches, Lookahead
+from ring_hilbert.training.batches import Batches
 from ring_hilbert.training.checkpoint import EXPORT, Checkpoints, Progress, finished, seed_rank
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.data import PackedDataset, open_dataset
@@ -77,7 +77,6 @@ def pretrain(config: RunConfig) -> Summary:
                 checkpoints.start_from(Path(config.checkpoint.init), engine)
             return run.go(None if found is None else run.progress.step, planning)
         finally:
-            run.lookahead.close()
             engine.close()
             if planning is not None:
                 planning.close()
@@ -132,7 +131,6 @@ class Run:
         self.train_set = train_set
         order = order_of(hf_config)
         self.train_batches = Batches(train_set, config, order, world)
-        self.lookahead = Lookahead(self.train_batches, config.sequences_per_step)
         self.eval_batches = None if eval_set is None else Batches(eval_set, config, order, world)
         self.progress = Progress()
         self.skipped_in_a_row = 0
@@ -180,9 +178,9 @@ class Run:
         """One optimizer step: global mean loss, global gradient norm before clipping, learning rate used."""
         config, progress = self.config, self.progress
         stop = progress.sequences + config.sequences_per_step
-        micro_batches = self.lookahead.take(progress.sequences, more=progress.step + 1 < config.train.steps)
+        micro_batches = self.train_batches.of(progress.sequences, stop)
         start = time.perf_counter()
-        loss, tokens = accumulate(self.engine, micro_batches, self.world, self.lookahead.queued)
+        loss, tokens = accumulate(self.engine, micro_batches, self.world)
         self.computing = time.perf_counter() - start
         rate = learning_rate(config, progress.step)
         norm = self.engine.step(rate)

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of, pattern_of
 from ring_hilbert.parallel.layout import Layout
-from ring_hilbert.parallel.plan import plan
+from ring_hilbert.parallel.planning import plan
 from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.engine_deepspeed import deepspeed_settings

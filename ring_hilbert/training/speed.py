@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of, pattern_of
-from ring_hilbert.parallel.plan import plan
+from ring_hilbert.parallel.planning import plan
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.world import World
 

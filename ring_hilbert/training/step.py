@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,23 +13,16 @@ from ring_hilbert.training.loss import count_targets
 from ring_hilbert.training.world import World
 
 
-def accumulate(
-    engine: Engine,
-    micro_batches: Sequence[dict[str, Any]],
-    world: World,
-    queued: Callable[[int], None] = lambda _: None,
-) -> tuple[float, int]:
+def accumulate(engine: Engine, micro_batches: Sequence[dict[str, Any]], world: World) -> tuple[float, int]:
     """Forward and backward of this rank's micro-batches; returns the global mean loss and the global count of targets.
 
     The denominator is known before the first backward: one sum of counts over ranks and micro-steps. So every rank divides by the
-    same number, and gradients only ever need summing. `queued` is told each micro-batch's number when the device has been given its
-    work, before the host waits for any.
+    same number, and gradients only ever need summing.
     """
     tokens = int(world.sum(torch.stack([count_targets(batch["shift_labels"]) for batch in micro_batches]).sum()))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for number, batch in enumerate(micro_batches):
+    for batch in micro_batches:
         loss_sum = engine.model(**batch).sum()
         engine.backward(loss_sum / max(tokens, 1))
         total += loss_sum.detach()
-        queued(number)
     return world.sum(total).item() / max(tokens, 1), tokens

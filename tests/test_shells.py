@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ring_hilbert as rh
-from ring_hilbert.ops.rings import nested, ring_visits, rings_pay
+from ring_hilbert.ops.nesting import nested
+from ring_hilbert.ops.shells import shell_visits, shells_pay
+from ring_hilbert.ops.visible import Visible
 from ring_hilbert.ops.visits import Chunk, Visit, branch_visits
 from ring_hilbert.parallel.execution import Execution
-from ring_hilbert.parallel.facts import Facts
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.plan import Plan, Shapes
 from tests.cases import assert_close, patterns
@@ -69,11 +70,11 @@ def test_every_pair_is_visited_as_often_as_it_counts(pattern: rh.DilatedPattern,
     chunk = Chunk(start, data.draw(st.integers(start + 1, length)), 0)
     expected = rh.reference.multiplicity(pattern, length, heads).numpy()[:, start : chunk.stop, start : chunk.stop]
     expected = np.tril(expected) if causal else expected
-    for make in (ring_visits, branch_visits):
+    for make in (shell_visits, branch_visits):
         visits = make(pattern, heads, chunk, causal)
         np.testing.assert_array_equal(counted(visits, chunk.stop - start, heads), expected, err_msg=make.__name__)
         _check_opening(visits, chunk.stop - start, heads)
-    rings = ring_visits(pattern, heads, chunk, causal)
+    rings = shell_visits(pattern, heads, chunk, causal)
     pairs = counted([Visit(**{**vars(v), "repeats": ()}) for v in rings], chunk.stop - start, heads)
     assert pairs.max(initial=0) <= 1, "a pair is computed twice"
 
@@ -90,15 +91,17 @@ def _check_opening(visits: list[Visit], length: int, heads: int) -> None:
     assert flags == sorted(flags, reverse=True)
 
 
-def attend(pattern: rh.DilatedPattern, facts: Facts, heads: tuple[int, int], deduplicate: bool) -> dict[str, Tensor]:
+def attend(
+    pattern: rh.DilatedPattern, visible: Visible, heads: tuple[int, int], deduplicate: bool
+) -> dict[str, Tensor]:
     """Out, lse and gradients of one device, every pair once or once per branch."""
     generator = torch.Generator().manual_seed(0)
     shapes = Shapes(2, *heads, 4, torch.float64)
-    plan = Plan(pattern, Layout((facts.seq_len,)), facts, shapes, deduplicate=deduplicate)
-    assert plan.deduplicates(plan.rank(0).chunks[0]) == deduplicate
+    plan = Plan(pattern, Layout((visible.seq_len,)), visible, shapes, deduplicate=deduplicate)
+    assert plan.deduplicates(plan.layout.chunks(0)[0]) == deduplicate
     execution = Execution(plan, 0, None, CPU)
     q, k, v, dout = (
-        torch.randn(2, facts.seq_len, h, 4, generator=generator, dtype=torch.float64)
+        torch.randn(2, visible.seq_len, h, 4, generator=generator, dtype=torch.float64)
         for h in (heads[0], heads[1], heads[1], heads[0])
     )
     out, lse, residue, _ = execution.forward(q, k, v, 0.5)
@@ -112,9 +115,11 @@ def test_both_ways_agree(pattern: rh.DilatedPattern, data: st.DataObject, causal
     length, kv_heads = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 4))
     documents = np.sort(np.array(data.draw(st.lists(st.integers(-1, 2), min_size=length, max_size=length))))[None]
     order = rh.TokenOrder("hilbert", block=16) if curve else None
-    facts = Facts(length, causal, documents=documents if packed else None, order=order if causal else None)
+    visible = Visible(
+        length, causal, documents=torch.from_numpy(documents) if packed else None, order=order if causal else None
+    )
     heads = (kv_heads * data.draw(st.integers(1, 2)), kv_heads)
-    assert_close(attend(pattern, facts, heads, True), attend(pattern, facts, heads, False))
+    assert_close(attend(pattern, visible, heads, True), attend(pattern, visible, heads, False))
 
 
 @given(patterns(40))
@@ -122,9 +127,9 @@ def test_both_ways_agree(pattern: rh.DilatedPattern, data: st.DataObject, causal
 def test_patterns_that_miss_a_condition_take_the_branches(pattern: rh.DilatedPattern):
     assume(nested(pattern) is None)
     chunk = Chunk(0, 40, 0)
-    assert not any(rings_pay(pattern, 4, chunk, causal) for causal in (False, True))
+    assert not any(shells_pay(pattern, 4, chunk, causal) for causal in (False, True))
     with pytest.raises(ValueError, match="not nested"):
-        ring_visits(pattern, 4, chunk, False)
+        shell_visits(pattern, 4, chunk, False)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rings: the visits of a nested pattern with every pair computed once.
+"""Shells: the visits of a nested pattern with every pair computed once.
 
 In a nested pattern a row that is in branch `i` is in all branches before it, and so are the near keys of a branch: the keys
 of its segment that lie in the inner branch's segment are keys of the inner branch too. So the rows of branch 0 look at each
-other within their segment `w_0`, those of branch 1 at each other within `w_1` but not `w_0`, and so on; in ring `j` a pair of
+other within their segment `w_0`, those of branch 1 at each other within `w_1` but not `w_0`, and so on; in shell `j` a pair of
 rows that are in the branches up to `c` and up to `d` counts `min(c, d) - j + 1` times.
 
-Rings are as regular as branches: ring 0 is a square or a triangle, and every other ring is made of rectangles, causal or not,
+Shells are as regular as branches: shell 0 is a square or a triangle, and every other shell is made of rectangles, causal or not,
 for the near keys are in front of the query or behind it as a whole.
 """
 
@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ring_hilbert.ops.nesting import nested
 from ring_hilbert.ops.pattern import Branch, DilatedPattern, Heads
 from ring_hilbert.ops.visits import (
     Chunk,
@@ -32,24 +33,7 @@ from ring_hilbert.ops.visits import (
 MOST_WEIGHTS = 1 << 22  # pairs of a piece: the weights of one are held in memory
 
 
-def nested(pattern: DilatedPattern) -> tuple[Branch, ...] | None:
-    """The branches from the innermost to the outermost if they are nested, else None.
-
-    Nested is, sorted by segment length: every dilation rate divides the next, every segment length the next, and every rate
-    its own segment length (but for the last), with the offset rule "modulo".
-    """
-    branches = tuple(
-        sorted(pattern.branches, key=lambda b: (math.inf if b.segment_length is None else b.segment_length, b))
-    )
-    if pattern.offset_rule != "modulo":
-        return None
-    for (w, r), (next_w, next_r) in itertools.pairwise(branches):
-        if next_r % r or (w is not None and (w % r or (next_w is not None and next_w % w))):
-            return None
-    return branches
-
-
-def ring_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal_rows: bool) -> list[Visit]:
+def shell_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal_rows: bool) -> list[Visit]:
     """The visits among the rows of `chunk`, every pair in one of them.
 
     Raises:
@@ -75,8 +59,8 @@ def ring_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal
     return merge_residues([replace(v, queries=_moved(v.queries, move), keys=_moved(v.keys, move)) for v in visits])
 
 
-def rings_pay(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal: bool) -> bool:
-    """Whether ring visits are faster than branch visits.
+def shells_pay(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal: bool) -> bool:
+    """Whether shell visits are faster than branch visits.
 
     `causal`: the keys of earlier segments are seen and those of later ones are not, of whichever branch, and within a
     segment of the innermost one rows have an order that is the same in all.
@@ -87,10 +71,10 @@ def rings_pay(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal: 
     lengths = [chunk.stop - chunk.start if w is None else w for w, _ in branches]
     if any(outer > 8 * inner for inner, outer in itertools.pairwise(lengths)):
         return False  # little to save, and many visits
-    rings, plain = (make(pattern, num_kv_heads, chunk, causal) for make in (ring_visits, branch_visits))
-    if any(visit.repeats and visit.queries.count * visit.keys.count > MOST_WEIGHTS for visit in rings):
+    shells, plain = (make(pattern, num_kv_heads, chunk, causal) for make in (shell_visits, branch_visits))
+    if any(visit.repeats and visit.queries.count * visit.keys.count > MOST_WEIGHTS for visit in shells):
         return False
-    return sum(visit.cost for visit in rings) < sum(visit.cost for visit in plain)
+    return sum(visit.cost for visit in shells) < sum(visit.cost for visit in plain)
 
 
 class _Piece:
@@ -110,19 +94,19 @@ class _Piece:
 
     def visits(self, causal_rows: bool) -> Iterator[Visit]:
         for _, heads in self.pattern.residues(self.branches[-1], self.num_kv_heads):
-            for ring in range(len(self.branches)):
-                for queries, keys, inside in self._ring(ring):
+            for shell in range(len(self.branches)):
+                for queries, keys, inside in self._shell(shell):
                     if not (causal_rows and keys.start >= queries.stop):
-                        yield from self._visits(ring, heads, queries, keys, causal_rows and inside)
+                        yield from self._visits(shell, heads, queries, keys, causal_rows and inside)
 
-    def _ring(self, ring: int) -> Iterator[tuple[Segments, Segments, bool]]:
-        """(queries, keys, whether they are the same rows) of every part of a ring."""
+    def _shell(self, shell: int) -> Iterator[tuple[Segments, Segments, bool]]:
+        """(queries, keys, whether they are the same rows) of every part of a shell."""
         shift = self.pattern.segment_shift
-        for outer in segments_of(self.branches[ring], shift, self.start, self.stop):
-            if ring == 0:
+        for outer in segments_of(self.branches[shell], shift, self.start, self.stop):
+            if shell == 0:
                 yield outer, outer, True
                 continue
-            for inner in segments_of(self.branches[ring - 1], shift, outer.start, outer.stop):
+            for inner in segments_of(self.branches[shell - 1], shift, outer.start, outer.stop):
                 for i in range(inner.count):
                     a, b = inner.start + i * inner.pitch, inner.stop + i * inner.pitch
                     queries = replace(outer, start=a, stop=b)
@@ -131,9 +115,9 @@ class _Piece:
                     if b < outer.stop:
                         yield queries, replace(outer, start=b), False
 
-    def _visits(self, ring: int, heads: Heads, queries: Segments, keys: Segments, causal: bool) -> Iterator[Visit]:
-        """The visits of a part of a ring; the segments regrouped so that all of a visit begin at the same residue."""
-        stride, phase = self.branches[ring].dilation_rate, self._phase(ring, heads.start)
+    def _visits(self, shell: int, heads: Heads, queries: Segments, keys: Segments, causal: bool) -> Iterator[Visit]:
+        """The visits of a part of a shell; the segments regrouped so that all of a visit begin at the same residue."""
+        stride, phase = self.branches[shell].dilation_rate, self._phase(shell, heads.start)
         period = self.branches[-1].dilation_rate
         regroup = period // math.gcd(period, queries.pitch) if queries.count > 1 else 1
         for i in range(min(regroup, queries.count)):
@@ -142,8 +126,8 @@ class _Piece:
             query_rows, key_rows = (_progression(x, move, phase, stride, count, pitch) for x in (queries, keys))
             if query_rows is None or key_rows is None:
                 continue
-            repeats = tuple(self._repeats(query_rows, key_rows, ring, heads.start))
-            opening = ring == 0 and stride == 1
+            repeats = tuple(self._repeats(query_rows, key_rows, shell, heads.start))
+            opening = shell == 0 and stride == 1
             yield Visit(heads, query_rows, key_rows, causal=causal, repeats=repeats, opening=opening)
 
     def _phase(self, level: int, head: int) -> int:
@@ -151,8 +135,8 @@ class _Piece:
         base = self.origin if level == len(self.branches) - 1 else 0
         return base - self.pattern.segment_shift + self.pattern.offset(self.branches[level], head, self.num_kv_heads)
 
-    def _repeats(self, queries: Rows, keys: Rows, ring: int, head: int) -> Iterator[Repeat]:
-        for level in range(ring + 1, len(self.branches)):
+    def _repeats(self, queries: Rows, keys: Rows, shell: int, head: int) -> Iterator[Repeat]:
+        for level in range(shell + 1, len(self.branches)):
             period, phase = self.branches[level].dilation_rate // keys.stride, self._phase(level, head)
             query, key = ((phase - rows.start) // keys.stride % period for rows in (queries, keys))
             if query < queries.count and key < keys.count:

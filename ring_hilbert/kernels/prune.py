@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruning: which blocks of a walk a batch needs, decided on the device by least and largest keys, in a fixed order.
+
+A block of which no pair is visible is not visited, one of which every pair is needs no mask. What is visited of a span is the
+blocks from the first to the last that has something to see, in up to three runs: with a mask, without, with. So a schedule has
+room for everything whatever the batch, and the host learns nothing of it. Imports Triton.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ring_hilbert.kernels import tables
+from ring_hilbert.kernels.tables import RUN_WIDTH, Schedule, Walk
+
+GROUP = 64  # blocks, or chunks, that a program looks at together
+NOWHERE = tl.constexpr(tables.ENDLESS)
+COPIED = tl.constexpr(128)  # cells of runs that are moved at once
+
+PLACE, COUNT = tl.constexpr(tables.TILE_PLACE), tl.constexpr(tables.TILE_COUNT)
+VISIT, VISITS = tl.constexpr(tables.TILE_VISIT), tl.constexpr(tables.TILE_VISITS)
+RUN, ROOM, SEGMENTS_OF = (tl.constexpr(x) for x in (tables.TILE_RUN, tables.TILE_ROOM, tables.TILE_SEGMENTS))
+VISIT_LIST, VISIT_LEVEL = tl.constexpr(tables.VISIT_LIST), tl.constexpr(tables.VISIT_LEVEL)
+VISIT_HOLE, VISIT_TIMES = tl.constexpr(tables.VISIT_HOLE), tl.constexpr(tables.VISIT_TIMES)
+VISIT_WIDTH = tl.constexpr(tables.VISIT_WIDTH)
+BASE, STEP = tl.constexpr(tables.LIST_BASE), tl.constexpr(tables.LIST_STEP)
+LIST_COUNT, CHUNK_AT, LIST_WIDTH = (tl.constexpr(x) for x in (tables.LIST_COUNT, tables.LIST_CHUNK, tables.LIST_WIDTH))
+EDGE, LENGTH = tl.constexpr(tables.LEVEL_EDGE), tl.constexpr(tables.LEVEL_LENGTH)
+AHEAD, LEVEL_WIDTH = tl.constexpr(tables.LEVEL_AHEAD), tl.constexpr(tables.LEVEL_WIDTH)
+RUN_FIRST, RUN_STEP = tl.constexpr(tables.RUN_FIRST), tl.constexpr(tables.RUN_STEP)
+RUN_COUNT, RUN_TIMES = tl.constexpr(tables.RUN_COUNT), tl.constexpr(tables.RUN_TIMES)
+RUN_SEGMENT, RUN_AHEAD = tl.constexpr(tables.RUN_SEGMENT), tl.constexpr(tables.RUN_AHEAD)
+RUN_HOLE, RUN_HOLE_AHEAD = tl.constexpr(tables.RUN_HOLE), tl.constexpr(tables.RUN_HOLE_AHEAD)
+WIDTH = tl.constexpr(RUN_WIDTH)
+# Extremes of some rows. Of keys: least and largest without padding, then with it. Of queries: the least low and the largest
+# high, then the largest low and the least high.
+LEAST, MOST, LEAST_ALL, MOST_ALL, EXTREMES = (tl.constexpr(i) for i in range(5))
+
+
+def prune(
+    walk: Walk, low: Tensor, high: Tensor, key: Tensor, *, block_inner: int, transposed: bool, entries: int = 1,
+    rows: tuple[Tensor, Tensor] | None = None, places: Tensor | None = None,
+) -> Schedule:  # fmt: skip
+    """The schedule of one batch.
+
+    Args:
+        walk: tiles and lists.
+        low, high: of the query rows that the walk speaks of, int32 `[1 or B, rows]`.
+        key: of its key rows, likewise.
+        block_inner: rows of a step.
+        transposed: the walk's outer rows are keys.
+        entries: 1, or B where every batch entry has intervals of its own and the walk's tables do not tell entries apart.
+        rows: the outer and inner rows to put into the schedule in place of the walk's, as long as these.
+        places: the keys by these rows, if they are not `key`.
+    """
+    number, tiles = entries * walk.tiles.shape[0], walk.tiles.shape[1]
+    device, lists = walk.tiles.device, walk.lists.shape[1]
+    extremes = torch.empty((number, walk.chunks, EXTREMES.value), dtype=torch.int32, device=device)
+    steps = torch.empty((number, tiles, 2), dtype=torch.int32, device=device)
+    runs = torch.empty((number, walk.runs, RUN_WIDTH), dtype=torch.int32, device=device)
+    strides = tuple(x.stride(0) if len(x) > 1 else 0 for x in (low, high, key))
+    facts = (low, high, key, strides[0], strides[2], walk.entries, walk.tiles.shape[0])
+    sizes = {"CHUNK": walk.chunk, "TRANSPOSED": transposed, "GROUP": GROUP, "num_warps": 4}
+    if number and walk.longest:
+        chunks_kernel[(triton.cdiv(walk.longest, walk.chunk * GROUP), lists, number)](
+            walk.lists, walk.inner, extremes, *facts, lists, walk.chunks, INDEXED=walk.indexed, **sizes
+        )
+    if number and tiles:
+        prune_kernel[(tiles, number)](
+            walk.tiles, walk.visits, walk.lists, walk.edges, walk.levels, walk.outer, extremes, steps, runs, *facts,
+            lists, walk.chunks, walk.runs, walk.edges.shape[2], walk.tiles.shape[2],
+            BLOCK_M=walk.block_outer, BLOCK_N=block_inner, SEGMENTS=walk.segments,
+            SPAN=triton.next_power_of_2(block_inner // walk.chunk + 1), **sizes,
+        )  # fmt: skip
+    order = steps.sum(2, dtype=torch.int32).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    outer, inner = (walk.outer, walk.inner) if rows is None else rows
+    return Schedule(
+        walk, outer, inner, order, steps, runs, low, high, key if places is None else places, transposed, block_inner
+    )
+
+
+VARIES = ["low_stride", "key_stride", "num_tables", "num_lists", "num_chunks", "num_runs", "num_edges", "tile_width"]
+
+
+@triton.jit
+def extremes_of(low, high, key, low_stride, key_stride, entry, rows, there, KEYS: tl.constexpr, AXIS: tl.constexpr):
+    """The four extremes of `rows`, those that are `there`, along an axis."""
+    if KEYS:
+        value = tl.load(key + entry * key_stride + rows, mask=there, other=0)
+        all_least = tl.min(tl.where(there, value, NOWHERE), AXIS)
+        most = tl.max(value, AXIS)
+        least = tl.min(tl.where(value > 0, value, NOWHERE), AXIS)
+        all_most = most
+    else:
+        starts = tl.load(low + entry * low_stride + rows, mask=there, other=NOWHERE)
+        ends = tl.load(high + entry * low_stride + rows, mask=there, other=0)
+        least = tl.min(starts, AXIS)
+        most = tl.max(ends, AXIS)
+        all_least = tl.max(tl.where(there, starts, 0), AXIS)
+        all_most = tl.min(tl.where(there, ends, NOWHERE), AXIS)
+    return least, most, all_least, all_most
+
+
+@triton.jit(do_not_specialize=VARIES)
+def chunks_kernel(
+    lists, inner, extremes, low, high, key, low_stride, key_stride, entries, num_tables, num_lists, num_chunks,
+    CHUNK: tl.constexpr, INDEXED: tl.constexpr, TRANSPOSED: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid (groups of chunks, lists, tables of the batch): the extremes of every chunk of every list."""
+    number, name = tl.program_id(2), tl.program_id(1)
+    table = number % num_tables
+    entry = (tl.load(entries + table) + number // num_tables).to(tl.int64)
+    record = lists + (table * num_lists + name) * LIST_WIDTH
+    count = tl.load(record + LIST_COUNT)
+    if tl.program_id(0) * GROUP * CHUNK >= count:
+        return
+    chunks = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    places = chunks[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    there = places < count
+    base, step = tl.load(record + BASE), tl.load(record + STEP)
+    if INDEXED:
+        rows = tl.load(inner + base + places, mask=there, other=0)
+    else:
+        rows = base + places * step
+    least, most, all_least, all_most = extremes_of(
+        low, high, key, low_stride, key_stride, entry, rows, there, not TRANSPOSED, 1
+    )
+    exists = chunks * CHUNK < count
+    to = extremes + (number.to(tl.int64) * num_chunks + tl.load(record + CHUNK_AT) + chunks) * EXTREMES
+    tl.store(to + LEAST, least, mask=exists)
+    tl.store(to + MOST, most, mask=exists)
+    tl.store(to + LEAST_ALL, all_least, mask=exists)
+    tl.store(to + MOST_ALL, all_most, mask=exists)
+
+
+@triton.jit
+def put_run(to, first, step, count, times, segment, ahead, hole, hole_ahead, SEGMENTS: tl.constexpr):
+    """Write a run."""
+    tl.store(to + RUN_FIRST, first)
+    tl.store(to + RUN_STEP, step)
+    tl.store(to + RUN_COUNT, count)
+    tl.store(to + RUN_TIMES, times)
+    if SEGMENTS:
+        tl.store(to + RUN_SEGMENT, segment)
+        tl.store(to + RUN_AHEAD, ahead)
+        tl.store(to + RUN_HOLE, hole)
+        tl.store(to + RUN_HOLE_AHEAD, hole_ahead)
+
+
+@triton.jit(do_not_specialize=VARIES)
+def prune_kernel(
+    tiles, visits, lists, edges, levels, outer, extremes, steps, runs,
+    low, high, key, low_stride, key_stride, entries, num_tables,
+    num_lists, num_chunks, num_runs, num_edges, tile_width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr, SPAN: tl.constexpr,
+    CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, tables of the batch): the runs of every tile, and how many blocks they are."""
+    number = tl.program_id(1)
+    table = number % num_tables
+    entry = (tl.load(entries + table) + number // num_tables).to(tl.int64)
+    place = number.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tile = tiles + (table.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * tile_width
+    count = tl.load(tile + COUNT)
+    if count == 0:
+        tl.store(steps + place * 2, 0)
+        tl.store(steps + place * 2 + 1, 0)
+        return
+    within = tl.arange(0, BLOCK_M)
+    rows = tl.load(outer + tl.load(tile + PLACE) + within, mask=within < count, other=0)
+    own_least, own_most, own_all_least, own_all_most = extremes_of(
+        low, high, key, low_stride, key_stride, entry, rows, within < count, TRANSPOSED, 0
+    )
+    extremes += number.to(tl.int64) * num_chunks * EXTREMES
+    runs += number.to(tl.int64) * num_runs * WIDTH
+    full_to = runs + tl.load(tile + RUN) * WIDTH
+    masked_from = full_to + tl.load(tile + ROOM) * WIDTH
+    masked_cells = 0
+    full_steps, masked_steps = 0, 0
+    first_visit = tl.load(tile + VISIT)
+
+    for at in range(first_visit, first_visit + tl.load(tile + VISITS)):
+        visit = visits + at * VISIT_WIDTH
+        name, level, hole_level = tl.load(visit + VISIT_LIST), tl.load(visit + VISIT_LEVEL), tl.load(visit + VISIT_HOLE)
+        times = tl.load(visit + VISIT_TIMES)
+        record = lists + (table * num_lists + name) * LIST_WIDTH
+        base, step, chunk_at = tl.load(record + BASE), tl.load(record + STEP), tl.load(record + CHUNK_AT)
+        edge = edges + (table * num_lists + name).to(tl.int64) * num_edges
+        first_segment = tl.load(tile + SEGMENTS_OF + 2 * level)
+        last_segment = tl.load(tile + SEGMENTS_OF + 2 * level + 1)
+        level_edge = edge + tl.load(levels + level * LEVEL_WIDTH + EDGE)
+        start, stop = tl.load(level_edge + first_segment), tl.load(level_edge + last_segment + 1)
+        straddles = first_segment != last_segment
+        hole, hole_stop, hole_straddles = stop, stop, first_segment != first_segment
+        segment, ahead, left_out, left_out_ahead = NOWHERE, 0, 0, 0
+        if SEGMENTS:
+            segment = tl.load(levels + level * LEVEL_WIDTH + LENGTH)
+            ahead = tl.load(levels + level * LEVEL_WIDTH + AHEAD)
+        if hole_level >= 0:
+            first_hole = tl.load(tile + SEGMENTS_OF + 2 * hole_level)
+            last_hole = tl.load(tile + SEGMENTS_OF + 2 * hole_level + 1)
+            level_edge = edge + tl.load(levels + hole_level * LEVEL_WIDTH + EDGE)
+            hole, hole_stop = tl.load(level_edge + first_hole), tl.load(level_edge + last_hole + 1)
+            hole_straddles = first_hole != last_hole
+            if SEGMENTS:
+                left_out = tl.load(levels + hole_level * LEVEL_WIDTH + LENGTH)
+                left_out_ahead = tl.load(levels + hole_level * LEVEL_WIDTH + AHEAD)
+
+        for part in range(3 if SEGMENTS else 2):  # before the hole, behind it, and within it
+            a = tl.where(part == 0, start, tl.where(part == 1, hole_stop, hole))
+            b = tl.where(part == 0, hole, tl.where(part == 1, stop, tl.where(hole_straddles, hole_stop, hole)))
+            compares = straddles | (part == 2)
+            blocks = tl.where(b > a, (b - a + BLOCK_N - 1) // BLOCK_N, 0)
+            first, last, first_full, last_full = blocks, 0, blocks, blocks  # `last` ones are the ends
+            for group in range(0, blocks, GROUP):
+                i = group + tl.arange(0, GROUP)
+                there = i < blocks
+                begin = a + i * BLOCK_N
+                end = tl.minimum(begin + BLOCK_N, b)
+                chunk = (begin // CHUNK)[:, None] + tl.arange(0, SPAN)[None, :]
+                inside = there[:, None] & (chunk <= ((end - 1) // CHUNK)[:, None])
+                their = extremes + (chunk_at + chunk) * EXTREMES
+                least = tl.min(tl.load(their + LEAST, mask=inside, other=NOWHERE), 1)
+                most = tl.max(tl.load(their + MOST, mask=inside, other=0), 1)
+                seen = there & (least <= own_most) & (most >= own_least)
+                if TRANSPOSED:  # they are queries
+                    all_least = tl.max(tl.load(their + LEAST_ALL, mask=inside, other=0), 1)
+                    all_most = tl.min(tl.load(their + MOST_ALL, mask=inside, other=NOWHERE), 1)
+                    whole = (all_least <= own_all_least) & (all_most >= own_all_most)
+                else:
+                    all_least = tl.min(tl.load(their + LEAST_ALL, mask=inside, other=NOWHERE), 1)
+                    all_most = tl.max(tl.load(their + MOST_ALL, mask=inside, other=0), 1)
+                    whole = (all_least >= own_all_least) & (all_most <= own_all_most)
+                whole = whole & seen & (begin + BLOCK_N <= b) & (compares == 0)
+                first = tl.minimum(first, tl.min(tl.where(seen, i, blocks), 0))
+                last = tl.maximum(last, tl.max(tl.where(seen, i + 1, 0), 0))
+                first_full = tl.minimum(first_full, tl.min(tl.where(whole, i, blocks), 0))
+                last_full = tl.minimum(
+                    last_full, tl.min(tl.where(there & (whole == 0) & (i > first_full), i, blocks), 0)
+                )
+            none = first_full >= last  # without a mask
+            first_full = tl.where(none, last, first_full)
+            last_full = tl.where(none, last, tl.minimum(last_full, last))
+            if first < first_full:
+                size = tl.minimum(first_full * BLOCK_N, b - a) - first * BLOCK_N
+                put_run(masked_from + masked_cells, base + (a + first * BLOCK_N) * step, step, size, times,
+                        tl.where(compares, segment, NOWHERE), tl.where(compares, ahead, 0),
+                        tl.where(compares, left_out, 0), tl.where(compares, left_out_ahead, 0), SEGMENTS)  # fmt: skip
+                masked_cells += WIDTH
+                masked_steps += first_full - first
+            if first_full < last_full:
+                put_run(full_to, base + (a + first_full * BLOCK_N) * step, step, (last_full - first_full) * BLOCK_N, times,
+                        NOWHERE, 0, 0, 0, SEGMENTS)  # fmt: skip
+                full_to += WIDTH
+                full_steps += last_full - first_full
+            if last_full < last:
+                size = tl.minimum(last * BLOCK_N, b - a) - last_full * BLOCK_N
+                put_run(masked_from + masked_cells, base + (a + last_full * BLOCK_N) * step, step, size, times,
+                        NOWHERE, 0, 0, 0, SEGMENTS)  # fmt: skip
+                masked_cells += WIDTH
+                masked_steps += last - last_full
+
+    # Behind the last run there is one of the first row that does not end: a loop looks one run ahead.
+    put_run(masked_from + masked_cells, 0, 0, NOWHERE, 1, NOWHERE, 0, 0, 0, SEGMENTS)
+    # Runs with a mask follow those without.
+    tl.debug_barrier()
+    size = masked_cells + WIDTH
+    for at in range(0, size, COPIED):
+        cells = at + tl.arange(0, COPIED)
+        moved = tl.load(masked_from + cells, mask=cells < size)
+        tl.debug_barrier()
+        tl.store(full_to + cells, moved, mask=cells < size)
+        tl.debug_barrier()
+    tl.store(steps + place * 2, full_steps)
+    tl.store(steps + place * 2 + 1, masked_steps)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables that kernels read: int32 tensors, with a name for every column.
+
+A *walk* is static: it says which rows make up a tile and which lists of rows a tile visits. A *schedule* is a walk for one batch:
+which blocks of those lists are visited at all, and which of them need a mask. `ops/walk.py` makes walks, `prune.py` schedules.
+
+A *tile* is a block of rows of the *outer* side (queries in forward and dQ, keys in dK and dV). It visits *lists* of rows of the
+*inner* side. Lists are cut by segments; what a tile visits of a list is a *span* of it, block after block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+ENDLESS: Final = 2**31 - 1  # the length of a segment that holds every row
+CHUNK: Final = 16
+SPARE: Final = 256  # rows behind the last of a list, which a step may look at
+
+# A tile: its first place in `Walk.outer` and its rows (0: no tile); its kind's visits; its first run in a schedule, and how many
+# of its runs may have no mask; then, for every level, the first and the last segment that its rows lie in.
+TILE_PLACE, TILE_COUNT, TILE_VISIT, TILE_VISITS, TILE_RUN, TILE_ROOM, TILE_SEGMENTS = range(7)
+# A visit: the list, the level whose segment is visited, the level whose segment within it is left out (-1: none), and how often
+# its pairs count.
+VISIT_LIST, VISIT_LEVEL, VISIT_HOLE, VISIT_TIMES, VISIT_WIDTH = range(5)
+# A list: row `base + i * step`, or, of a walk that is indexed, `Walk.inner[base + i]` (then the step is 1); how many rows; its
+# first chunk of extremes.
+LIST_BASE, LIST_STEP, LIST_COUNT, LIST_CHUNK, LIST_WIDTH = range(5)
+# A level: its first column in `Walk.edges`; the length of its segments, and what to add to a row of the tensors before it is
+# divided by that.
+LEVEL_EDGE, LEVEL_LENGTH, LEVEL_AHEAD, LEVEL_WIDTH = range(4)
+# A run: the first row (of an indexed walk: the place in `Walk.inner`), the step to the next, how many, how often they count; and,
+# for tiles that lie in several segments, the segment length and what to add, and the same of the segments to leave out (0: none).
+(
+    RUN_FIRST, RUN_STEP, RUN_COUNT, RUN_TIMES, RUN_SEGMENT, RUN_AHEAD, RUN_HOLE, RUN_HOLE_AHEAD, RUN_WIDTH,
+) = range(9)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """What tiles of a fixed size visit, whatever the batch.
+
+    Attributes:
+        tables: `[B or 1, Hkv]`: the table of a batch entry and kv head, of K.
+        entries: `[K]`: which batch entry's intervals a table is of, 0 where entries share the tables.
+        tiles: `[K, T, TILE_SEGMENTS + 2 * levels]`.
+        visits: `[V, VISIT_WIDTH]`.
+        lists: `[K, lists, LIST_WIDTH]`.
+        edges: `[K, lists, E]`: of every list, for every level, the place where each segment begins, and where the last ends.
+        levels: `[levels, LEVEL_WIDTH]`.
+        outer, inner: rows of the outer and of the inner tensor, `[n]`; `inner` only if `indexed`. Both end in `SPARE` zeros.
+        runs: runs that a schedule has room for, per table.
+        chunk: rows of a list whose extremes are taken together.
+        chunks: how many of these all lists of a table have.
+        longest: rows of the longest list.
+        segments: whether some tiles lie in several segments, so that masks compare segments.
+        indexed: whether lists are rows in `inner` rather than at equal steps.
+        block_outer: rows of a tile, a power of two.
+    """
+
+    tables: Tensor
+    entries: Tensor
+    tiles: Tensor
+    visits: Tensor
+    lists: Tensor
+    edges: Tensor
+    levels: Tensor
+    outer: Tensor
+    inner: Tensor
+    runs: int
+    chunk: int
+    chunks: int
+    longest: int
+    segments: bool
+    indexed: bool
+    block_outer: int
+
+    @property
+    def nbytes(self) -> int:
+        """What the tables take on the device."""
+        return sum(x.nbytes for x in {id(x): x for x in vars(self).values() if isinstance(x, Tensor)}.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """What one launch reads.
+
+    Attributes:
+        walk: the tiles.
+        outer, inner: as in the walk, or the rows of this batch that stand for them: -1 where there is none.
+        order: `[N, T]`: in which order the tiles are taken, the longest first; N is the walk's K for every entry of the intervals.
+        steps: `[N, T, 2]`: blocks that a tile visits without a mask, and with one.
+        runs: `[N, walk.runs, RUN_WIDTH]`: those of a tile without a mask, those with one, and one that does not end.
+        low, high: of the query rows, `[1 or B, rows]`; the outer side's, or, `transposed`, the inner side's.
+        key: of the key rows, likewise.
+        transposed: the outer rows are keys.
+        block_inner: rows of a step, a power of two, not less than the walk's chunk.
+    """
+
+    walk: Walk
+    outer: Tensor
+    inner: Tensor
+    order: Tensor
+    steps: Tensor
+    runs: Tensor
+    low: Tensor
+    high: Tensor
+    key: Tensor
+    transposed: bool
+    block_inner: int
+
+    def blocks(self) -> int:
+        """Blocks that all tiles visit, over kv heads, and over batch entries where these differ; reads the device."""
+        tables = self.walk.tables.long()
+        entries = len(self.steps) // len(self.walk.tiles)
+        of_table = self.steps.sum((1, 2)).view(entries, -1)
+        return int(of_table[:, tables.flatten()].sum())

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Static walks over rows that are received: explicit lists of who may see which candidates, made once, on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ring_hilbert.kernels import tables
+from ring_hilbert.kernels.tables import CHUNK, ENDLESS, LIST_WIDTH, SPARE, TILE_SEGMENTS, VISIT_WIDTH, Walk
+from ring_hilbert.kernels.tiles import Tile
+from ring_hilbert.ops.core import RemoteVisit, Shard
+
+Pairs = tuple[np.ndarray, np.ndarray]  # some outer rows, and the inner rows that all of them visit
+
+
+def plan_lists(
+    visits: Sequence[Sequence[Sequence[Pairs]]], outer_places: np.ndarray, inner_places: np.ndarray, *, block_outer: int,
+    device: torch.device, chunk: int = CHUNK,
+) -> Walk:  # fmt: skip
+    """The walk of explicit lists: `visits[b][g]` are the pairs (outer rows, inner rows) of batch entry b and kv head g.
+
+    A row may be in several: its pairs with an inner row of several of them count as often. Only rows in some are in a tile.
+
+    Args:
+        visits: for every batch entry and kv head; one entry stands for all.
+        outer_places, inner_places: the natural token index of every row that they name.
+        block_outer, chunk: as in `plan_rows`.
+        device: where the tables go.
+    """
+    heads = len(visits[0])
+    flat = [pairs for entry in visits for pairs in entry]
+    widest = max(1, *(len(pairs) for pairs in flat))
+    lists = np.zeros((len(flat), widest, LIST_WIDTH), np.int64)
+    outer, inner, shown = list[np.ndarray](), list[np.ndarray](), list[tuple[int, int, int, int]]()
+    made, runs, num_outer, num_inner = list[np.ndarray](), 0, 0, 0
+    for table, pairs in enumerate(flat):
+        for i, (_, keys) in enumerate(pairs):
+            lists[table, i] = num_inner, 1, len(keys), 0
+            inner.append(keys[np.argsort(inner_places[keys], kind="stable")])
+            num_inner += len(keys)
+        rows = np.unique(np.concatenate([np.empty(0, np.int64), *(x for x, _ in pairs)]))
+        member = np.zeros((len(rows), len(pairs)), bool)
+        for i, (x, _) in enumerate(pairs):
+            member[np.searchsorted(rows, x), i] = True
+        patterns, kind = (
+            np.unique(member, axis=0, return_inverse=True) if len(rows) else (member, np.empty(0, np.int64))
+        )
+        kind = kind.reshape(-1)
+        order = np.lexsort((outer_places[rows], kind))
+        rows, kind = rows[order], kind[order]
+        outer.append(rows)
+        tiles = list[list[int]]()
+        used = 0
+        for number, pattern in enumerate(patterns):
+            chosen, first = np.flatnonzero(pattern), len(shown)
+            shown += [(int(i), 0, -1, 1) for i in chosen]
+            begin, end = np.searchsorted(kind, [number, number + 1])
+            for at in range(begin, end, block_outer):
+                tiles.append([num_outer + at, min(block_outer, end - at), first, len(chosen), used, len(chosen), 0, 0])
+                used += 3 * len(chosen) + 1
+        num_outer += len(rows)
+        runs = max(runs, used)
+        made.append(np.array(tiles, np.int64).reshape(-1, TILE_SEGMENTS + 2))
+    longest = max(len(x) for x in made)
+    chunks = -(-lists[:, :, tables.LIST_COUNT] // chunk)
+    lists[:, :, tables.LIST_CHUNK] = np.cumsum(chunks, axis=1) - chunks
+    edges = np.zeros((len(flat), widest, 2), np.int64)
+    edges[:, :, 1] = lists[:, :, tables.LIST_COUNT]
+
+    def sent(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device)
+
+    def joined(parts: list[np.ndarray]) -> Tensor:
+        return sent(np.concatenate([*parts, np.zeros(SPARE, np.int64)]))
+
+    padded = np.stack([np.pad(x, ((0, longest - len(x)), (0, 0))) for x in made])
+    table_of = np.arange(len(flat)).reshape(len(visits), heads)
+    return Walk(
+        sent(table_of), sent(np.repeat(np.arange(len(visits)), heads)), sent(padded),
+        sent(np.array(shown, np.int64).reshape(-1, VISIT_WIDTH)), sent(lists), sent(edges), sent(np.array([[0, ENDLESS, 0]])),
+        joined(outer), joined(inner), runs, chunk, int(chunks.sum(1).max()), int(lists[:, :, tables.LIST_COUNT].max()), False, True,
+        block_outer,
+    )  # fmt: skip
+
+
+class RemoteWalks:
+    """What hops bring, and who of the rows at hand may see it, whatever the batch; made once.
+
+    Args:
+        hops: the visits over what each hop brings.
+        places: of the candidates of each hop, the natural token index.
+        shard: the rows at hand.
+        num_kv_heads: Hkv.
+        device: where the tables go.
+
+    Attributes:
+        slots: the place of every row that sees a hop, among these, by kv head; -1 for others; int32 `[1, Hkv, S]`.
+        number: how many places.
+        staged: if several hops pass rows on, kv head, row and place of each, int64 `[3, n]`.
+    """
+
+    def __init__(
+        self, hops: Sequence[Sequence[RemoteVisit]], places: Sequence[np.ndarray], shard: Shard, num_kv_heads: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.hops, self.places, self.shard, self.num_kv_heads, self.device = hops, places, shard, num_kv_heads, device
+        self._walks: dict[Hashable, Walk] = {}
+        rows = np.full((num_kv_heads, shard.size), -1, np.int32)
+        for visit in (visit for visits in hops for visit in visits):
+            rows[np.array(visit.heads.indices)[:, None], visit.queries.indices()[0]] = 0
+        seeing = rows == 0
+        rows[seeing] = (np.cumsum(seeing, axis=1, dtype=np.int32) - 1)[seeing]
+        self.number = int(rows.max(initial=-1)) + 1
+        self.slots = torch.from_numpy(rows)[None].to(device)
+        self.staged: Tensor | None = None
+        if len(hops) > 1:
+            head, row = np.nonzero(seeing)
+            self.staged = torch.from_numpy(np.stack((head, row, rows[head, row]))).to(device)
+
+    def walk(self, hop: int, tile: Tile, transposed: bool) -> Walk:
+        """That of a hop, over its candidates."""
+        key = (hop, tile.block_outer, tile.chunk, transposed)
+        if key not in self._walks:
+            visits = self.hops[hop]
+            batch = len(visits[0].keys)
+            pairs: list[list[list[Pairs]]] = [[[] for _ in range(self.num_kv_heads)] for _ in range(batch)]
+            for visit in visits:
+                queries = visit.queries.indices()[0]
+                for entry in range(batch):
+                    for head, keys in zip(visit.heads.indices, visit.keys[entry], strict=True):
+                        pairs[entry][head].append((keys, queries) if transposed else (queries, keys))
+            own = self.shard.places()
+            sides = (self.places[hop], own) if transposed else (own, self.places[hop])
+            self._walks[key] = plan_lists(
+                pairs, *sides, block_outer=tile.block_outer, device=self.device, chunk=tile.chunk
+            )
+        return self._walks[key]

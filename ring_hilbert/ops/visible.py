@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which key rows a query row may see, as one interval: three integers per row in place of positions and documents.
+
+All rows of a sequence are ranked by (document, position): that is a row's `key`. A query row sees the key rows whose key lies in
+`[low, high]`: from the first row of its document to the last row at its own position (causal), so that equal positions see each
+other, or to the last of its document. Keys count from 1; padding has the key 0, which no interval holds, and an empty interval.
+Positions, documents, ties, padding and causality are in these numbers and nowhere else; they are made on the device of the
+batch, without a word to the host, and every layer, pass and core reads them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ring_hilbert.ops.order import TokenOrder, natural_places
+
+PADDING = -1  # the document id of rows that see nothing and are seen by nothing
+HIDDEN = 0  # their key, and the `high` of what they see: what a kernel reads where there is no row
+NOWHERE = 2**31 - 1  # the `low` of padding rows
+
+
+class Intervals(NamedTuple):
+    """`key`, and the interval `[low, high]` of keys that a row sees; int32 `[1 or B, rows]`."""
+
+    key: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def intervals(
+    positions: Tensor | None, documents: Tensor | None, causal: bool, place: Tensor | None = None
+) -> Intervals:
+    """The intervals of all rows of a sequence.
+
+    Args:
+        positions: integers `[1 or B, S]`, any of 64 bits; None: the row index. Not looked at unless `causal`.
+        documents: integers `[1 or B, S]`, -1 for padding; None: one document.
+        causal: rows see no larger position.
+        place: int64 `[1 or B, S]`, distinct in every line: documents are ranked by the least place of their rows. It decides
+            which keys are neighbours, and so how few blocks of keys need a mask, never what is visible. Default: the row index.
+
+    Returns:
+        The intervals, on the device of the arguments, of which at least one of positions and documents must be given.
+    """
+    given = positions if positions is not None else documents
+    assert given is not None
+    batch = max(len(x) for x in (positions, documents, place) if x is not None)
+    size, device = given.shape[-1], given.device
+    index = torch.arange(size, device=device).expand(batch, size)
+    position = index if positions is None else positions.expand(batch, size)
+    if documents is None:
+        number = torch.zeros_like(index)
+    else:
+        number = _by_first_place(documents.expand(batch, size), index, place)
+    order = position.argsort(dim=1, stable=True) if causal else index
+    order = order.gather(1, number.gather(1, order).argsort(dim=1, stable=True))
+    number, position = number.gather(1, order), position.gather(1, order)
+
+    begins = changes(number)
+    low = torch.where(begins[:, :-1], index, 0).cummax(1).values
+    ends = begins | changes(position) if causal else begins
+    high = torch.where(ends[:, 1:], index, size).flip(1).cummin(1).values.flip(1)
+    padding = number == size
+    columns = (
+        (index + 1).masked_fill(padding, HIDDEN), (low + 1).masked_fill(padding, NOWHERE), (high + 1).masked_fill(padding, HIDDEN),
+    )  # fmt: skip
+    return Intervals(*(torch.empty_like(x).scatter_(1, order, x).to(torch.int32) for x in columns))
+
+
+def _by_first_place(documents: Tensor, index: Tensor, place: Tensor | None) -> Tensor:
+    """The least place of the rows of each row's document, `S` for padding: int64 `[B, S]`."""
+    rows = index if place is None else place.expand_as(index).argsort(dim=1)  # in the order of places
+    ids, order = documents.gather(1, rows).sort(dim=1, stable=True)
+    first = torch.where(changes(ids)[:, :-1], index, 0).cummax(1).values
+    number = order.gather(1, first).masked_fill(ids == PADDING, index.shape[1])
+    return torch.empty_like(index).scatter_(1, rows.gather(1, order), number)
+
+
+def changes(values: Tensor) -> Tensor:
+    """Before which of `values [B, S]` there is another value or the beginning, and the end: bool `[B, S + 1]`."""
+    edge = torch.ones((len(values), 1), dtype=torch.bool, device=values.device)
+    return torch.cat((edge[:, : values.shape[1]], values[:, 1:] != values[:, :-1], edge), dim=1)
+
+
+class Visible:
+    """What the rows of a whole sequence see.
+
+    Without positions and documents given it is never written down unless a device asks for it: then a sequence is only a length,
+    as a plan for thousands of ranks needs it.
+
+    Args:
+        seq_len: rows of the sequence, S.
+        causal: rows see no larger position.
+        order: the order that the rows are in; without `positions`, a row's position is its token's index.
+        positions, documents: integers `[1 or B, S]` by row, or None, see `intervals`.
+        natural: `positions`, if given, rise with the tokens of `order` all the same (rows that hold only the real tokens).
+
+    Attributes:
+        natural: positions rise from one block of the order to the next: what is behind all queries may be left out unseen.
+    """
+
+    def __init__(
+        self,
+        seq_len: int,
+        causal: bool,
+        *,
+        order: TokenOrder | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        natural: bool = False,
+    ) -> None:
+        self.seq_len, self.causal, self.order = seq_len, causal, order
+        self.natural = natural or positions is None
+        self.has_documents, self._has_positions = documents is not None, positions is not None
+        positions = positions if causal else None
+        self._given: Intervals | None = None
+        self._host: tuple[np.ndarray, ...] | None = None
+        self._on: dict[torch.device, Intervals] = {}
+        self._places: dict[torch.device, Tensor] = {}
+        if positions is not None or documents is not None:
+            self._given = self._made(positions, documents)
+
+    def _made(self, positions: Tensor | None, documents: Tensor | None) -> Intervals:
+        given = positions if positions is not None else documents
+        assert given is not None
+        place = None if self.order is None else self.places(given.device)
+        if positions is None and self.causal:
+            positions = place
+        return intervals(positions, documents, self.causal, place)
+
+    def refresh(self, positions: Tensor | None, documents: Tensor | None) -> None:
+        """Take other positions and documents of the same shapes, in place: no host reads anything, so it may be captured.
+
+        Raises:
+            ValueError: if one is given that was not before, or the reverse, or the shapes differ.
+        """
+        if (positions is not None, documents is not None) != (self._has_positions, self.has_documents):
+            raise ValueError("refresh() takes positions and document_ids if and only if they were given before")
+        made = None if self._given is None else self._made(positions if self.causal else None, documents)
+        if made is not None and self._given is not None:
+            if made.key.shape != self._given.key.shape:
+                raise ValueError(
+                    f"refresh() takes {list(self._given.key.shape)} rows as before, got {list(made.key.shape)}"
+                )
+            for held in (self._given, *self._on.values()):
+                for old, new in zip(held, made, strict=True):
+                    old.copy_(new)
+        self._host = None
+
+    @property
+    def default(self) -> bool:
+        """Whether all rows are one document, at their default positions."""
+        return self._given is None
+
+    @property
+    def row_causal(self) -> bool:
+        """Causality follows the row index (so that rows over themselves are a triangle)."""
+        return self.causal and self.default and self.order is None
+
+    @property
+    def by_row_alone(self) -> bool:
+        """Visibility follows from row indices alone: pairs can be counted in closed form."""
+        return self.default and (not self.causal or self.order is None)
+
+    @property
+    def batch_size(self) -> int:
+        """1 if all batch entries see alike, else their number."""
+        return 1 if self._given is None else len(self._given.key)
+
+    def rises_at(self, cuts: np.ndarray) -> bool:
+        """Whether all positions before each of the rows `cuts` are smaller than all from there on, known without looking."""
+        inner = cuts[(cuts > 0) & (cuts < self.seq_len)]
+        if not self.natural:
+            return False
+        return (
+            self.order is None
+            or not len(inner)
+            or (self.order.block is not None and not (inner % self.order.block).any())
+        )
+
+    def places(self, device: torch.device) -> Tensor:
+        """The natural token index of every row, had the sequence no padding: int64 `[1, S]`."""
+        if device not in self._places:
+            rows = np.arange(self.seq_len)
+            self._places[device] = torch.from_numpy(natural_places(rows, self.seq_len, self.order)).to(device)[None]
+        return self._places[device]
+
+    def on(self, device: torch.device) -> Intervals:
+        """The intervals of all rows, on `device`."""
+        if self._given is not None and self._given.key.device == device:
+            return self._given
+        if device not in self._on:
+            self._on[device] = self._sent(device)
+        return self._on[device]
+
+    def _sent(self, device: torch.device) -> Intervals:
+        if self._given is not None:
+            return Intervals(*(x.to(device) for x in self._given))
+        index = torch.arange(self.seq_len, device=device, dtype=torch.int32)[None]
+        key = self.places(device).to(torch.int32) if self.causal else index
+        key = key + 1
+        return Intervals(key, torch.ones_like(key), key if self.causal else torch.full_like(key, self.seq_len))
+
+    # ---- on the host, for plans
+
+    def of(self, rows: np.ndarray, entry: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Key, low and high of `rows` (any shape) of one batch entry, int64."""
+        if self._given is not None:
+            if self._host is None:
+                self._host = tuple(x.cpu().numpy().astype(np.int64) for x in self._given)
+            key, low, high = (x[min(entry, len(x) - 1)][rows] for x in self._host)
+            return key, low, high
+        key = natural_places(rows, self.seq_len, self.order) if self.causal else rows
+        return key + 1, np.ones_like(rows), key + 1 if self.causal else np.full_like(rows, self.seq_len)
+
+    def pairs(self, queries: np.ndarray, keys: np.ndarray, entry: int = 0) -> int:
+        """How many (query, key) pairs of two sets of rows are visible."""
+        key = np.sort(self.of(keys, entry)[0])
+        _, low, high = self.of(queries, entry)
+        return int(np.maximum(np.searchsorted(key, high, "right") - np.searchsorted(key, low, "left"), 0).sum())
+
+
+def reached(queries: Tensor, keys: Tensor, low: Tensor, high: Tensor, key: Tensor) -> Tensor:
+    """Which keys some query of their group sees: bool `[N]`.
+
+    Args:
+        queries, keys: the group of every query and every key, int64 `[M]` and `[N]`.
+        low, high: of the queries, `[M]`.
+        key: of the keys, `[N]`.
+    """
+    if not len(queries) or not len(keys):
+        return torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
+    # Queries by (group, low), and the furthest that those so far see: a key is seen if those with a `low` up to it see it.
+    starts, order = ((queries << 32) + low).sort()
+    furthest = ((queries << 32) + high)[order].cummax(0).values
+    wanted = (keys << 32) + key
+    last = torch.searchsorted(starts, wanted, right=True) - 1
+    return (last >= 0) & (furthest[last.clamp(min=0)] >= wanted) & (key != HIDDEN)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rh.plan`: a plan of a sequence over ranks that need not exist."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.ops.visible import Visible
+from ring_hilbert.parallel.choice import choose
+from ring_hilbert.parallel.layout import Layout
+from ring_hilbert.parallel.plan import Plan, Shapes, check_strategy
+
+
+def order_warnings(pattern: DilatedPattern, order: TokenOrder | None, causal: bool) -> list[str]:
+    """What a person should know about causal text in this order (docs/design.md: the local branch keeps its nearest tokens)."""
+    if order is None or not causal or order.block is None:
+        return []
+    block = order.block
+    return [
+        f"order.block={block} does not divide segment length {w} of an undilated branch: its segments are then not the "
+        "token sets of raster order, and a token loses some of its nearest predecessors"
+        for w, r in pattern.branches
+        if r == 1 and w is not None and w % block
+    ]
+
+
+def plan(
+    pattern: DilatedPattern,
+    seq_len: int,
+    world_size: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    head_dim: int,
+    dtype: torch.dtype,
+    causal: bool = True,
+    batch_size: int = 1,
+    layout: str = "contiguous",
+    local_lengths: Sequence[int] | None = None,
+    order: TokenOrder | None = None,
+    document_ids: np.ndarray | torch.Tensor | None = None,
+    strategy: str = "auto",
+) -> Plan:
+    """Plan dilated attention of `seq_len` rows over `world_size` ranks, without any of them.
+
+    Args:
+        pattern: the branches.
+        seq_len: rows of the whole sequence, `S`.
+        world_size: ranks, `P`.
+        num_heads, num_kv_heads, head_dim, dtype, batch_size: of `q [B, S, H, D]` and `k, v [B, S, Hkv, D]`.
+        causal: keys with a larger position are hidden; positions are token indices.
+        layout: "contiguous" or "zigzag".
+        local_lengths: rows of each rank; default `seq_len // world_size`, the first ranks one more.
+        order: the order that the rows are in.
+        document_ids: `[S]` or `[B, S]` integers in natural token order, -1 for padding.
+        strategy: "exchange", "ring", "ulysses", or "auto": the one that is expected to be the fastest.
+
+    Returns:
+        A `Plan`: `received_bytes(rank, pass_)`, `attention_flops(rank)`, `imbalance`, `summary()`.
+
+    Raises:
+        ValueError: for sizes that do not fit each other.
+    """
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
+    check_strategy(strategy)
+    if local_lengths is None:
+        rows = Layout.even(seq_len, world_size, layout)
+    else:
+        rows = Layout(tuple(local_lengths), layout)
+        if len(rows.lengths) != world_size or rows.seq_len != seq_len or min(rows.lengths) < 0:
+            raise ValueError(
+                f"local_lengths={list(local_lengths)} must be {world_size} lengths >= 0 with sum {seq_len}, got sum {rows.seq_len}"
+            )
+    documents = None
+    if document_ids is not None:
+        documents = np.atleast_2d(np.asarray(document_ids, dtype=np.int64))
+        if documents.shape not in ((1, seq_len), (batch_size, seq_len)):
+            raise ValueError(
+                f"document_ids must be [{seq_len}] or [{batch_size}, {seq_len}], got {list(np.shape(document_ids))}"
+            )
+        if order is not None:
+            documents = documents[:, order.permutation(seq_len).numpy()]
+    for message in order_warnings(pattern, order, causal):
+        warnings.warn(message, UserWarning, stacklevel=2)
+    documents = None if documents is None else torch.from_numpy(np.ascontiguousarray(documents))
+    visible = Visible(seq_len, causal, documents=documents, order=order)
+    shapes = Shapes(batch_size, num_heads, num_kv_heads, head_dim, dtype)
+    if strategy == "auto":
+        strategy = choose(pattern, rows, visible, shapes).strategy
+    return Plan(pattern, rows, visible, shapes, strategy)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which candidates a batch sends: those that some query of the reader sees, to the row. A flag each, made on the device.
+
+Both ends of a shipment know what the whole sequence sees, so each finds the same flags by itself. A prefix sum of the flags gives
+the place of a row in what is packed; how many there are is the one thing that the host must read, see `read_counts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ring_hilbert.ops.core import Incoming
+from ring_hilbert.ops.visible import HIDDEN, Intervals, Visible, reached
+from ring_hilbert.ops.visits import rows_in
+from ring_hilbert.parallel.crossings import KEPT, Block, Crossings, Windows
+from ring_hilbert.parallel.remote import Hop, hops_of, payload
+
+
+class _Groups(NamedTuple):
+    """Queries and the keys that they may see, group by group; and which keys each payload row stands for, int64.
+
+    A group is a reach of one offset; a *unit* is a row for the heads of equal offsets. Any of a unit's links makes it travel.
+    """
+
+    query_group: Tensor
+    query_row: Tensor
+    key_group: Tensor
+    key_row: Tensor
+    key_unit: Tensor
+    payload_entry: Tensor
+    payload_row: Tensor
+    payload_unit: Tensor
+
+
+class Candidates:
+    """The payload rows that may travel from some ranks to one reader, in the order of its buffer.
+
+    Args:
+        crossings: the segments that reach over rank boundaries.
+        reader: who may see them.
+        blocks: the rows, by owner.
+    """
+
+    def __init__(self, crossings: Crossings, reader: int, blocks: dict[int, list[Block]]) -> None:
+        self.crossings, self.reader = crossings, reader
+        self.owners = sorted(blocks)
+        self.blocks = [block for owner in self.owners for block in blocks[owner]]
+        self.sizes = [crossings.batch_size * sum(len(block.rows) for block in blocks[owner]) for owner in self.owners]
+        self._on: dict[torch.device, _Groups] = {}
+        self.groups = self.units = 0
+
+    def on(self, device: torch.device) -> _Groups:
+        """The groups, on a device."""
+        if device not in self._on:
+            self._on[device] = _Groups(*(torch.from_numpy(x).to(device) for x in self._find()))
+        return self._on[device]
+
+    def _find(self) -> list[np.ndarray]:
+        crossings, batch = self.crossings, self.crossings.batch_size
+        windows: Windows = sorted(window for owner in self.owners for window in crossings.windows(owner))
+        reaches = [r for r in crossings.reaches(self.reader) if any(r.start < b and a < r.stop for a, b in windows)]
+        columns: list[list[np.ndarray]] = [[] for _ in range(5)]
+        unit_of: dict[int, tuple[np.ndarray, int]] = {}  # by head: the rows of its units, and the first one's number
+        self.groups = self.units = 0
+        for offsets, heads in crossings.head_classes(frozenset(reach.branch for reach in reaches)):
+            found = list[tuple[np.ndarray, np.ndarray]]()
+            for reach in reaches:
+                queries = rows_in(reach.mine, reach.branch.dilation_rate, offsets[reach.branch])
+                keys = crossings.keys(reach, offsets[reach.branch], windows)
+                if queries is not None and len(keys):
+                    found.append((queries.indices()[0], keys))
+            rows = np.unique(np.concatenate([np.empty(0, np.int64), *(keys for _, keys in found)]))
+            unit_of |= dict.fromkeys(heads, (rows, self.units))
+            for queries, keys in found:
+                group = self.groups
+                parts = (np.full_like(queries, group), queries, np.full_like(keys, group), keys)
+                for column, part in zip(columns, (*parts, self.units + np.searchsorted(rows, keys)), strict=True):
+                    column.append(part)
+                self.groups += 1
+            self.units += len(rows)
+        entry, row, _ = payload(self.blocks, batch)
+        units = [
+            np.tile(unit_of[block.head][1] + np.searchsorted(unit_of[block.head][0], block.rows), batch)
+            for block in self.blocks
+        ]
+        empty = [np.empty(0, np.int64)]
+        return [*(np.concatenate(empty + column) for column in columns), entry, row, np.concatenate(empty + units)]
+
+    def travel(self, seen: Intervals) -> Tensor:
+        """Which payload rows travel in a batch: bool `[n]`."""
+        groups, entries = self.on(seen.key.device), len(seen.key)
+        entry = torch.arange(entries, device=seen.key.device)[:, None]
+        query_group, key_group = (
+            (group + entry * self.groups).flatten() for group in (groups.query_group, groups.key_group)
+        )
+        low, high = (x[:, groups.query_row].flatten().long() for x in (seen.low, seen.high))
+        hit = reached(query_group, key_group, low, high, seen.key[:, groups.key_row].flatten().long())
+        units = torch.zeros(entries * self.units, dtype=torch.int32, device=hit.device)
+        units.scatter_reduce_(0, (groups.key_unit + entry * self.units).flatten(), hit.int(), "amax")
+        own = groups.payload_entry if entries > 1 else torch.zeros_like(groups.payload_entry)
+        return units[own * self.units + groups.payload_unit] > 0
+
+    def keys(self, seen: Intervals) -> Tensor:
+        """The key of every payload row, int32 `[n]`."""
+        groups = self.on(seen.key.device)
+        return seen.key[groups.payload_entry if len(seen.key) > 1 else 0, groups.payload_row]
+
+
+@dataclass(frozen=True, eq=False)
+class Shipment:
+    """One direction of a hop: the candidates from or to every rank, and which of them travel (None: all).
+
+    Attributes:
+        ranks: from or to whom, and `sizes`: how many candidates each.
+        flags: bool `[n]`, or None.
+        counts: how many travel, by rank; known once `read_counts` has run.
+    """
+
+    ranks: list[int]
+    sizes: list[int]
+    flags: Tensor | None
+    counts: dict[int, int] = field(default_factory=dict)
+
+    def chosen(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Of `values [n]` of the candidates those of the rows that travel."""
+        if self.flags is None:
+            return list(values)
+        total = sum(self.counts.values())
+        at = torch.where(self.flags, self.flags.cumsum(0) - 1, total)
+        index = torch.arange(len(at), device=at.device)
+        index = torch.zeros(total + 1, dtype=torch.int64, device=at.device).scatter_(0, at, index)[:total]
+        return [x[index] for x in values]
+
+
+def read_counts(shipments: Sequence[Shipment], also: Sequence[Tensor] = ()) -> list[list[int]]:
+    """Let the host know how many rows travel, and the integers `also`: one read of the device for everything."""
+    values = [x.flatten().long() for x in also]
+    for shipment in shipments:
+        if shipment.flags is None:
+            shipment.counts.update(zip(shipment.ranks, shipment.sizes, strict=True))
+        elif shipment.ranks:
+            values.append(torch.stack([part.sum() for part in shipment.flags.split(shipment.sizes)]))
+    devices = {x.device for x in values}
+    read = [torch.cat([x for x in values if x.device == device]).tolist() for device in devices]
+    rest = {device: iter(numbers) for device, numbers in zip(devices, read, strict=True)}
+    found = [[next(rest[x.device]) for _ in range(x.numel())] for x in values]
+    counted = iter(found[len(also) :])
+    for shipment in shipments:
+        if shipment.flags is not None and shipment.ranks:
+            shipment.counts.update(zip(shipment.ranks, next(counted), strict=True))
+    return found[: len(also)]
+
+
+class HopCandidates:
+    """The candidates of a hop of one rank: those that come, and those that go to each reader."""
+
+    def __init__(self, crossings: Crossings, rank: int, hop: Hop) -> None:
+        self.hop = hop
+        self.incoming = Candidates(crossings, rank, hop.received)
+        self.outgoing = {
+            reader: Candidates(crossings, reader, {rank: blocks}) for reader, blocks in sorted(hop.sent.items())
+        }
+        self._batch, self._chunks = crossings.batch_size, crossings.layout.chunks(rank)
+        self._indices: dict[torch.device, list[Tensor]] = {}
+
+    def indices(self, device: torch.device) -> list[Tensor]:
+        """(batch entry, local row, kv head) of every candidate that may be sent, by reader."""
+        if device not in self._indices:
+            blocks = [block for candidates in self.outgoing.values() for block in candidates.blocks]
+            entry, row, head = payload(blocks, self._batch)
+            local = np.empty_like(row)
+            for chunk in self._chunks:
+                inside = (row >= chunk.start) & (row < chunk.stop)
+                local[inside] = row[inside] - chunk.start + chunk.local
+            self._indices[device] = [torch.from_numpy(x).to(device) for x in (entry, local, head)]
+        return self._indices[device]
+
+    def in_batch(self, visible: Visible, device: torch.device, all_travel: bool) -> HopTravel:
+        """What travels in a batch, but for its counts."""
+        seen = visible.on(device)
+        flags = None if all_travel else self.incoming.travel(seen)
+        received = Shipment(self.incoming.owners, self.incoming.sizes, flags)
+        sizes = [sum(candidates.sizes) for candidates in self.outgoing.values()]
+        sent_flags = None
+        if not all_travel:
+            none = torch.zeros(0, dtype=torch.bool, device=device)
+            sent_flags = torch.cat([none, *(candidates.travel(seen) for candidates in self.outgoing.values())])
+        return HopTravel(self, received, Shipment(list(self.outgoing), sizes, sent_flags), seen)
+
+
+@dataclass(frozen=True, eq=False)
+class HopTravel:
+    """What travels to and from a rank in one hop of one batch."""
+
+    candidates: HopCandidates
+    received: Shipment
+    sent: Shipment
+    seen: Intervals
+
+    def incoming(self) -> Incoming:
+        """What a core must know of what comes."""
+        key = self.candidates.incoming.keys(self.seen)
+        flags = self.received.flags
+        if flags is None:
+            return Incoming(key, None, key)
+        place = torch.where(flags, flags.cumsum(0) - 1, -1).to(torch.int32)
+        return Incoming(torch.where(flags, key, HIDDEN), place, self.received.chosen([key])[0])
+
+    def send_index(self) -> list[tuple[Tensor, ...]]:
+        """(batch entry, local row, kv head) of what goes to each rank of `sent`."""
+        indices = self.sent.chosen(self.candidates.indices(self.seen.key.device))
+        parts = [x.split([self.sent.counts[rank] for rank in self.sent.ranks]) for x in indices]
+        return list(zip(*parts, strict=True))
+
+
+@lru_cache(maxsize=KEPT)
+def hop_candidates(crossings: Crossings, rank: int, *, ring: bool) -> tuple[HopCandidates, ...]:
+    """The hops of a rank with their candidates, the same objects for the same arguments."""
+    return tuple(HopCandidates(crossings, rank, hop) for hop in hops_of(crossings, rank, ring=ring))
