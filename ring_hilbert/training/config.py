@@ -124,13 +124,16 @@ class SourceConfig(Section):
 
     `exclude` holds globs relative to the folder in `path` (for a glob: to the part before its first wildcard); a
     match on a folder leaves out all below it. `weight`: the source gives weight / sum of weights of the training
-    tokens, whatever its size. `field`: the column of JSONL and Parquet files that holds a document's text.
+    tokens, whatever its size. `field`: where JSON values and Parquet rows hold a document's text; meta.text if it is nested.
+    `format`: "auto" goes by the name: .jsonl, .ndjson, .jsonlines, .json and .parquet, .pq have rows, any other file is one
+    document; all but Parquet may have .gz, .bz2, .xz or .zst behind. Else it is what all files of the source hold.
     """
 
     path: list[str] = Field(min_length=1)  # a single string is also accepted
     exclude: list[str] = []
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     field: str = "text"
+    format: Literal["auto", "text", "json", "parquet"] = "auto"
 
     _path = field_validator("path", mode="before")(_as_list)
 
@@ -144,6 +147,7 @@ class EvalConfig(Section):
     path: list[str] = Field(min_length=1)  # a single string is also accepted
     exclude: list[str] = []
     field: str = "text"
+    format: Literal["auto", "text", "json", "parquet"] = "auto"
     every: int = Field(default=50, ge=1)
     sequences: int | None = Field(default=None, ge=1)
 
@@ -153,12 +157,14 @@ class EvalConfig(Section):
 class DataConfig(Section):
     """Documents, tokenizer and packing.
 
-    `tokenizer`: "bytes" (ByT5's ids: byte + 3), or a folder for AutoTokenizer. `encoding_errors`: a file that is not
-    UTF-8 is refused (strict) or read with U+FFFD in place of the wrong bytes (replace).
+    `tokenizer`: "bytes" (ByT5's ids: byte + 3), or a folder for AutoTokenizer. `bos`: a document begins with the BOS token (true),
+    with nothing (false), or as the tokenizer by itself begins a text (null). `encoding_errors`: what is not UTF-8, and a lone
+    surrogate in JSON, is refused (strict) or read as U+FFFD (replace).
     """
 
     sources: list[SourceConfig] = Field(min_length=1)
     tokenizer: str = "bytes"
+    bos: bool | None = None
     seq_len: int = Field(ge=2)
     packing: Literal["concat"] = "concat"
     encoding_errors: Literal["strict", "replace"] = "strict"

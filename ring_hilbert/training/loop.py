@@ -147,6 +147,8 @@ class Run:
         config = self.config
         self.world.from_main(self._make_folders)
         with StopSignals() as signals, Metrics(config, self.world, resumed_from) as metrics:
+            for name, documents in self.train_set.documents.items():
+                metrics.say(f"{name}: {documents.summary}")
             if resumed_from is not None:
                 metrics.say(f"resumed from step {resumed_from} in {config.checkpoint.dir}")
             if planning is not None and (plan := planning.result()) is not None:
