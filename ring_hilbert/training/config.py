@@ -239,7 +239,9 @@ class CheckpointConfig(Section):
     """Where checkpoints go, after how many steps, and how many are kept.
 
     `trust`: load DeepSpeed's checkpoints, which are pickles and could run any code. `init`: the checkpoint.dir of another run of
-    the same model, whose weights and optimizer state a run without checkpoints of its own starts with.
+    the same model, whose weights and optimizer state a run without checkpoints of its own starts with. `changed_data`: a run on
+    other data than its checkpoint, more data included, is refused, or accepted: it goes on with the sequence of the same number in
+    the data as they are now, and of the epoch under way documents may be read twice or never.
     """
 
     dir: str
@@ -247,6 +249,7 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, ge=1)
     trust: bool = False
     init: str | None = None
+    changed_data: Literal["refuse", "accept"] = "refuse"
 
 
 class LogConfig(Section):
@@ -320,15 +323,13 @@ class RunConfig(Section):
         """What a checkpoint and the run that resumes it must agree on: all that decides the sequence of losses.
 
         Left out: how the work is spread and executed (parallel, engine, micro_batch, checkpoint_activations, strategy,
-        backend, layout), how long it goes on (steps), how often it is evaluated, and where files are written.
-        `eval.path` is in: what it matches is held out of training.
+        backend, layout), how long it goes on (steps), how often it is evaluated, and where files are. What the data hold is for a
+        checkpoint to say (`content.contents`), wherever they lie and however they are read.
         """
         train = {"global_batch_tokens", "precision", "seed"}
-        include = {"model": True, "attention": True, "data": True, "optim": True, "train": train}
-        exclude = {
-            "attention": {"strategy", "backend", "layout"}, "data": {"eval": {"field", "every", "sequences"}},
-            "optim": {"max_skipped"},
-        }  # fmt: skip
+        data = {"sources": {"__all__": {"weight"}}, "seq_len": True, "packing": True}
+        include = {"model": True, "attention": True, "data": data, "optim": True, "train": train}
+        exclude = {"attention": {"strategy", "backend", "layout"}, "optim": {"max_skipped"}}
         return self.model_dump(mode="json", include=include, exclude=exclude)
 
     def digest(self) -> str:
