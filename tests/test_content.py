@@ -27,6 +27,8 @@ from ring_hilbert.training.documents import Documents
 class Numbers(Documents):
     """Documents of a token each, in files of ten."""
 
+    hashes = np.zeros(0, dtype=np.uint64)
+
     def __init__(self, hashes: list[int]) -> None:
         self.hashes = np.array(hashes, dtype=np.uint64)
         self.lengths = np.ones(len(hashes), dtype=np.int64)

@@ -46,7 +46,6 @@ class Documents:
 
     Attributes:
         lengths: int64 [number of documents], tokens of each, prefix and eos included. Never 0.
-        hashes: uint64 [number of documents], of the tokens of each.
         largest_id: the largest token id.
         summary: what there is, for the log.
     """
@@ -58,10 +57,9 @@ class Documents:
         self._chunk = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])
         self._start = np.concatenate([row[:-1] for row in offsets] or [np.zeros(0, dtype=np.int64)])
         self.lengths = np.concatenate([np.diff(row) for row in offsets] or [np.zeros(0, dtype=np.int64)])
-        self.hashes = _column(tables, "hash")
-        self.largest_id = int(_column(tables, "largest_id").max(initial=-1))
-        self._files, self._file = files, _column(tables, "file")
-        self._table_ends = np.cumsum([len(table) for table in tables])
+        self._tables, self._files = tables, files
+        self._ends = np.cumsum([len(table) for table in tables])
+        self.largest_id = int(self._column("largest_id").max(initial=-1))
         self.summary = f"{len(self.lengths):,} documents, {self.lengths.sum():,} tokens; {kinds}"
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -69,15 +67,20 @@ class Documents:
         first = self._start[document]
         return self._values[self._chunk[document]][first + start : first + stop]
 
+    @property
+    def hashes(self) -> np.ndarray:
+        """uint64 [number of documents], of the tokens of each; read anew from the cache, as they are needed once."""
+        return self._column("hash")
+
     def file(self, document: int) -> Path:
         """The file that a document was read from."""
-        table = int(np.searchsorted(self._table_ends, document, side="right"))
-        return self._files[table][self._file[document]]
+        table = int(np.searchsorted(self._ends, document, side="right"))
+        place = document - int(self._ends[table])  # from the table's end, negative
+        return self._files[table][self._tables[table].data.column("file")[place].as_py()]
 
-
-def _column(tables: list[datasets.Dataset], name: str) -> np.ndarray:
-    columns = [table.data.column(name).to_numpy() for table in tables]
-    return np.concatenate([np.zeros(0, dtype=TOKENS[name].dtype), *columns])
+    def _column(self, name: str) -> np.ndarray:
+        columns = [table.data.column(name).to_numpy() for table in self._tables]
+        return np.concatenate([np.zeros(0, dtype=TOKENS[name].dtype), *columns])
 
 
 def open_documents(

@@ -193,7 +193,8 @@ def _spread_values(text: str, line: int) -> Iterator[tuple[int, Any]]:
 
 
 def _not_json(error: Exception, where: str) -> DataError:
-    return DataError(f"{where} cannot be read as json: {getattr(error, 'msg', error)}")
+    cause = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
+    return DataError(f"{where} cannot be read as json: {cause}")
 
 
 def _skip_space(text: str, start: int) -> int:
