@@ -126,7 +126,8 @@ class SourceConfig(Section):
     match on a folder leaves out all below it. `weight`: the source gives weight / sum of weights of the training
     tokens, whatever its size. `field`: where JSON values and Parquet rows hold a document's text; meta.text if it is nested.
     `format`: "auto" goes by the name: .jsonl, .ndjson, .jsonlines, .json and .parquet, .pq have rows, any other file is one
-    document; all but Parquet may have .gz, .bz2, .xz or .zst behind. Else it is what all files of the source hold.
+    document; all but Parquet may have .gz, .bz2, .xz or .zst behind. What then does not look like one document is refused: JSON
+    lines, NUL characters, .csv and .tsv. Else `format` is what all files of the source hold, whatever their names.
     """
 
     path: list[str] = Field(min_length=1)  # a single string is also accepted
