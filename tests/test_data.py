@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents to packed sequences: what is read, held out, mixed and refused, and that `dataset[i]` never changes."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -16,7 +19,11 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import ByT5Tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from ring_hilbert.training.config import DataConfig
 from ring_hilbert.training.data import (
@@ -26,8 +33,9 @@ from ring_hilbert.training.data import (
     TrainingSequences,
     open_dataset,
 )
-from ring_hilbert.training.documents import Documents, find_files, open_documents
-from ring_hilbert.training.tokens import document_encoder, load_tokenizer, tokenizer_digest
+from ring_hilbert.training.documents import Documents, open_documents
+from ring_hilbert.training.files import find_files
+from ring_hilbert.training.tokens import load_tokenizer, tokenizer_digest
 
 VOCAB = 384  # ByT5's
 EOS = 1
@@ -285,6 +293,40 @@ def test_jsonl_files_may_differ_in_their_other_columns(tmp_path: Path) -> None:
     assert whole(evaluation(tmp_path)) == "onetwo"
 
 
+def test_rows_of_every_spelling_and_packing_and_files_without_any_in_one_folder(tmp_path: Path) -> None:
+    rows = b'{"id": 1, "meta": {"text": "one"}}\n{"meta": {"text": "two", "n": []}, "id": "x", "new": 0}\n'
+    (tmp_path / "a.JSONL.gz").write_bytes(gzip.compress(rows))
+    (tmp_path / "b.ndjson.xz").write_bytes(lzma.compress(rows.replace(b"two", b"three")))
+    (tmp_path / "c.json.zst").write_bytes(pyarrow.Codec("zstd").compress(b"[]", asbytes=True))
+    (tmp_path / "d.jsonl.bz2").write_bytes(bz2.compress(b""))
+    pyarrow.parquet.write_table(pyarrow.table({"id": pyarrow.array([], "int8")}), tmp_path / "e.parquet")
+    (tmp_path / "f.md").write_text("text")
+    dataset = evaluation(tmp_path, field="meta.text")
+    assert whole(dataset) == "textonetwoonethree"
+    assert dataset.documents["data.eval"].summary == (
+        "5 documents, 23 tokens; a document per file: 1 .md; a document per row: 1 .jsonl.gz, 1 .ndjson.xz, 1 .json.zst, "
+        "1 .jsonl.bz2, 1 .parquet"
+    )
+
+
+def test_the_format_may_be_said(tmp_path: Path) -> None:
+    (tmp_path / "part-00000").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert whole(evaluation(tmp_path, format="json")) == "onetwo"
+    assert whole(evaluation(tmp_path, format="text")) == '{"text": "one"}\n{"text": "two"}\n'
+    assert "set `format: json`" in refusal(tmp_path)
+
+
+def test_every_document_knows_its_file(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf")  # nothing but a byte-order mark
+    (tmp_path / "aa.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
+    (tmp_path / "bb.jsonl").write_text('{"text": "three"}\n')
+    documents = evaluation(tmp_path).documents["data.eval"]
+    names = [documents.file(number).name for number in range(len(documents.lengths))]
+    assert names == ["a.txt", "c.txt", "aa.jsonl", "aa.jsonl", "bb.jsonl"]
+
+
 def test_names_that_look_like_globs_and_uri_are_names(tmp_path: Path) -> None:
     folder = tmp_path / "a[b]"
     folder.mkdir()
@@ -348,28 +390,7 @@ def test_evaluation_files_are_held_out_of_every_source(texts: Path) -> None:
 # Tokenizers
 
 
-@given(st.text(max_size=60))
-def test_bytes_are_byt5_ids(document: str) -> None:
-    tokenizer = ByT5Tokenizer()
-    if any(name in document for name in tokenizer.all_special_tokens):
-        return
-    ids = document_encoder(load_tokenizer("bytes"))([document])[0]
-    assert ids.tolist() == tokenizer(document)["input_ids"]
-
-
-def test_names_of_special_tokens_in_a_document_are_text() -> None:
-    ids = document_encoder(load_tokenizer("bytes"))(["</s><pad><extra_id_0>"])[0]
-    assert text(ids) == "</s><pad><extra_id_0>"
-    assert (ids[:-1] > 2).all()
-    assert ids.max() < 259
-
-
 def test_a_tokenizer_folder_and_its_digest(tmp_path: Path, texts: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
     def save(name: str, words: list[str], eos: str | None) -> str:
         inner = Tokenizer(WordLevel({word: n for n, word in enumerate(["?", *words])}, unk_token="?"))
         inner.pre_tokenizer = WhitespaceSplit()
@@ -393,6 +414,20 @@ def test_a_tokenizer_folder_and_its_digest(tmp_path: Path, texts: Path) -> None:
         load_tokenizer(str(texts))
 
 
+def test_the_cache_tells_prefixes_apart(tmp_path: Path) -> None:
+    """The tokenizer and the files are the same."""
+    (tmp_path / "animals.txt").write_text("ape bee")
+    inner = Tokenizer(WordLevel({"?": 0, "ape": 1, "bee": 2, "<s>": 3, "</s>": 4}, unk_token="?"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="?")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for bos, ids in ((None, [3, 1, 2, 4]), (False, [1, 2, 4]), (True, [3, 1, 2, 4]), (False, [1, 2, 4])):
+        keys = {"tokenizer": str(tmp_path / "tokenizer"), "bos": bos, "eval": {"path": str(tmp_path / "animals.txt")}}
+        item = open_dataset(config("unused", **keys), "eval", 5, 0)[0]
+        assert item["input_ids"][item["document_ids"] >= 0].tolist() == ids
+
+
 # Refusals
 
 
@@ -411,7 +446,7 @@ def refusal(path: object, **keys: Any) -> str:
         ("broken.parquet", b"PAR1 not really", "cannot be read as parquet"),
         ("other.jsonl", b'{"body": "a"}\n', "has no field 'text'; it has ['body']"),
         ("numbers.jsonl", b'{"text": 3}\n', "field 'text' holds"),
-        ("gap.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "1 of its 2 rows have no 'text'"),
+        ("gap.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2 has no field 'text'; it has ['body']"),
     ],
 )
 def test_unreadable_files_are_named_with_the_cause(

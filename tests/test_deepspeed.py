@@ -96,7 +96,7 @@ def poisoned(rank: int, world_size: int, configs: list[RunConfig]) -> list[tuple
                 hf_config = model_config(config)
                 engine = make_engine(config, hf_config, world)
                 data = PaddedDataset()
-                run = Run(config, world, engine, Checkpoints(config, world), data, None, hf_config)
+                run = Run(config, world, engine, Checkpoints(config, world, {}), data, None, hf_config)
                 states = [{name: value.clone() for name, value in engine.whole_state().items()}]
                 backward = engine.backward
                 engine.backward = lambda loss, do=backward: do(loss * (math.inf if rank == 1 else 1))  # type: ignore

@@ -55,7 +55,7 @@ def train(rank: int, world_size: int, config: RunConfig, truth: Gradients) -> di
         dataset = PaddedDataset()
         hf_config = model_config(config)
         engine = make_engine(config, hf_config, world)
-        run = Run(config, world, engine, Checkpoints(config, world), dataset, dataset, hf_config)
+        run = Run(config, world, engine, Checkpoints(config, world, {}), dataset, dataset, hf_config)
         assert run.eval_batches is not None
         errors: list[float] = []
         update = engine.step

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +140,71 @@ def test_another_configuration_is_refused(tmp_path: Path, texts: Path) -> None:
     assert (tmp_path / "logs" / "metrics.jsonl").read_bytes() == before
     (done,) = run_ranks(run_all, 1, [config_in(texts, tmp_path, train__steps=4, optim__decay_steps=2)])
     assert done.progress.step == 4
+
+
+def test_data_that_moved_are_the_same(tmp_path: Path, texts: Path) -> None:
+    """Steps on text files, then on the same documents as packed rows elsewhere: bit for bit the steps on the files."""
+    whole, parts, moved = tmp_path / "whole", tmp_path / "parts", tmp_path / "moved"
+    run_ranks(run_all, 1, [config_in(texts, whole, train__steps=6)])
+    run_ranks(run_all, 1, [config_in(texts, parts, train__steps=3)])
+    for split in ("train", "eval"):
+        (moved / split).mkdir(parents=True)
+        rows = [{"text": file.read_text()} for file in sorted((texts / split).iterdir())]
+        packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+        (moved / split / "rows.jsonl.gz").write_bytes(packed)
+    run_ranks(run_all, 1, [config_in(moved, parts, train__steps=6)])
+    expected, found = ([loss for loss in outcome(folder)[0] if loss[0] == "train"] for folder in (whole, parts))
+    assert len(found) == 6
+    assert found == expected
+
+
+def test_other_data_are_refused_or_accepted(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On either number of ranks, whatever changed; once accepted, the new data are those of the checkpoint."""
+    data = tmp_path / "data"
+    shutil.copytree(texts, data)
+    run_ranks(run_all, 1, [config_in(data, tmp_path, train__steps=1)])
+    saved = (tmp_path / "logs" / "metrics.jsonl").read_bytes()
+
+    def refused(match: str, sp: int) -> None:
+        with pytest.raises(ValueError, match=match):
+            run_ranks(run_all, sp, [config_in(data, tmp_path, train__steps=2, parallel__sp=sp)])
+        assert (tmp_path / "logs" / "metrics.jsonl").read_bytes() == saved
+
+    (data / "train" / "03.txt").write_text("other words")
+    refused(
+        r"step_00000001 was .* on other data: data.sources.0: document 3 \(.*03.txt\) is another.*: accept to", sp=2
+    )
+    shutil.copy(texts / "train" / "03.txt", data / "train")
+    (data / "train" / "99.txt").write_text("more words")
+    refused(
+        r"data.sources.0: 1 documents of 11 tokens have come behind the 30 known ones, from .*99.txt on\. Give", sp=1
+    )
+    (data / "eval" / "00.txt").write_text("other words")
+    refused(r"data.eval: document 0 \(.*00.txt\) is another.*; data.sources.0: 1 documents", sp=2)
+    pretrain(config_in(data, tmp_path, train__steps=2, checkpoint__changed_data="accept"))
+    accepted = "accepted by checkpoint.changed_data: data.sources.0: 1 documents of 11 tokens have come behind"
+    assert accepted in capsys.readouterr().out
+    assert pretrain(config_in(data, tmp_path, train__steps=3)).progress.step == 3
+    assert "accepted" not in capsys.readouterr().out
+
+
+def run_on_data_of_its_own(rank: int, world_size: int, texts: Path, folder: Path) -> None:
+    """Each rank finds something else in the same place, as on hosts with disks of their own."""
+    del world_size
+    shutil.copytree(texts, folder / f"rank{rank}")
+    if rank == 1:
+        (folder / "rank1" / "train" / "17.txt").write_text("other words")
+    config = config_in(folder / f"rank{rank}", folder, parallel__sp=2, train__steps=1)
+    pretrain(config)
+
+
+def test_ranks_that_read_other_data_are_refused(tmp_path: Path, texts: Path) -> None:
+    errors = run_ranks_collect(run_on_data_of_its_own, 2, texts, tmp_path)
+    expected = (
+        r"rank 1: the data on this rank are not those on rank 0: data.sources.0: document 17 \(.*17.txt\) is another"
+    )
+    assert all(re.match(expected, str(error)) for error in errors)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_run_file(tmp_path: Path, texts: Path) -> None:

@@ -79,7 +79,7 @@ def test_export_computes_what_training_computed(tmp_path: Path, texts: Path) -> 
     with open_world(config.parallel) as world:
         engine = make_engine(config, hf_config, world)
         dataset = open_dataset(config.data, "train", vocab_size=VOCAB)
-        training = Run(config, world, engine, Checkpoints(config, world), dataset, None, hf_config)
+        training = Run(config, world, engine, Checkpoints(config, world, {}), dataset, None, hf_config)
         for _ in range(3):
             training.train_step()
         export_model(engine, config, hf_config, world, tmp_path / "model")
@@ -166,7 +166,7 @@ def test_gradients_that_are_not_finite(tmp_path: Path, texts: Path) -> None:
     with open_world(config.parallel) as world:
         engine = make_engine(config, model_config(config), world)
         dataset = open_dataset(config.data, "train", vocab_size=VOCAB)
-        training = Run(config, world, engine, Checkpoints(config, world), dataset, None, model_config(config))
+        training = Run(config, world, engine, Checkpoints(config, world, {}), dataset, None, model_config(config))
         backward, bad = engine.backward, {1, 3, 4, 5}
 
         def poisoned(loss: torch.Tensor) -> None:

@@ -2,8 +2,8 @@
 """Checkpoints that are whole or not there, and exact resume.
 
 A checkpoint is a folder `step_<n>` with the files of the engine, the random state of every rank and a `run.json` (progress,
-configuration, digest). It is written under another name, synced and renamed, so that a crash leaves at most a folder that nothing
-reads.
+configuration, digest, hashes of the data). It is written under another name, synced and renamed, so that a crash leaves at most a
+folder that nothing reads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import numpy as np
 import torch
 
 from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.content import contents, differences
+from ring_hilbert.training.documents import Documents
 from ring_hilbert.training.engine import Engine
 from ring_hilbert.training.world import World
 
@@ -42,19 +44,35 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of one run in `checkpoint.dir`, which exists when one is saved, on a file system that all ranks see."""
+    """The checkpoints of one run in `checkpoint.dir`, which exists when one is saved, on a file system that all ranks see.
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    Args:
+        data: what the run reads, by its name in the configuration.
+
+    Attributes:
+        changes: on rank 0, how the data differ from those of the checkpoint that `latest` returned; checkpoint.changed_data
+            accepts it.
+    """
+
+    def __init__(self, config: RunConfig, world: World, data: Mapping[str, Documents]) -> None:
         self.config = config
         self.world = world
         self.folder = Path(config.checkpoint.dir)
+        self.data = data
+        self.contents = contents(data)
+        self.changes: list[str] = []
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, None if there is none; the same on every rank.
 
         Raises:
-            ValueError: it was written by a run with another configuration.
+            ValueError: it was written by a run with another configuration or on other data; or ranks read other data than rank 0.
         """
+        main = self.world.from_main(lambda: self.contents)
+        with self.world.together():
+            if main != self.contents:
+                found = "; ".join(differences(main, self.data))
+                raise ValueError(f"the data on this rank are not those on rank 0: {found}")
         return self.world.from_main(self._latest)
 
     def save(self, engine: Engine, progress: Progress) -> None:
@@ -103,13 +121,19 @@ class Checkpoints:
             return None
         run = _read_run(found[-1])
         if run["digest"] != self.config.digest():
-            differences = list(_differences(run["identity"], self.config.identity()))
-            hint = (
-                " (the schedule spans train.steps unless it is set)" if "optim.decay_steps" in str(differences) else ""
-            )
+            changed = ", ".join(_differences(run["identity"], self.config.identity()))
+            hint = " (the schedule spans train.steps unless it is set)" if "optim.decay_steps" in changed else ""
             raise ValueError(
-                f"checkpoint.dir: {found[-1]} was written by a run with another configuration: {', '.join(differences)}"
-                f"{hint}; to go on with it use its values, to start anew use another checkpoint.dir"
+                f"checkpoint.dir: {found[-1]} was written by a run with another configuration: {changed}{hint}; to go on with it "
+                "use its values, to start anew use another checkpoint.dir"
+            )
+        self.changes = list(differences(run["data"], self.data))
+        if self.changes and self.config.checkpoint.changed_data == "refuse":
+            changes = "; ".join(self.changes)
+            raise ValueError(
+                f"checkpoint.dir: {found[-1]} was written by a run on other data: {changes}. Give it the same data again, start "
+                "anew with another checkpoint.dir, or set checkpoint.changed_data: accept to go on with the sequence of the same "
+                "number in the data as they are now: of the epoch under way, documents may be read twice or never"
             )
         return found[-1]
 
@@ -119,6 +143,7 @@ class Checkpoints:
             "world_size": self.world.size,
             "digest": self.config.digest(),
             "identity": self.config.identity(),
+            "data": self.contents,
             "torch": torch.__version__,
         }
 
@@ -169,6 +194,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        value = dict(enumerate(value))
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))

@@ -124,13 +124,17 @@ class SourceConfig(Section):
 
     `exclude` holds globs relative to the folder in `path` (for a glob: to the part before its first wildcard); a
     match on a folder leaves out all below it. `weight`: the source gives weight / sum of weights of the training
-    tokens, whatever its size. `field`: the column of JSONL and Parquet files that holds a document's text.
+    tokens, whatever its size. `field`: where JSON values and Parquet rows hold a document's text; meta.text if it is nested.
+    `format`: "auto" goes by the name: .jsonl, .ndjson, .jsonlines, .json and .parquet, .pq have rows, any other file is one
+    document; all but Parquet may have .gz, .bz2, .xz or .zst behind. What then does not look like one document is refused: JSON
+    lines, NUL characters, .csv and .tsv. Else `format` is what all files of the source hold, whatever their names.
     """
 
     path: list[str] = Field(min_length=1)  # a single string is also accepted
     exclude: list[str] = []
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     field: str = "text"
+    format: Literal["auto", "text", "json", "parquet"] = "auto"
 
     _path = field_validator("path", mode="before")(_as_list)
 
@@ -144,6 +148,7 @@ class EvalConfig(Section):
     path: list[str] = Field(min_length=1)  # a single string is also accepted
     exclude: list[str] = []
     field: str = "text"
+    format: Literal["auto", "text", "json", "parquet"] = "auto"
     every: int = Field(default=50, ge=1)
     sequences: int | None = Field(default=None, ge=1)
 
@@ -153,12 +158,14 @@ class EvalConfig(Section):
 class DataConfig(Section):
     """Documents, tokenizer and packing.
 
-    `tokenizer`: "bytes" (ByT5's ids: byte + 3), or a folder for AutoTokenizer. `encoding_errors`: a file that is not
-    UTF-8 is refused (strict) or read with U+FFFD in place of the wrong bytes (replace).
+    `tokenizer`: "bytes" (ByT5's ids: byte + 3), or a folder for AutoTokenizer. `bos`: a document begins with the BOS token (true),
+    with nothing (false), or as the tokenizer by itself begins a text (null). `encoding_errors`: what is not UTF-8, and a lone
+    surrogate in JSON, is refused (strict) or read as U+FFFD (replace).
     """
 
     sources: list[SourceConfig] = Field(min_length=1)
     tokenizer: str = "bytes"
+    bos: bool | None = None
     seq_len: int = Field(ge=2)
     packing: Literal["concat"] = "concat"
     encoding_errors: Literal["strict", "replace"] = "strict"
@@ -233,7 +240,9 @@ class CheckpointConfig(Section):
     """Where checkpoints go, after how many steps, and how many are kept.
 
     `trust`: load DeepSpeed's checkpoints, which are pickles and could run any code. `init`: the checkpoint.dir of another run of
-    the same model, whose weights and optimizer state a run without checkpoints of its own starts with.
+    the same model, whose weights and optimizer state a run without checkpoints of its own starts with. `changed_data`: a run on
+    other data than its checkpoint, more data included, is refused, or accepted: it goes on with the sequence of the same number in
+    the data as they are now, and of the epoch under way documents may be read twice or never.
     """
 
     dir: str
@@ -241,6 +250,7 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, ge=1)
     trust: bool = False
     init: str | None = None
+    changed_data: Literal["refuse", "accept"] = "refuse"
 
 
 class LogConfig(Section):
@@ -314,15 +324,13 @@ class RunConfig(Section):
         """What a checkpoint and the run that resumes it must agree on: all that decides the sequence of losses.
 
         Left out: how the work is spread and executed (parallel, engine, micro_batch, checkpoint_activations, strategy,
-        backend, layout), how long it goes on (steps), how often it is evaluated, and where files are written.
-        `eval.path` is in: what it matches is held out of training.
+        backend, layout), how long it goes on (steps), how often it is evaluated, and where files are. What the data hold is for a
+        checkpoint to say (`content.contents`), wherever they lie and however they are read.
         """
         train = {"global_batch_tokens", "precision", "seed"}
-        include = {"model": True, "attention": True, "data": True, "optim": True, "train": train}
-        exclude = {
-            "attention": {"strategy", "backend", "layout"}, "data": {"eval": {"field", "every", "sequences"}},
-            "optim": {"max_skipped"},
-        }  # fmt: skip
+        data = {"sources": {"__all__": {"weight"}}, "seq_len": True, "packing": True}
+        include = {"model": True, "attention": True, "data": data, "optim": True, "train": train}
+        exclude = {"attention": {"strategy", "backend", "layout"}, "optim": {"max_skipped"}}
         return self.model_dump(mode="json", include=include, exclude=exclude)
 
     def digest(self) -> str:

@@ -13,8 +13,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from ring_hilbert.training.config import DataConfig
-from ring_hilbert.training.documents import Documents, find_files, open_documents
+from ring_hilbert.training.config import DataConfig, EvalConfig, SourceConfig
+from ring_hilbert.training.documents import Documents, open_documents
+from ring_hilbert.training.files import find_files
 from ring_hilbert.training.tokens import load_tokenizer
 
 Sequence = dict[str, np.ndarray]
@@ -26,7 +27,10 @@ class PackedDataset(Protocol):
     `dataset[i]` has `input_ids`, int64 [seq_len], and `document_ids`, int64 [seq_len]: 0, 1, 2, ... for the runs of
     documents in this sequence (an eos belongs to the document that it ends), -1 for padding. `len(dataset)` is the
     number of sequences in an epoch; `i` goes on past it in training, and ends there in evaluation (IndexError).
+    `documents`: what the sequences are made of, by the name of the source in the configuration.
     """
+
+    documents: dict[str, Documents]
 
     def __len__(self) -> int: ...
 
@@ -51,9 +55,12 @@ def open_dataset(config: DataConfig, split: Literal["train", "eval"], vocab_size
     """
     tokenizer = load_tokenizer(config.tokenizer)
 
-    def tokenised(paths: list[str], exclude: list[str], field: str, held_out: set[Path]) -> Documents:
-        files = [file for file in find_files(paths, exclude) if file not in held_out]
-        documents = open_documents(files, field, tokenizer, config.encoding_errors)
+    def tokenised(source: SourceConfig | EvalConfig, held_out: set[Path]) -> Documents:
+        paths = source.path
+        files = [file for file in find_files(paths, source.exclude) if file.resolve() not in held_out]
+        documents = open_documents(
+            files, source.field, tokenizer, config.encoding_errors, chosen=source.format, bos=config.bos
+        )
         if not len(documents.lengths):
             cause = "its files hold no text" if files else "all its files are held out by data.eval.path"
             raise ValueError(f"data path {paths} is empty: {cause}")
@@ -67,12 +74,12 @@ def open_dataset(config: DataConfig, split: Literal["train", "eval"], vocab_size
     if split == "eval":
         if config.eval is None:
             raise ValueError("data.eval is not set; give it a path")
-        documents = tokenised(config.eval.path, config.eval.exclude, config.eval.field, set())
+        documents = tokenised(config.eval, set())
         return EvaluationSequences(documents, config.seq_len, config.eval.sequences)
-    held_out = set(find_files(config.eval.path, config.eval.exclude)) if config.eval else set()
+    held_out = {file.resolve() for file in find_files(config.eval.path, config.eval.exclude)} if config.eval else set()
     sources = []
     for number, source in enumerate(config.sources):
-        documents = tokenised(source.path, source.exclude, source.field, held_out)
+        documents = tokenised(source, held_out)
         tokens = int(documents.lengths.sum())
         if tokens < config.seq_len:
             raise ValueError(
@@ -112,6 +119,7 @@ class EvaluationSequences:
     """Documents in their given order, the last sequence padded; at most `limit` sequences, evenly spaced."""
 
     def __init__(self, documents: Documents, seq_len: int, limit: int | None) -> None:
+        self.documents = {"data.eval": documents}
         self._packed = PackedEpoch(documents, np.arange(len(documents.lengths)), seq_len)
         self._whole = -(-int(documents.lengths.sum()) // seq_len)
         self._taken = self._whole if limit is None else min(limit, self._whole)
@@ -129,7 +137,7 @@ class EndlessSource:
     """One training source: epoch after epoch, each in an order of its own that `key` (seed, number of source) fixes."""
 
     def __init__(self, documents: Documents, seq_len: int, key: tuple[int, ...]) -> None:
-        self._documents, self._seq_len, self._key = documents, seq_len, key
+        self.documents, self._seq_len, self._key = documents, seq_len, key
         self._per_epoch = int(documents.lengths.sum()) // seq_len
         self._open_epoch(0)
 
@@ -143,8 +151,8 @@ class EndlessSource:
         return self._packed[int(self._places[place])]
 
     def _open_epoch(self, epoch: int) -> None:
-        order = _shuffled(len(self._documents.lengths), *self._key, epoch, 0)
-        self._packed = PackedEpoch(self._documents, order, self._seq_len)
+        order = _shuffled(len(self.documents.lengths), *self._key, epoch, 0)
+        self._packed = PackedEpoch(self.documents, order, self._seq_len)
         self._places = _shuffled(self._per_epoch, *self._key, epoch, 1)
         self._epoch = epoch
 
@@ -162,6 +170,7 @@ class TrainingSequences:
     """
 
     def __init__(self, sources: list[EndlessSource], weights: list[float]) -> None:
+        self.documents = {f"data.sources.{number}": source.documents for number, source in enumerate(sources)}
         shares = np.array(weights) / sum(weights)
         self._sources = sources
         self._counts = np.maximum(1, np.rint(shares * sum(map(len, sources)))).astype(np.int64)

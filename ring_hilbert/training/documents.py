@@ -1,183 +1,182 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenised documents: files are found, read and tokenised once through `datasets`, then memory-mapped.
+"""Tokenised documents: files are read and tokenised once through `datasets`, then memory-mapped.
 
-Reading and tokenising go through the cache of `datasets` (HF_HOME says where): file-locked, written under another name
-and moved, keyed by the files' paths and times and by the tokenizer. Any number of processes may do it at the same time.
+Texts and tokens go through the cache of `datasets` (HF_HOME says where): file-locked, written under another name and moved, keyed
+by the files' paths, sizes and times and by the tokenizer. Any number of processes may do it at the same time.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from ring_hilbert.training.tokens import Encoder, document_encoder, tokenizer_digest
+from ring_hilbert.training.texts import Errors, Format, file_format, read_texts
+from ring_hilbert.training.tokens import Encoder, document_encoder, document_prefix, tokenizer_digest
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # any other suffix: text, a document per file
+VERSION = 2  # of what is read and how it is tokenised: another one finds nothing in the cache
 BATCH = 128  # documents tokenised together, and rows of one Arrow batch
+TEXTS = datasets.Features({"text": datasets.Value("large_string"), "file": datasets.Value("int32")})
 TOKENS = datasets.Features(
-    {"input_ids": datasets.LargeList(datasets.Value("int32")), "largest_id": datasets.Value("int32")}
+    {
+        "input_ids": datasets.LargeList(datasets.Value("int32")),
+        "largest_id": datasets.Value("int32"),
+        "hash": datasets.Value("uint64"),
+        "file": datasets.Value("int32"),
+    }
 )
 
 
 class Documents:
     """Random access to tokenised documents.
 
+    Args:
+        tables: of the features `TOKENS`.
+        files: for every table what its `file` numbers.
+        kinds: what they are, for `summary`.
+
     Attributes:
-        lengths: int64 [number of documents], tokens of each, the eos at its end included. Never 0.
+        lengths: int64 [number of documents], tokens of each, prefix and eos included. Never 0.
         largest_id: the largest token id.
+        summary: what there is, for the log.
     """
 
-    def __init__(self, tables: list[datasets.Dataset]) -> None:
+    def __init__(self, tables: list[datasets.Dataset], files: list[list[Path]], kinds: str) -> None:
         chunks = [chunk for table in tables for chunk in table.data.column("input_ids").chunks if len(chunk)]
         offsets = [chunk.offsets.to_numpy() for chunk in chunks]
         self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
         self._chunk = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])
         self._start = np.concatenate([row[:-1] for row in offsets] or [np.zeros(0, dtype=np.int64)])
         self.lengths = np.concatenate([np.diff(row) for row in offsets] or [np.zeros(0, dtype=np.int64)])
-        self.largest_id = max((int(table.data.column("largest_id").to_numpy().max()) for table in tables), default=-1)
+        self._tables, self._files = tables, files
+        self._ends = np.cumsum([len(table) for table in tables])
+        self.largest_id = int(self._column("largest_id").max(initial=-1))
+        self.summary = f"{len(self.lengths):,} documents, {self.lengths.sum():,} tokens; {kinds}"
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens `[start, stop)` of a document: int32 view of the memory map."""
         first = self._start[document]
         return self._values[self._chunk[document]][first + start : first + stop]
 
+    @property
+    def hashes(self) -> np.ndarray:
+        """uint64 [number of documents], of the tokens of each; read anew from the cache, as they are needed once."""
+        return self._column("hash")
 
-def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
-    """The files, folders and globs of `patterns` as resolved paths of non-empty files, without repetition.
+    def file(self, document: int) -> Path:
+        """The file that a document was read from."""
+        table = int(np.searchsorted(self._ends, document, side="right"))
+        place = document - int(self._ends[table])  # from the table's end, negative
+        return self._files[table][self._tables[table].data.column("file")[place].as_py()]
 
-    Sorted within each pattern, so that every machine sees one order. Hidden files are found only by their own name.
-    `exclude`: see `SourceConfig`.
-
-    Raises:
-        ValueError: a pattern matches no file, or nothing but empty or excluded ones.
-    """
-    files: dict[Path, None] = {}
-    for pattern in patterns:
-        base, names = _expand(pattern)
-        matched = [base / name for name in sorted(names) if (base / name).is_file()]
-        dropped = {base / name for rule in exclude for name in _below(base, rule)}
-        kept = [file for file in matched if file not in dropped and dropped.isdisjoint(file.parents)]
-        filled = [file.resolve() for file in kept if file.stat().st_size]
-        if not filled:
-            counts = f"{len(matched)} files, {len(matched) - len(kept)} of them excluded, {len(kept)} empty"
-            raise ValueError(f"data path {pattern!r} matches {counts if matched else 'no file'}")
-        files |= dict.fromkeys(filled)
-    return list(files)
-
-
-def _expand(pattern: str) -> tuple[Path, list[str]]:
-    """The folder that a pattern starts from, and what it matches below that."""
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        return path.parent, [path.name]
-    if path.is_dir():
-        return path, _below(path, "**")
-    fixed = next((n for n, part in enumerate(path.parts) if glob.has_magic(part)), len(path.parts))
-    base = Path(*path.parts[:fixed])
-    return base, _below(base, "/".join(path.parts[fixed:]))
-
-
-def _below(base: Path, pattern: str) -> list[str]:
-    # Path.glob takes hidden files too, and its ** means something else in each version of Python
-    return glob.glob(pattern, root_dir=base, recursive=True)  # noqa: PTH207
+    def _column(self, name: str) -> np.ndarray:
+        columns = [table.data.column(name).to_numpy() for table in self._tables]
+        return np.concatenate([np.zeros(0, dtype=TOKENS[name].dtype), *columns])
 
 
 def open_documents(
-    files: list[Path], field: str, tokenizer: PreTrainedTokenizerBase, encoding_errors: str = "strict"
+    files: list[Path],
+    field: str,
+    tokenizer: PreTrainedTokenizerBase,
+    encoding_errors: Errors = "strict",
+    *,
+    chosen: Literal["auto"] | Format = "auto",
+    bos: bool | None = None,
 ) -> Documents:
     """Read and tokenise `files`, or find it done in the cache. Documents without text are left out.
 
+    Files that are one document each come first, then those with rows.
+
     Args:
-        files: text (a document each), .jsonl / .json and .parquet files (a document per row).
-        field: the column that holds the text, in JSON and Parquet.
+        files: as `read_texts` reads them.
+        field: where JSON values and Parquet rows have their text; "meta.text" for a nested one.
         tokenizer: from `load_tokenizer`.
-        encoding_errors: "strict" or "replace", for bytes that are not UTF-8.
+        encoding_errors: "strict" or "replace", for bytes that are not UTF-8 and for lone surrogates.
+        chosen: what all the files hold; "auto" goes by their names.
+        bos: see `document_prefix`.
 
     Raises:
-        ValueError: a file cannot be read or decoded, lacks `field`, or has something else than text there; the message
-            names the file.
+        ValueError: a file cannot be read or decoded, or a row has no text in `field`; the message names file and line.
     """
-    rows = partial(_tokenise, encode=document_encoder(tokenizer), field=field)
-    digest = tokenizer_digest(tokenizer)
+    texts = [file for file in files if file_format(file, chosen)[0] == "text"]
+    rows = [file for file in files if file_format(file, chosen)[0] != "text"]
+    groups = ([texts] if texts else []) + [[file] for file in rows]
+    encode, digest = document_encoder(tokenizer, bos), tokenizer_digest(tokenizer)
     tables = []
-    for table in _read(files, field, encoding_errors):
-        key = hashlib.sha256(f"{table._fingerprint} {digest} {field}".encode()).hexdigest()[:32]
+    for group in groups:
+        source = _digest(field, chosen, encoding_errors, *map(_state, group))
+        table = _read(partial(_rows, group, field, chosen, encoding_errors), source)
         tables.append(
             table.map(
-                rows,
+                partial(_tokenise, encode=encode),
                 batched=True,
                 batch_size=BATCH,
                 remove_columns=table.column_names,
                 features=TOKENS,
-                new_fingerprint=key,
+                new_fingerprint=_digest(source, digest, document_prefix(tokenizer, bos)),
                 desc="Tokenising",
             )
         )
-    return Documents([table for table in tables if len(table)])
+    kinds = (f"a document per {unit}: {_names(some)}" for unit, some in (("file", texts), ("row", rows)) if some)
+    return Documents(tables, groups, "; ".join(kinds))
 
 
-def _tokenise(batch: dict[str, list[str | None]], encode: Encoder, field: str) -> dict[str, list]:
-    ids = encode([text for text in batch[field] if text])
-    return {"input_ids": ids, "largest_id": [int(row.max()) for row in ids]}
+def _names(files: list[Path]) -> str:
+    """How many files have which suffix, the most frequent ones."""
+    packed = (file_format(file, "text")[1] for file in files)
+    names = ("".join(file.suffixes[-2 if some else -1 :]) for file, some in zip(files, packed, strict=True))
+    counts = Counter(name.lower() or "without suffix" for name in names)
+    rest = len(counts) - 8
+    return ", ".join(f"{count:,} {name}" for name, count in counts.most_common(8)) + (
+        f" and {rest} more" if rest > 0 else ""
+    )
 
 
-def _read(files: list[Path], field: str, encoding_errors: str) -> Iterator[datasets.Dataset]:
-    """Tables with one string column `field`: one for all text files, one for every other file."""
-    texts = [file for file in files if file.suffix not in FORMATS]
-    if texts:
-        features = datasets.Features({field: datasets.Value("string")})
-        try:
-            yield _load("text", texts, sample_by="document", features=features, encoding_errors=encoding_errors)
-        except DatasetGenerationError as error:
-            raise ValueError(_unreadable(texts, encoding_errors) or f"text files cannot be read: {error}") from error
-    for file in files:
-        if file.suffix in FORMATS:
-            yield _column(file, field, encoding_errors)
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr((VERSION, parts)).encode()).hexdigest()[:32]
 
 
-def _load(kind: str, files: list[Path], **options: Any) -> datasets.Dataset:
-    names = [glob.escape(os.fspath(file)) for file in files]
-    table = datasets.load_dataset(kind, data_files=names, split="train", **options)
+def _state(file: Path) -> tuple[bytes, int, int, int]:
+    """What changes when the file's content does."""
+    found = file.stat()
+    return os.fsencode(file), found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _read(rows: Callable[[], Iterator[dict[str, Any]]], key: str) -> datasets.Dataset:
+    try:
+        table = datasets.Dataset.from_generator(rows, TEXTS, fingerprint=key, writer_batch_size=BATCH)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):  # of `read_texts`
+            raise error.__cause__ from None
+        raise
     assert isinstance(table, datasets.Dataset)
     return table
 
 
-def _column(file: Path, field: str, encoding_errors: str) -> datasets.Dataset:
-    kind = FORMATS[file.suffix]
-    try:
-        table = _load(kind, [file], **({"encoding_errors": encoding_errors} if kind == "json" else {}))
-    except Exception as error:  # readers of broken files raise all sorts of exceptions
-        raise ValueError(f"data file {file} cannot be read as {kind}: {error.__cause__ or error}") from error
-    if field not in table.column_names:
-        raise ValueError(
-            f"data file {file} has no field {field!r}; it has {table.column_names}: set `field` to one of them"
-        )
-    if table.features[field] not in (datasets.Value("string"), datasets.Value("large_string")):
-        raise ValueError(f"data file {file}: field {field!r} holds {table.features[field]}, text is needed")
-    table = table.select_columns([field])
-    missing = table.data.column(field).null_count
-    if missing:
-        raise ValueError(f"data file {file}: {missing} of its {len(table)} rows have no {field!r}")
-    return table
+def _rows(
+    files: list[Path], field: str, chosen: Literal["auto"] | Format, encoding_errors: Errors
+) -> Iterator[dict[str, Any]]:
+    for number, file in enumerate(files):
+        yield from ({"text": text, "file": number} for text in read_texts(file, field, chosen, encoding_errors))
+    yield {"text": "", "file": 0}  # `datasets` makes no table of nothing
 
 
-def _unreadable(files: list[Path], encoding_errors: str) -> str | None:
-    """The first file that cannot be read as UTF-8 text, and why."""
-    for file in files:
-        try:
-            file.read_text(encoding="utf-8", errors=encoding_errors)
-        except UnicodeDecodeError as error:
-            return f"data file {file} is not UTF-8 text ({error}); exclude it or set data.encoding_errors: replace"
-        except OSError as error:
-            return f"data file {file} cannot be read: {error}"
-    return None
+def _tokenise(batch: dict[str, list[Any]], encode: Encoder) -> dict[str, list[Any]]:
+    filled = [number for number, text in enumerate(batch["text"]) if text]
+    ids = encode([batch["text"][number] for number in filled])
+    hashes = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in ids)
+    return {
+        "input_ids": ids,
+        "largest_id": [int(row.max()) for row in ids],
+        "hash": np.frombuffer(hashes, dtype="<u8"),
+        "file": [batch["file"][number] for number in filled],
+    }

@@ -61,7 +61,7 @@ def pretrain(config: RunConfig) -> Summary:
         world.from_main(lambda: _open_data(config, hf_config))  # fills the cache of tokenised documents for the others
         with world.together():
             train_set, eval_set = _open_data(config, hf_config)
-        checkpoints = Checkpoints(config, world)
+        checkpoints = Checkpoints(config, world, train_set.documents | ({} if eval_set is None else eval_set.documents))
         found = checkpoints.latest()
         planning = Planning(config) if world.is_main and config.log.memory_plan else None
         if config.train.probe and world.size > 1:
@@ -145,8 +145,12 @@ class Run:
         config = self.config
         self.world.from_main(self._make_folders)
         with StopSignals() as signals, Metrics(config, self.world, resumed_from) as metrics:
+            for name, documents in self.checkpoints.data.items():
+                metrics.say(f"{name}: {documents.summary}")
             if resumed_from is not None:
                 metrics.say(f"resumed from step {resumed_from} in {config.checkpoint.dir}")
+            for change in self.checkpoints.changes:
+                metrics.say(f"accepted by checkpoint.changed_data: {change}")
             if planning is not None and (plan := planning.result()) is not None:
                 metrics.say(f"memory plan: {plan}")
             watch, first = Watch(config, self.world), self.progress.step + 1

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
 
@@ -44,24 +47,81 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()
 
 
-def document_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """A function from texts to one int32 array of token ids per text, its eos at the end.
+def document_prefix(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> list[int]:
+    """The token ids ahead of every document: `data.bos`.
 
-    Bytes are encoded here and not by ByT5Tokenizer, which goes character by character in Python and would read the
-    names of special tokens in a document, such as `</s>`, as those tokens.
+    Args:
+        tokenizer: from `load_tokenizer`.
+        bos: True for the BOS token, False for nothing, None for what the tokenizer itself puts ahead of a text, as the models made
+            for it expect: BOS for Llama and Gemma, nothing for GPT-2 and bytes.
+
+    Raises:
+        ValueError: `bos` is True and the tokenizer has no BOS token.
     """
-    eos = tokenizer.eos_token_id
-    assert isinstance(eos, int)
+    if bos is None:
+        text = tokenizer("a b", add_special_tokens=False)["input_ids"]
+        whole = tokenizer("a b")["input_ids"]
+        starts = [n for n in range(len(whole)) if text and whole[n : n + len(text)] == text]
+        return whole[: starts[-1]] if starts else []  # the last: "a b" may be unknown, and such a token stand ahead
+    if bos and tokenizer.bos_token_id is None:
+        raise ValueError("data.bos is true, but the tokenizer has no bos token; leave it out or set it to false")
+    return [tokenizer.bos_token_id] if bos else []
+
+
+def document_encoder(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> Encoder:
+    """A function from texts to one int32 array of token ids per text: `document_prefix`, the text's own, eos.
+
+    Special tokens that are spelt in a text, such as `</s>`, are text there.
+
+    Raises:
+        ValueError: see `document_prefix`. From the function: the tokenizer reads such a spelling as the token all the same.
+    """
+    encode = _text_encoder(tokenizer)
+    prefix, eos = np.array(document_prefix(tokenizer, bos), dtype=np.int32), np.int32(tokenizer.eos_token_id)
+    return lambda texts: [np.concatenate([prefix, ids, [eos]], dtype=np.int32) for ids in encode(texts)]
+
+
+def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[Any]]:
+    """From texts to the ids of each, as a list or an array, without any that a text does not have as text."""
     if isinstance(tokenizer, ByT5Tokenizer):
+        # not by itself: it goes character by character in Python, and reads the names of special tokens as these
         first = tokenizer.convert_tokens_to_ids(chr(0))
+        return lambda texts: [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) + first for text in texts]
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        backend = _without_spellings(tokenizer)
+        return lambda texts: [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
-        def encode(texts: list[str]) -> list[np.ndarray]:
-            rows = (np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) + first for text in texts)
-            return [np.append(row, np.int32(eos)) for row in rows]
-    else:
-
-        def encode(texts: list[str]) -> list[np.ndarray]:
-            rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            return [np.array([*row, eos], dtype=np.int32) for row in rows]
+    def encode(texts: list[str]) -> list[list[int]]:
+        rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for row in rows:
+            if not special.isdisjoint(row):
+                raise ValueError(
+                    f"a document spells one of {tokenizer.all_special_tokens}, and {type(tokenizer).__name__} reads it as that "
+                    "token; use a tokenizer with a tokenizer.json"
+                )
+        return rows
 
     return encode
+
+
+def _without_spellings(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy whose special tokens have names that occur in no text.
+
+    `split_special_tokens` does less: the vocabulary of Unigram and word models holds those names too, and matches them.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    added, model = state["added_tokens"], state["model"]
+    special = {*tokenizer.all_special_tokens, *(token["content"] for token in added if token["special"])}
+    names = {name: hashlib.sha256(name.encode()).hexdigest() for name in special}
+    for token in added:
+        token["content"] = names.get(token["content"], token["content"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [(names.get(piece, piece), score) for piece, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if special.isdisjoint((*pair, "".join(pair)))]
+    return Tokenizer.from_str(json.dumps(state | {"truncation": None, "padding": None}))

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether data are still those that a checkpoint was trained on: hashes of their tokens in reading order.
+
+Neither paths nor times count, nor how documents are spread over files or compressed: data may move. Any other document does count,
+one behind the last as well: every epoch is an order of all documents of a source, and with one more all of it is another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ring_hilbert.training.documents import Documents
+
+MOST_HASHES = 1024  # of a source: a checkpoint stays small, and a change is found to within some documents
+
+
+@dataclass(frozen=True)
+class Content:
+    """Documents and tokens of a source, and a hash of every `chunk` documents, hexadecimal."""
+
+    documents: int
+    tokens: int
+    chunk: int
+    hashes: list[str]
+
+    @classmethod
+    def of(cls, source: Documents) -> Content:
+        """What `source` holds now."""
+        count = len(source.lengths)
+        chunk = 1 << max(0, -(-count // MOST_HASHES) - 1).bit_length()  # a power of two
+        return cls(count, int(source.lengths.sum()), chunk, _hashes(source.hashes, chunk))
+
+    def difference(self, source: Documents) -> str | None:
+        """How `source` differs from this, None if it does not."""
+        count = len(source.lengths)
+        found = _hashes(source.hashes[: self.documents], self.chunk)
+        same = next(
+            (n for n, pair in enumerate(zip(self.hashes, found, strict=False)) if pair[0] != pair[1]), len(found)
+        )
+        first, last = same * self.chunk, min((same + 1) * self.chunk, self.documents, count)
+        if first < last:
+            where = f"document {first}" if last - first == 1 else f"one of the documents {first} to {last - 1}"
+            files = list(dict.fromkeys(str(source.file(number)) for number in (first, last - 1)))
+            return f"{where} ({' to '.join(files)}) is another, with {self.documents} documents then and {count} now"
+        if count < self.documents:
+            return f"of {self.documents} documents, those from {count} on are missing"
+        if count > self.documents:
+            tokens = int(source.lengths[self.documents :].sum())
+            return (
+                f"{count - self.documents} documents of {tokens} tokens have come behind the {self.documents} known ones, from "
+                f"{source.file(self.documents)} on"
+            )
+        return None
+
+
+def contents(sources: Mapping[str, Documents]) -> dict[str, Any]:
+    """The `Content` of every source by its name, as JSON has it."""
+    return {name: asdict(Content.of(source)) for name, source in sources.items()}
+
+
+def differences(known: Mapping[str, Any], sources: Mapping[str, Documents]) -> Iterator[str]:
+    """`source: difference` for every source that is not what `contents` said of it."""
+    for name in sorted({*known, *sources}):
+        if name not in known or name not in sources:
+            yield f"{name} {'was not there' if name not in known else 'is no longer there'}"
+        elif (found := Content(**known[name]).difference(sources[name])) is not None:
+            yield f"{name}: {found}"
+
+
+def _hashes(documents: np.ndarray, chunk: int) -> list[str]:
+    chunks = (documents[start : start + chunk] for start in range(0, len(documents), chunk))
+    return [hashlib.sha256(part.astype("<u8").tobytes()).hexdigest()[:16] for part in chunks]
