@@ -24,6 +24,7 @@ from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.parallel.prepare import Prepared
 from ring_hilbert.parallel.sharding import prepare_tokens
 
+ROWS_ALONE = f"{NAME}_rows_alone"  # refuses what NAME refuses; every row sees itself: to find out what else mixes rows
 UNSUPPORTED = {
     "softcap": "config.attn_logit_softcapping = None",
     "sliding_window": "config.sliding_window = None (and layer_types all 'full_attention')",
@@ -43,8 +44,9 @@ def register(module: ModuleType) -> None:
     """Called with `transformers.modeling_utils` once that is imported."""
     from transformers.masking_utils import AttentionMaskInterface
 
-    module.AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    for name, forward in ((NAME, attention_forward), (ROWS_ALONE, rows_alone)):
+        module.AttentionInterface.register(name, forward)
+        AttentionMaskInterface.register(name, attention_mask)
 
 
 def attention_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
@@ -121,6 +123,19 @@ def attention_forward(
     rows = prepared.rows.to(q.device).expand(q.shape[0], -1)[..., None, None]
     out = dilated_attention(*(torch.take_along_dim(x, rows, 1) for x in (q, k, v)), **call, prepared=prepared)
     return torch.take_along_dim(out, rows.argsort(1), 1), None
+
+
+def rows_alone(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """`attention_forward` of the shapes and settings alone; the result of every row is its own value and query."""
+    if kwargs.get("ring_hilbert") is None:
+        raise ValueError(
+            f"{type(module).__name__} is not given the ring_hilbert= of the model call: the layers around it drop keyword arguments"
+        )
+    out, _ = attention_forward(module, *(torch.zeros_like(x) for x in (query, key, value)), attention_mask, **kwargs)
+    values = value.transpose(1, 2).repeat_interleave(query.shape[1] // value.shape[1], 2)
+    return out + values + query.transpose(1, 2).mean(-1, keepdim=True), None
 
 
 def _breaks(mask: Tensor | None, position_ids: Tensor | None, q: Tensor) -> Tensor | None:

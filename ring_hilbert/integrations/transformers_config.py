@@ -45,8 +45,8 @@ def settings_of(config: Any) -> Mapping[str, Any]:
 def pattern_of(config: Any, layer: int) -> DilatedPattern:
     """The pattern of layer number `layer`.
 
-    `head_shift: auto` is `layer * num_key_value_heads`, so that every residue is some layer's where `r > Hkv`. `layers` maps
-    layer numbers (as text) to `{"dense": true}` or to a `head_shift` or `segment_shift` of their own.
+    `head_shift: auto` is `layer * Hkv`, so that every residue is some layer's where `r > Hkv`. `layers` maps layer numbers (as
+    text) to `{"dense": true}` or to a `head_shift` or `segment_shift` of their own.
     """
     settings = settings_of(config)
     own = settings.get("layers", {}).get(str(layer), {})
@@ -60,9 +60,8 @@ def pattern_of(config: Any, layer: int) -> DilatedPattern:
     fields = {key: settings[key] for key in PATTERN_KEYS if key in settings}
     fields |= {key: value for key, value in own.items() if key != "dense" and value is not None}
     if fields.get("head_shift") == "auto":
-        fields["head_shift"] = (
-            layer * config.num_key_value_heads if fields.get("offset_rule", "modulo") == "modulo" else 0
-        )
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        fields["head_shift"] = layer * kv_heads if fields.get("offset_rule", "modulo") == "modulo" else 0
     return DilatedPattern(**fields)
 
 

@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ring_hilbert.checkpointing import checkpoint_contexts
 from ring_hilbert.integrations.transformers_config import NAME
-from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.head import OwnHead
 from ring_hilbert.training.loss import LossHead
 from ring_hilbert.training.tokens import load_tokenizer
 from ring_hilbert.training.weights import Weights, decoder_layers
@@ -121,30 +120,14 @@ def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], tiles: int) -> Calla
     return run
 
 
-def check_model(hf_config: PretrainedConfig) -> None:
-    """Run two tokens through the model without computing anything, so that what the attention refuses is known at once.
-
-    Raises:
-        ValueError: the model cannot be made, or needs what our attention does not have.
-    """
-    batch = shard_batch({"input_ids": torch.zeros(1, 2, dtype=torch.int64)})
-    prepared = batch.pop("ring_hilbert")
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        batch = {key: mode.from_tensor(value) for key, value in batch.items()}
-        prepared.position_ids = batch["position_ids"]
-        try:
-            LossModel(make_model(hf_config).train())(**batch, ring_hilbert=prepared)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"model: this causal language model cannot be made or run: {error}") from error
-
-
-def make_model(hf_config: PretrainedConfig) -> PreTrainedModel:
-    """The model in float32 on the current device, with weights of Transformers' choosing.
+def make_model(hf_config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The model in float32 on the current device, with weights of Transformers' choosing; `options` as of its `from_config`.
 
     Raises:
         ValueError: it has no output layer that the loss could be computed with.
     """
-    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=NAME, dtype=torch.float32)
+    options = {"attn_implementation": NAME, "dtype": torch.float32, **options}
+    model = AutoModelForCausalLM.from_config(hf_config, **options)
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear) or model.base_model is model:
         raise ValueError(f"{type(model).__name__} has no linear output layer over a base model")
     return model
@@ -170,11 +153,13 @@ class LossModel(torch.nn.Module):
         super().__init__()
         self.model = model
         self.head = LossHead(model.get_output_embeddings())
+        self.own_head = OwnHead(model)
 
     def forward(self, *, shift_labels: torch.Tensor, **batch: Any) -> torch.Tensor:
         """What `shard_batch` returns -> cross-entropy of every row `[B, S_local]`, as `LossHead`."""
         hidden = self.model.base_model(**batch, use_cache=False).last_hidden_state
-        return self.head(hidden, shift_labels)
+        features, after = self.own_head.features(hidden)
+        return self.head(features, shift_labels, after)
 
 
 def _refuse_local_rope(hf_config: PretrainedConfig, config: RunConfig) -> None:
