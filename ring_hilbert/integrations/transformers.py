@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ring_hilbert.attention import dilated_attention
-from ring_hilbert.integrations.transformers_config import NAME, order_of, pattern_of, settings_of
+from ring_hilbert.integrations.transformers_config import (
+    LOCAL_ROPE,
+    NAME,
+    local_rope,
+    order_of,
+    pattern_of,
+    settings_of,
+)
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.parallel.prepare import Prepared
 from ring_hilbert.parallel.sharding import prepare_tokens
@@ -104,7 +111,7 @@ def attention_forward(
     }  # fmt: skip
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if ring_hilbert is not None:
-        _check_sharded(ring_hilbert, attention_mask, causal)
+        _check_sharded(ring_hilbert, attention_mask, causal, config)
         v = _only_if(_has_its_positions(ring_hilbert, position_ids), WRONG_POSITIONS, v)
         if not torch.compiler.is_compiling():  # there the flag would be one more thing to recompile for
             ring_hilbert.position_ids_checked = True
@@ -154,7 +161,7 @@ def _breaks(mask: Tensor | None, position_ids: Tensor | None, q: Tensor) -> Tens
     return position_ids.diff(dim=-1, prepend=position_ids[..., :1] - 1) != 1
 
 
-def _check_sharded(prepared: Prepared, mask: Tensor | None, causal: bool) -> None:
+def _check_sharded(prepared: Prepared, mask: Tensor | None, causal: bool, config: Any) -> None:
     if mask is not None:
         raise ValueError(
             "with ring_hilbert= the mask belongs into shard_batch({'attention_mask': ...}), not into the model call"
@@ -163,6 +170,9 @@ def _check_sharded(prepared: Prepared, mask: Tensor | None, causal: bool) -> Non
         raise ValueError(
             f"the layer is {'' if causal else 'not '}causal but ring_hilbert was prepared with causal={prepared.causal}"
         )
+    kind = local_rope(config) if prepared.layout.world_size > 1 else None
+    if kind is not None:
+        raise ValueError(LOCAL_ROPE.format(kind) + ", or a group of one rank")
 
 
 def _has_its_positions(prepared: Prepared, position_ids: Tensor | None) -> Tensor | bool:

@@ -20,6 +20,10 @@ PATTERN_KEYS = ("segment_lengths", "dilation_rates", "offset_rule", "head_shift"
 KEYS = (*PATTERN_KEYS, "order", "layers", "strategy", "backend", "layout")
 LAYER_KEYS = ("dense", "head_shift", "segment_shift")
 DENSE = DilatedPattern((None,), (1,))
+LOCAL_ROPE = (
+    "rope_type {!r} takes its frequencies from the longest position that a rank holds, so that the ranks of a sequence would "
+    "rotate by different angles; use yarn, linear or llama3 in config.rope_parameters"
+)
 
 
 def settings_of(config: Any) -> Mapping[str, Any]:
@@ -69,6 +73,16 @@ def order_of(config: Any) -> TokenOrder | None:
     """The token order, or None for rows as given."""
     order = settings_of(config).get("order")
     return None if order is None else TokenOrder.from_config(order)
+
+
+def local_rope(config: Any) -> str | None:
+    """The kind of RoPE of `config` whose frequencies depend on the longest position that a rank holds, or None.
+
+    Ranks of a sequence would rotate by other angles than each other, and than one rank would.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [each.get("rope_type") or "" for each in (rope, *rope.values()) if isinstance(each, Mapping)]
+    return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
 
 
 def register(module: ModuleType) -> None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ring_hilbert.checkpointing import checkpoint_contexts
-from ring_hilbert.integrations.transformers_config import NAME
+from ring_hilbert.integrations.transformers_config import LOCAL_ROPE, NAME, local_rope
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.head import OwnHead
 from ring_hilbert.training.loss import LossHead
@@ -59,7 +59,9 @@ def model_config(config: RunConfig) -> PretrainedConfig:
             _refuse_unknown(hf_config, keys)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise ValueError(f"model: Transformers cannot make a configuration of this: {error}") from error
-    _refuse_local_rope(hf_config, config)
+    kind = local_rope(hf_config.get_text_config(decoder=True)) if config.parallel.sp > 1 else None
+    if kind is not None:
+        raise ValueError(f"model: {LOCAL_ROPE.format(kind)} (model.changes.rope_parameters), or parallel.sp=1")
     hf_config.ring_hilbert = config.attention.to_mapping()
     return hf_config
 
@@ -160,18 +162,6 @@ class LossModel(torch.nn.Module):
         hidden = self.model.base_model(**batch, use_cache=False).last_hidden_state
         features, after = self.own_head.features(hidden)
         return self.head(features, shift_labels, after)
-
-
-def _refuse_local_rope(hf_config: PretrainedConfig, config: RunConfig) -> None:
-    """Two kinds of RoPE take their frequencies from the longest position in the batch, which is another one on every rank."""
-    rope = getattr(hf_config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
-    found = kinds & {"dynamic", "longrope"}
-    if found and config.parallel.sp > 1:
-        raise ValueError(
-            f"rope_type {found.pop()} depends on the longest position that a rank holds, so that ranks of a sequence would rotate "
-            "differently; use yarn, linear or llama3 in model.changes.rope_parameters, or parallel.sp=1"
-        )
 
 
 def _refuse_unknown(hf_config: PretrainedConfig, keys: dict[str, Any]) -> None:
