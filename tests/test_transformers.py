@@ -134,10 +134,10 @@ def test_settings_survive_saving_and_select_the_implementation(tmp_path):
 
 def test_generation_without_a_cache():
     model, ids = tiny_model(), tokens(1, 20)["input_ids"]
-    longer = model.generate(ids, max_new_tokens=2, do_sample=False, use_cache=False, pad_token_id=0)
-    assert longer[0, 20] == model(ids, use_cache=False).logits[0, -1].argmax()
+    longer = model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert longer[0, 20] == model(ids).logits[0, -1].argmax()
     with pytest.raises(ValueError, match=r"generate\(use_cache=False\)"):
-        model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0, use_cache=True)
 
 
 @pytest.mark.parametrize(

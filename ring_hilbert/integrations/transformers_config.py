@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """`config.ring_hilbert` of a Transformers model: what it may hold, and the pattern and order it means for a layer.
 
-A plain mapping, so that `save_pretrained` and `from_pretrained` keep it. Setting it selects
-`attn_implementation="ring_hilbert"` unless another was asked for: a saved model is never silently loaded with dense
-attention.
+A plain mapping, so that `save_pretrained` and `from_pretrained` keep it. Setting it selects `use_cache=False`, and
+`attn_implementation="ring_hilbert"` unless another was asked for. The saved file names the implementation, which Transformers
+refuses where nobody imported `ring_hilbert`: a saved model is never silently loaded with dense attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+import warnings
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
+
+from wrapt import wrap_function_wrapper
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
 
 NAME = "ring_hilbert"
+SAVED_NAME = "_attn_implementation"  # the key that every Transformers 5 reads from config.json
 PATTERN_KEYS = ("segment_lengths", "dilation_rates", "offset_rule", "head_shift", "segment_shift")
 KEYS = (*PATTERN_KEYS, "order", "layers", "strategy", "backend", "layout")
 LAYER_KEYS = ("dense", "head_shift", "segment_shift")
@@ -87,7 +92,29 @@ def local_rope(config: Any) -> str | None:
 
 def register(module: ModuleType) -> None:
     """Called with `transformers.configuration_utils` once that is imported."""
-    module.PreTrainedConfig.ring_hilbert = _SelectsImplementation()
+    config = module.PreTrainedConfig
+    config.ring_hilbert = _SelectsImplementation()
+    wrap_function_wrapper(config, "__post_init__" if hasattr(config, "__post_init__") else "__init__", _init)
+
+
+def adopt(module: ModuleType) -> None:
+    """See to the configurations that were made before `ring_hilbert` was imported: select it, or warn where it is too late."""
+    for found in gc.get_objects():
+        if issubclass(type(found), module.PreTrainedConfig) and vars(found).get(NAME) is not None:
+            setattr(found, NAME, vars(found)[NAME])
+            if found._attn_implementation != NAME:
+                warnings.warn(
+                    f"a {type(found).__name__} with ring_hilbert settings has attn_implementation={found._attn_implementation!r}: "
+                    "models made or loaded before `import ring_hilbert` compute that; import it first",
+                    stacklevel=2,
+                )
+
+
+def _init(wrapped: Callable[..., None], _config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What makes a configuration, without the implementation that its file names, which would outdo the one asked for."""
+    if kwargs.get(NAME) is not None:
+        kwargs.pop(SAVED_NAME, None)
+    wrapped(*args, **kwargs)
 
 
 class _SelectsImplementation:
@@ -102,9 +129,17 @@ class _SelectsImplementation:
             raise AttributeError(f"{owner.__name__} has no attribute {NAME!r}") from None
 
     def __set__(self, config: Any, value: Any) -> None:
+        if value is None:
+            config.__dict__.pop(SAVED_NAME, None)
+        else:
+            # Transformers saves what is in the instance, and reads this name from the property of the class.
+            config.__dict__[SAVED_NAME] = NAME
+            if config._attn_implementation is None:
+                config._attn_implementation = NAME
+            if getattr(config, "use_cache", None):
+                config.use_cache = False  # decoding with a key-value cache is not supported
         config.__dict__[NAME] = value
-        if value is not None and config._attn_implementation is None:
-            config._attn_implementation = NAME
 
     def __delete__(self, config: Any) -> None:
         config.__dict__.pop(NAME, None)
+        config.__dict__.pop(SAVED_NAME, None)
