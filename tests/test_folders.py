@@ -35,6 +35,22 @@ def tiny(kind: str, **changes) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def tiny_with_pictures() -> PreTrainedModel:
+    """A model whose language model is a part of it, which alone has our attention."""
+    text = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    config.text_config.ring_hilbert = SETTINGS
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 def run(code: str) -> str:
     """What a fresh interpreter prints."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200).stdout
@@ -54,6 +70,18 @@ def test_files_name_the_implementation_and_no_cache(tmp_path: Path, kind: str) -
     assert loaded.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > 40
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == saved
+
+
+def test_a_part_with_settings_of_its_own(tmp_path: Path) -> None:
+    model, ids = tiny_with_pictures(), torch.randint(3, 384, (1, 40))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.text_config._attn_implementation == "ring_hilbert"
+    assert loaded.config.vision_config._attn_implementation != "ring_hilbert"
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert dense.config.text_config._attn_implementation == "eager"
+    assert (dense(ids).logits - model(ids).logits).abs().max() > 1e-4
 
 
 def test_pipeline(tmp_path: Path) -> None:
@@ -84,9 +112,10 @@ def test_another_implementation_is_obeyed(tmp_path: Path) -> None:
 def test_refused_without_us(tmp_path: Path) -> None:
     for kind in KINDS:
         tiny(kind).save_pretrained(tmp_path / kind)
+    tiny_with_pictures().save_pretrained(tmp_path / "pictures")
     outcomes = run(f"""
 from transformers import AutoConfig, AutoModelForCausalLM
-for kind in {list(KINDS)!r}:
+for kind in {[*KINDS, "pictures"]!r}:
     folder = f"{tmp_path}/{{kind}}"
     for load in (
         lambda: AutoModelForCausalLM.from_pretrained(folder),
@@ -97,7 +126,7 @@ for kind in {list(KINDS)!r}:
         except ValueError as error:
             print(error)
 """).splitlines()
-    assert len(outcomes) == 2 * len(KINDS)
+    assert len(outcomes) == 2 * (len(KINDS) + 1)
     assert all('attn_implementation="ring_hilbert"` is not supported' in outcome for outcome in outcomes)
 
 

@@ -95,6 +95,7 @@ def register(module: ModuleType) -> None:
     config = module.PreTrainedConfig
     config.ring_hilbert = _SelectsImplementation()
     wrap_function_wrapper(config, "__post_init__" if hasattr(config, "__post_init__") else "__init__", _init)
+    wrap_function_wrapper(config, "to_dict", _to_dict)
 
 
 def adopt(module: ModuleType) -> None:
@@ -110,11 +111,28 @@ def adopt(module: ModuleType) -> None:
                 )
 
 
-def _init(wrapped: Callable[..., None], _config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What makes a configuration, without the implementation that its file names, which would outdo the one asked for."""
-    if kwargs.get(NAME) is not None:
-        kwargs.pop(SAVED_NAME, None)
+def _init(wrapped: Callable[..., None], config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What makes a configuration: `ring_hilbert` selects the implementation, and not its name in the file, which would outdo
+    another one that was asked for. Transformers gives all parts of a configuration the implementation of the whole, be it None.
+    """
+    saved = kwargs.get(SAVED_NAME)
+    if NAME in (saved.values() if isinstance(saved, Mapping) else [saved]):
+        del kwargs[SAVED_NAME]
     wrapped(*args, **kwargs)
+    for part in _parts(config).values():
+        part.ring_hilbert = part.ring_hilbert
+
+
+def _to_dict(wrapped: Callable[..., dict[str, Any]], config: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
+    """What goes into `config.json`: the implementation besides, of the whole or of its parts, as the property takes it."""
+    saved = NAME if vars(config).get(NAME) is not None else dict.fromkeys(_parts(config), NAME)
+    return wrapped(*args, **kwargs) | ({SAVED_NAME: saved} if saved else {})
+
+
+def _parts(config: Any) -> dict[str, Any]:
+    """The parts of a configuration, such as its text_config, that have settings of their own."""
+    parts = {name: vars(config).get(name) for name in config.sub_configs}
+    return {name: part for name, part in parts.items() if getattr(part, NAME, None) is not None}
 
 
 class _SelectsImplementation:
@@ -129,17 +147,11 @@ class _SelectsImplementation:
             raise AttributeError(f"{owner.__name__} has no attribute {NAME!r}") from None
 
     def __set__(self, config: Any, value: Any) -> None:
-        if value is None:
-            config.__dict__.pop(SAVED_NAME, None)
-        else:
-            # Transformers saves what is in the instance, and reads this name from the property of the class.
-            config.__dict__[SAVED_NAME] = NAME
-            if config._attn_implementation is None:
-                config._attn_implementation = NAME
-            if getattr(config, "use_cache", None):
-                config.use_cache = False  # decoding with a key-value cache is not supported
         config.__dict__[NAME] = value
+        if value is not None and config._attn_implementation is None:
+            config._attn_implementation = NAME
+        if value is not None and getattr(config, "use_cache", None):
+            config.use_cache = False  # decoding with a key-value cache is not supported
 
     def __delete__(self, config: Any) -> None:
         config.__dict__.pop(NAME, None)
-        config.__dict__.pop(SAVED_NAME, None)
