@@ -6,6 +6,7 @@ of what training does with each, and why it refuses.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 import warnings
 from collections import Counter
@@ -100,10 +101,13 @@ def tiny_config(model_type: str, full_attention: bool) -> PretrainedConfig:
 
 
 def _small(cls: type[PretrainedConfig], full_attention: bool) -> dict:
-    names = {field.name for field in dataclasses.fields(cls)}
+    if dataclasses.is_dataclass(cls):
+        kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    else:  # Transformers 5.0
+        kinds = {name: str(given.annotation) for name, given in inspect.signature(cls).parameters.items()}
+    names = set(kinds)
     small = {name: value for value, given in SIZES.items() for name in given if name in names}
     small |= {name: True for name in ("is_decoder", "causal") if name in names}
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
     for name in [name for name, value in small.items() if value == 0 and "float" in kinds[name]]:
         small[name] = 0.0
     if "layer_types" in names and full_attention:
