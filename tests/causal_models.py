@@ -19,8 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import ring_hilbert as rh
-from ring_hilbert.training.check import check_model
-from ring_hilbert.training.model import LossModel, make_model
+from ring_hilbert.training.model import LossModel, check_model, make_model
 
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SETTINGS = {"segment_lengths": [None], "dilation_rates": [1]}  # dense, which the order of rows does not change

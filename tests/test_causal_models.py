@@ -11,9 +11,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import ring_hilbert as rh
 from ring_hilbert.training import loss as loss_module
-from ring_hilbert.training.check import check_model
 from ring_hilbert.training.head import OwnHead
-from ring_hilbert.training.model import LossModel, make_model
+from ring_hilbert.training.model import LossModel, check_model, make_model
 from tests.causal_models import MODEL_TYPES, SETTINGS, VOCAB, outcome, tiny_config
 
 RIGHT = [  # logits multiplied, divided and capped, with a bias; features scaled and transformed; experts; learned positions

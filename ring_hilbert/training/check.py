@@ -7,62 +7,35 @@ with them.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ring_hilbert.integrations.transformers import ROWS_ALONE
 from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.head import INSTEAD, HiddenStates
-from ring_hilbert.training.model import LossModel, make_model
 
 ROWS, CLASSES = 4, 7
 SMALL = 2**20  # elements of a parameter that is made as it is
 TOLERANCE = 1e-3  # of a log-probability in float32, where a forgotten factor or cap changes it by 0.1 and more
 
 
-def check_model(hf_config: PretrainedConfig) -> None:
-    """Refuse a model that the attention or the loss would make another one of.
-
-    Raises:
-        ValueError: the model cannot be made or run, needs what our attention does not have, lets rows see each other elsewhere, or
-            its logits cannot be followed from its hidden states.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of a few rows, the others would only wait for each other
-    try:
-        with torch.device("meta"):
-            model = make_model(hf_config, attn_implementation=ROWS_ALONE, experts_implementation="eager")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            _check_rows(model.train())
-            _check_head(model.eval())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"model: this causal language model cannot be made or run: {error}") from error
-    except Exception as error:  # the model's code can raise anything
-        file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(
-            f"model: this causal language model cannot be made or run: {type(error).__name__}: {error} ({Path(file).name}:{line}). "
-            "Its attention must be one that Transformers looks up by name and that gets the keyword arguments of the model call, "
-            "as those of Llama, Qwen, Mistral, Gemma, Granite and Phi do"
-        ) from error
-    finally:
-        torch.set_num_threads(threads)
-
-
 @torch.no_grad()
-def _check_rows(model: PreTrainedModel) -> None:
+def check_rows(model: PreTrainedModel) -> None:
     """Where every row is a document of its own and one of them is NaN, the hidden states of the others must be finite.
 
     NaN passes whatever the weights are, so these need no values: the large ones are one number, seen as a matrix.
+
+    Args:
+        model: on the meta device, with `attn_implementation=ROWS_ALONE`; it gets those values.
+
+    Raises:
+        ValueError: rows see each other elsewhere than in the attention, or this refuses.
     """
     _fill(model, lambda like: torch.ones(like.shape) if like.numel() <= SMALL else torch.ones(()).expand(like.shape))
     ids = torch.arange(ROWS)[None]
@@ -83,8 +56,16 @@ def _check_rows(model: PreTrainedModel) -> None:
                 )
 
 
-def _check_head(model: PreTrainedModel) -> None:
-    """The loss of given hidden states must be that of the logits that the model's own `forward` makes of them."""
+def check_head(model: PreTrainedModel, loss_model: Callable[[PreTrainedModel], nn.Module]) -> None:
+    """The loss of given hidden states must be that of the logits that the model's own `forward` makes of them.
+
+    Args:
+        model: what `check_rows` left; it can be thrown away afterwards.
+        loss_model: makes of it what gives the loss of every row.
+
+    Raises:
+        ValueError: the logits cannot be followed from the hidden states.
+    """
     output = model.get_output_embeddings()
     output.out_features, width = CLASSES, output.in_features
     for name, parameter in list(output.named_parameters()):
@@ -102,7 +83,7 @@ def _check_head(model: PreTrainedModel) -> None:
     model.base_model.forward = base_forward
     ids = torch.zeros(1, ROWS, dtype=torch.int64)
     own = model(input_ids=ids, use_cache=False, return_dict=True).logits.detach().float().log_softmax(-1)
-    loss, trained = LossModel(model), torch.empty(1, ROWS, CLASSES)
+    loss, trained = loss_model(model), torch.empty(1, ROWS, CLASSES)
     for row, label in product(range(ROWS), range(CLASSES)):  # a row at a time: none may depend on another's logits
         given, labels = hidden[:, [row]], torch.tensor([[label]])
         trained[0, row, label] = -loss(input_ids=ids[:, [row]], shift_labels=labels).item()

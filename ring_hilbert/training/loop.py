@@ -14,7 +14,6 @@ from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of
 from ring_hilbert.training.batches import Batches, Lookahead
-from ring_hilbert.training.check import check_model
 from ring_hilbert.training.checkpoint import EXPORT, Checkpoints, Progress, finished, seed_rank
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.data import PackedDataset, open_dataset
@@ -23,7 +22,7 @@ from ring_hilbert.training.evaluate import Evaluation, count_tokens, evaluate
 from ring_hilbert.training.export import export_model
 from ring_hilbert.training.memory import Planning
 from ring_hilbert.training.metrics import Metrics, check_log, peak_memory, read_metrics
-from ring_hilbert.training.model import build_skeleton, model_config, vocab_size
+from ring_hilbert.training.model import build_skeleton, check_model, model_config, vocab_size
 from ring_hilbert.training.plots import plot_loss, plot_loss_by_position
 from ring_hilbert.training.probe import probe
 from ring_hilbert.training.schedule import learning_rate, with_decay_steps

@@ -24,11 +24,10 @@ from ring_hilbert.integrations.transformers_config import order_of, pattern_of
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.plan import plan
 from ring_hilbert.parallel.sharding import shard_batch
-from ring_hilbert.training.check import check_model
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.engine_deepspeed import deepspeed_settings
 from ring_hilbert.training.engine_torch import TorchEngine
-from ring_hilbert.training.model import build_skeleton, model_config
+from ring_hilbert.training.model import build_skeleton, check_model, model_config
 from ring_hilbert.training.world import lay_world
 
 GIB = 2**30

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ring_hilbert.checkpointing import checkpoint_contexts
+from ring_hilbert.integrations.transformers import ROWS_ALONE
 from ring_hilbert.integrations.transformers_config import LOCAL_ROPE, NAME, local_rope
+from ring_hilbert.training.check import check_head, check_rows
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.head import OwnHead
 from ring_hilbert.training.loss import LossHead
@@ -120,6 +123,35 @@ def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], tiles: int) -> Calla
         return torch.cat([checkpoint(forward, piece, use_reentrant=False) for piece in pieces], dim=1)
 
     return run
+
+
+def check_model(hf_config: PretrainedConfig) -> None:
+    """Refuse a model that the attention or the loss would make another one of.
+
+    Raises:
+        ValueError: the model cannot be made or run, needs what our attention does not have, lets rows see each other elsewhere, or
+            its logits cannot be followed from its hidden states.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of a few rows, the others would only wait for each other
+    try:
+        with torch.device("meta"):
+            model = make_model(hf_config, attn_implementation=ROWS_ALONE, experts_implementation="eager")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            check_rows(model.train())
+            check_head(model.eval(), LossModel)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model: this causal language model cannot be made or run: {error}") from error
+    except Exception as error:  # the model's code can raise anything
+        file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"model: this causal language model cannot be made or run: {type(error).__name__}: {error} ({Path(file).name}:{line}). "
+            "Trainable are models whose attention Transformers looks up by name and gives the keyword arguments of the model call, "
+            "as Llama, Qwen, Mistral, Gemma, Granite and Phi have"
+        ) from error
+    finally:
+        torch.set_num_threads(threads)
 
 
 def make_model(hf_config: PretrainedConfig, **options: Any) -> PreTrainedModel:
