@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,10 @@ def true_gradients(config: RunConfig) -> Gradients:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def train(rank: int, world_size: int, config: RunConfig, truth: Gradients) -> dict[str, list[float]]:
-    """Losses and gradient norms of `STEPS` steps, relative errors of the first gradients, and the held-out loss at the end."""
+def train(
+    rank: int, world_size: int, config: RunConfig, truth: Gradients, steps: int = STEPS
+) -> dict[str, list[float]]:
+    """Losses and gradient norms of `steps` steps, relative errors of the first gradients, and the held-out loss at the end."""
     assert world_size == config.parallel.world_size
     with open_world(config.parallel) as world:
         assert world.rank == rank
@@ -68,13 +71,13 @@ def train(rank: int, world_size: int, config: RunConfig, truth: Gradients) -> di
             return update(learning_rate)
 
         engine.step = compare_and_update  # type: ignore[method-assign]
-        steps = [run.train_step() for _ in range(STEPS)]
+        numbers = [run.train_step() for _ in range(steps)]
         evaluation = evaluate(engine.model, run.eval_batches, VOCAB, world)
         seen = torch.isfinite(evaluation.position_loss)
         return {
             "errors": errors,
-            "losses": [loss for loss, _, _ in steps],
-            "norms": [norm for _, norm, _ in steps],
+            "losses": [loss for loss, _, _ in numbers],
+            "norms": [norm for _, norm, _ in numbers],
             "tokens": [run.progress.tokens, run.progress.sequences],
             "evaluation": [evaluation.loss, evaluation.tokens, evaluation.unigram_loss(torch.ones(VOCAB))],
             "positions": evaluation.position_loss[seen].tolist(),
@@ -139,6 +142,50 @@ def test_torch_engine_in_float64(
 def train_each(rank: int, world_size: int, configs: list[RunConfig], truth: Gradients) -> list[dict[str, list[float]]]:
     with deepspeed_rank(rank):
         return [train(rank, world_size, config, truth) for config in configs]
+
+
+OWN_HEADS = {  # logits divided, multiplied, capped; features scaled, transformed
+    "granite": {"logits_scaling": 7.0},
+    "cohere": {"logit_scale": 0.3},
+    "gemma2": {
+        "final_logit_softcapping": 0.5, "attn_logit_softcapping": None, "layer_types": ["full_attention"] * 2, "head_dim": 8,
+    },
+    "minicpm3": {
+        "dim_model_base": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16,
+    },
+    "modernbert-decoder": {"layer_types": ["full_attention"] * 2, "bos_token_id": 1, "pad_token_id": 0},
+}  # fmt: skip
+
+
+def own_head(folder: Path, model_type: str, **changes: object) -> RunConfig:
+    config = tiny_config(folder)
+    model = {**config.model.config, "model_type": model_type, **OWN_HEADS[model_type]}
+    if model_type == "modernbert-decoder":
+        del model["num_key_value_heads"]
+    return tiny_config(folder, model={"config": model}, **changes)
+
+
+def test_models_with_heads_of_their_own(tmp_path: Path) -> None:
+    """Gradients over two ranks are those of the model's own logits, on whole sequences. Norms of two classes are float32."""
+    runs = [own_head(tmp_path, kind, train__precision="fp64", parallel__sp=2) for kind in OWN_HEADS]
+    for ranks in zip(*run_ranks(train_own_heads, 2, runs, [true_gradients(run) for run in runs]), strict=True):
+        assert max(max(rank["errors"]) for rank in ranks) < 1e-7
+
+
+@needs_deepspeed
+@pytest.mark.full
+def test_heads_of_their_own_in_zero_3(tmp_path: Path) -> None:
+    runs = [own_head(tmp_path, kind, parallel__sp=2, **zero({"stage": 3})) for kind in OWN_HEADS]
+    truths = [true_gradients(own_head(tmp_path, kind)) for kind in OWN_HEADS]
+    for ranks in zip(*run_ranks(train_own_heads, 2, runs, truths, timeout=280), strict=True):
+        assert max(max(rank["errors"]) for rank in ranks) < 1e-5
+
+
+def train_own_heads(
+    rank: int, world_size: int, configs: list[RunConfig], truths: list[Gradients]
+) -> list[dict[str, list[float]]]:
+    with deepspeed_rank(rank) if configs[0].engine == "deepspeed" else nullcontext():
+        return [train(rank, world_size, *run, steps=1) for run in zip(configs, truths, strict=True)]
 
 
 SAVING = {"train__checkpoint_activations": True, "train__offload_activations": True, "train__mlp_tiles": 3}

@@ -95,7 +95,7 @@ def test_export_computes_what_training_computed(tmp_path: Path, texts: Path) -> 
     after = F.cross_entropy(expected[:-1], prompt[0, 1:], reduction="none")
     torch.testing.assert_close(losses[order][:-1], after, rtol=1e-4, atol=1e-5)
     generated = loaded.generate(
-        prompt, use_cache=False, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+        prompt, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     torch.testing.assert_close(generated.logits[0][0], expected[-1], rtol=1e-4, atol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")

@@ -134,10 +134,10 @@ def test_settings_survive_saving_and_select_the_implementation(tmp_path):
 
 def test_generation_without_a_cache():
     model, ids = tiny_model(), tokens(1, 20)["input_ids"]
-    longer = model.generate(ids, max_new_tokens=2, do_sample=False, use_cache=False, pad_token_id=0)
-    assert longer[0, 20] == model(ids, use_cache=False).logits[0, -1].argmax()
+    longer = model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert longer[0, 20] == model(ids).logits[0, -1].argmax()
     with pytest.raises(ValueError, match=r"generate\(use_cache=False\)"):
-        model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0, use_cache=True)
 
 
 @pytest.mark.parametrize(
@@ -188,3 +188,49 @@ def _without_positions(rank: int, world: int, how: str):
 def test_sharded_calls_without_position_ids_are_refused(how: str, message: str):
     outcomes = run_ranks_collect(_without_positions, 2, how, timeout=40)
     assert isinstance(outcomes[1], ValueError) and message in str(outcomes[1])
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 30,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+LOCAL_ROPES = [
+    ("llama", {"rope_parameters": DYNAMIC}, "dynamic"),
+    ("qwen2", {"rope_parameters": LONGROPE}, "longrope"),
+    ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 30, "pad_token_id": 0}, "longrope"),
+    (
+        "gemma3_text",
+        {
+            "rope_parameters": {"sliding_attention": LINEAR, "full_attention": DYNAMIC},
+            "layer_types": ["full_attention"] * 2,
+        },
+        "dynamic",
+    ),
+    ("llama", {"rope_parameters": LINEAR}, None),
+]
+
+
+def _call(rank: int, world: int, layout: str) -> list[str | None]:
+    """What a plain call says of each model, of ranks that share a sequence and of one rank that is a group."""
+    outcomes: list[str | None] = []
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    for group in (dist.group.WORLD, alone):
+        batch = rh.shard_batch({"input_ids": torch.arange(48)[None]}, group, layout=layout)
+        for model_type, changes, _ in LOCAL_ROPES:
+            try:
+                tiny_model(model_type, {**SETTINGS, "order": None}, **changes)(**batch)
+                outcomes.append(None)
+            except ValueError as error:
+                outcomes.append(str(error))
+    return outcomes
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_rope_that_looks_at_the_longest_position_of_a_rank(layout: str):
+    for outcomes in run_ranks(_call, 2, layout):
+        shared, alone = outcomes[: len(LOCAL_ROPES)], outcomes[len(LOCAL_ROPES) :]
+        for outcome, (_, _, kind) in zip(shared, LOCAL_ROPES, strict=True):
+            assert outcome is None if kind is None else f"rope_type '{kind}' takes its frequencies" in (outcome or "")
+        assert alone == [None] * len(LOCAL_ROPES)

@@ -18,11 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from ring_hilbert.attention import dilated_attention
-from ring_hilbert.integrations.transformers_config import NAME, order_of, pattern_of, settings_of
+from ring_hilbert.integrations.transformers_config import (
+    LOCAL_ROPE,
+    NAME,
+    local_rope,
+    order_of,
+    pattern_of,
+    settings_of,
+)
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.parallel.prepare import Prepared
 from ring_hilbert.parallel.sharding import prepare_tokens
 
+ROWS_ALONE = f"{NAME}_rows_alone"  # refuses what NAME refuses; every row sees itself: to find out what else mixes rows
 UNSUPPORTED = {
     "softcap": "config.attn_logit_softcapping = None",
     "sliding_window": "config.sliding_window = None (and layer_types all 'full_attention')",
@@ -42,8 +50,9 @@ def register(module: ModuleType) -> None:
     """Called with `transformers.modeling_utils` once that is imported."""
     from transformers.masking_utils import AttentionMaskInterface
 
-    module.AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    for name, forward in ((NAME, attention_forward), (ROWS_ALONE, rows_alone)):
+        module.AttentionInterface.register(name, forward)
+        AttentionMaskInterface.register(name, attention_mask)
 
 
 def attention_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
@@ -101,7 +110,7 @@ def attention_forward(
     }  # fmt: skip
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if ring_hilbert is not None:
-        _check_sharded(ring_hilbert, attention_mask, causal)
+        _check_sharded(ring_hilbert, attention_mask, causal, config)
         v = _only_if(_has_its_positions(ring_hilbert, position_ids), WRONG_POSITIONS, v)
         if not torch.compiler.is_compiling():  # there the flag would be one more thing to recompile for
             ring_hilbert.position_ids_checked = True
@@ -122,6 +131,19 @@ def attention_forward(
     return torch.take_along_dim(out, rows.argsort(1), 1), None
 
 
+def rows_alone(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """`attention_forward` of the shapes and settings alone; the result of every row is its own value and query."""
+    if kwargs.get("ring_hilbert") is None:
+        raise ValueError(
+            f"{type(module).__name__} is not given the ring_hilbert= of the model call: the layers around it drop keyword arguments"
+        )
+    out, _ = attention_forward(module, *(torch.zeros_like(x) for x in (query, key, value)), attention_mask, **kwargs)
+    values = value.transpose(1, 2).repeat_interleave(query.shape[1] // value.shape[1], 2)
+    return out + values + query.transpose(1, 2).mean(-1, keepdim=True), None
+
+
 def _breaks(mask: Tensor | None, position_ids: Tensor | None, q: Tensor) -> Tensor | None:
     """What keeps natural-order tokens from being one document, bool `[1 or B, S]`, or None: with a mask the padding, without
     one the first tokens of further documents, where position ids jump (Transformers' convention for packed sequences).
@@ -138,7 +160,7 @@ def _breaks(mask: Tensor | None, position_ids: Tensor | None, q: Tensor) -> Tens
     return position_ids.diff(dim=-1, prepend=position_ids[..., :1] - 1) != 1
 
 
-def _check_sharded(prepared: Prepared, mask: Tensor | None, causal: bool) -> None:
+def _check_sharded(prepared: Prepared, mask: Tensor | None, causal: bool, config: Any) -> None:
     if mask is not None:
         raise ValueError(
             "with ring_hilbert= the mask belongs into shard_batch({'attention_mask': ...}), not into the model call"
@@ -147,6 +169,9 @@ def _check_sharded(prepared: Prepared, mask: Tensor | None, causal: bool) -> Non
         raise ValueError(
             f"the layer is {'' if causal else 'not '}causal but ring_hilbert was prepared with causal={prepared.causal}"
         )
+    kind = local_rope(config) if prepared.layout.world_size > 1 else None
+    if kind is not None:
+        raise ValueError(LOCAL_ROPE.format(kind) + ", or a group of one rank")
 
 
 def _has_its_positions(prepared: Prepared, position_ids: Tensor | None) -> Tensor | bool:

@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """`config.ring_hilbert` of a Transformers model: what it may hold, and the pattern and order it means for a layer.
 
-A plain mapping, so that `save_pretrained` and `from_pretrained` keep it. Setting it selects
-`attn_implementation="ring_hilbert"` unless another was asked for: a saved model is never silently loaded with dense
-attention.
+A plain mapping, so that `save_pretrained` and `from_pretrained` keep it. Setting it selects `use_cache=False`, and
+`attn_implementation="ring_hilbert"` unless another was asked for. The saved file names the implementation, which Transformers
+refuses where nobody imported `ring_hilbert`: a saved model is never silently loaded with dense attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+import warnings
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
+
+from wrapt import wrap_function_wrapper
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
 
 NAME = "ring_hilbert"
+SAVED_NAME = "_attn_implementation"  # the key that every Transformers 5 reads from config.json
 PATTERN_KEYS = ("segment_lengths", "dilation_rates", "offset_rule", "head_shift", "segment_shift")
 KEYS = (*PATTERN_KEYS, "order", "layers", "strategy", "backend", "layout")
 LAYER_KEYS = ("dense", "head_shift", "segment_shift")
 DENSE = DilatedPattern((None,), (1,))
+LOCAL_ROPE = (
+    "rope_type {!r} takes its frequencies from the longest position that a rank holds, so that the ranks of a sequence would "
+    "rotate by different angles; use yarn, linear or llama3 in config.rope_parameters"
+)
 
 
 def settings_of(config: Any) -> Mapping[str, Any]:
@@ -45,8 +54,8 @@ def settings_of(config: Any) -> Mapping[str, Any]:
 def pattern_of(config: Any, layer: int) -> DilatedPattern:
     """The pattern of layer number `layer`.
 
-    `head_shift: auto` is `layer * num_key_value_heads`, so that every residue is some layer's where `r > Hkv`. `layers` maps
-    layer numbers (as text) to `{"dense": true}` or to a `head_shift` or `segment_shift` of their own.
+    `head_shift: auto` is `layer * Hkv`, so that every residue is some layer's where `r > Hkv`. `layers` maps layer numbers (as
+    text) to `{"dense": true}` or to a `head_shift` or `segment_shift` of their own.
     """
     settings = settings_of(config)
     own = settings.get("layers", {}).get(str(layer), {})
@@ -60,9 +69,8 @@ def pattern_of(config: Any, layer: int) -> DilatedPattern:
     fields = {key: settings[key] for key in PATTERN_KEYS if key in settings}
     fields |= {key: value for key, value in own.items() if key != "dense" and value is not None}
     if fields.get("head_shift") == "auto":
-        fields["head_shift"] = (
-            layer * config.num_key_value_heads if fields.get("offset_rule", "modulo") == "modulo" else 0
-        )
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        fields["head_shift"] = layer * kv_heads if fields.get("offset_rule", "modulo") == "modulo" else 0
     return DilatedPattern(**fields)
 
 
@@ -72,9 +80,59 @@ def order_of(config: Any) -> TokenOrder | None:
     return None if order is None else TokenOrder.from_config(order)
 
 
+def local_rope(config: Any) -> str | None:
+    """The kind of RoPE of `config` whose frequencies depend on the longest position that a rank holds, or None.
+
+    Ranks of a sequence would rotate by other angles than each other, and than one rank would.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [each.get("rope_type") or "" for each in (rope, *rope.values()) if isinstance(each, Mapping)]
+    return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
+
+
 def register(module: ModuleType) -> None:
     """Called with `transformers.configuration_utils` once that is imported."""
-    module.PreTrainedConfig.ring_hilbert = _SelectsImplementation()
+    config = module.PreTrainedConfig
+    config.ring_hilbert = _SelectsImplementation()
+    wrap_function_wrapper(config, "__post_init__" if hasattr(config, "__post_init__") else "__init__", _init)
+    wrap_function_wrapper(config, "to_dict", _to_dict)
+
+
+def adopt(module: ModuleType) -> None:
+    """See to the configurations that were made before `ring_hilbert` was imported: select it, or warn where it is too late."""
+    for found in gc.get_objects():
+        if issubclass(type(found), module.PreTrainedConfig) and vars(found).get(NAME) is not None:
+            setattr(found, NAME, vars(found)[NAME])
+            if found._attn_implementation != NAME:
+                warnings.warn(
+                    f"a {type(found).__name__} with ring_hilbert settings has attn_implementation={found._attn_implementation!r}: "
+                    "models made or loaded before `import ring_hilbert` compute that; import it first",
+                    stacklevel=2,
+                )
+
+
+def _init(wrapped: Callable[..., None], config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What makes a configuration: `ring_hilbert` selects the implementation, and not its name in the file, which would outdo
+    another one that was asked for. Transformers gives all parts of a configuration the implementation of the whole, be it None.
+    """
+    saved = kwargs.get(SAVED_NAME)
+    if NAME in (saved.values() if isinstance(saved, Mapping) else [saved]):
+        del kwargs[SAVED_NAME]
+    wrapped(*args, **kwargs)
+    for part in _parts(config).values():
+        part.ring_hilbert = part.ring_hilbert
+
+
+def _to_dict(wrapped: Callable[..., dict[str, Any]], config: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
+    """What goes into `config.json`: the implementation besides, of the whole or of its parts, as the property takes it."""
+    saved = NAME if vars(config).get(NAME) is not None else dict.fromkeys(_parts(config), NAME)
+    return wrapped(*args, **kwargs) | ({SAVED_NAME: saved} if saved else {})
+
+
+def _parts(config: Any) -> dict[str, Any]:
+    """The parts of a configuration, such as its text_config, that have settings of their own."""
+    parts = {name: vars(config).get(name) for name in config.sub_configs}
+    return {name: part for name, part in parts.items() if getattr(part, NAME, None) is not None}
 
 
 class _SelectsImplementation:
@@ -92,6 +150,8 @@ class _SelectsImplementation:
         config.__dict__[NAME] = value
         if value is not None and config._attn_implementation is None:
             config._attn_implementation = NAME
+        if value is not None and getattr(config, "use_cache", None):
+            config.use_cache = False  # decoding with a key-value cache is not supported
 
     def __delete__(self, config: Any) -> None:
         config.__dict__.pop(NAME, None)

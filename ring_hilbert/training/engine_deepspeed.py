@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from ring_hilbert.integrations.deepspeed import SequenceParallel, loss_for_backward
 from ring_hilbert.training.config import RunConfig
@@ -211,8 +212,10 @@ def _optimizer(model: LossModel, config: RunConfig, settings: dict[str, Any]) ->
 
 def _partitioned(deepspeed: Any, weights: Weights, settings: dict[str, Any]) -> PreTrainedModel:
     """The model with every parameter divided among all ranks from the start."""
-    with deepspeed.zero.Init(config_dict_or_path=settings):
+    # Values follow; Transformers' own would go to rows of embeddings that are elsewhere.
+    with deepspeed.zero.Init(config_dict_or_path=settings), no_init_weights():
         made = type(weights.skeleton)(weights.skeleton.config)
+    made.tie_weights()
     named = {**dict(made.named_buffers()), **dict(made.named_parameters())}
     for part in weights:
         whole = [named[name] for name in part]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,13 +26,13 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight, self.bias = output.weight, output.bias
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor, after: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Cross-entropy (nats) of every row: `hidden [B, S, E]`, `labels [B, S]` int64 -> `[B, S]`, 0 where IGNORED.
 
         float32, float64 for float64. Backward computes a chunk's logits again and sums the gradient of the weights in the
-        same dtype.
+        same dtype. `after`: what else the model does to rows of logits `[n, V]`, which may be written to; nothing if None.
         """
-        return _LinearLoss.apply(hidden, self.weight, self.bias, labels)
+        return _LinearLoss.apply(hidden, self.weight, self.bias, labels, after)
 
 
 def count_targets(labels: Tensor) -> Tensor:
@@ -41,20 +41,29 @@ def count_targets(labels: Tensor) -> Tensor:
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Cross-entropy of `hidden @ weight.T + bias` by rows; keeps a logarithm per row for backward."""
+    """Cross-entropy of `after(hidden @ weight.T + bias)` by rows; keeps a logarithm per row for backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        after: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
         result = hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
         hidden, labels, losses = hidden.flatten(0, -2), labels.flatten(), result.view(-1)
         totals = torch.empty_like(losses)  # log sum exp of a row's logits
         for rows in _chunks(hidden, weight):
             logits = _logits(hidden[rows], weight, bias, losses.dtype)
+            logits = logits if after is None else after(logits)
             wanted = logits.gather(-1, labels[rows].clamp_min(0)[:, None]).squeeze(-1)
             most = logits.amax(-1, keepdim=True)
             totals[rows] = logits.sub_(most).exp_().sum(-1).log_().add_(most.squeeze(-1))  # in place: logits are large
             losses[rows] = totals[rows] - wanted
         ctx.save_for_backward(hidden, weight, bias, labels, totals)
+        ctx.after = after
         losses.masked_fill_(labels == IGNORED, 0)
         return result
 
@@ -66,15 +75,30 @@ class _LinearLoss(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=totals.dtype)
         dbias = None if bias is None else torch.zeros_like(bias, dtype=totals.dtype)
         for rows in _chunks(hidden, weight):
-            dlogits = _logits(hidden[rows], weight, bias, totals.dtype).sub_(totals[rows, None]).exp_()
+            dlogits = logits = product = _logits(hidden[rows], weight, bias, totals.dtype)
+            if ctx.after is not None:
+                with torch.enable_grad():
+                    logits = ctx.after(
+                        product.requires_grad_().clone()
+                    )  # `after` may write to the one, we to the other
+                dlogits = logits.detach().clone()
+            dlogits.sub_(totals[rows, None]).exp_()
             dlogits.scatter_add_(-1, labels[rows].clamp_min(0)[:, None], torch.full_like(dlogits[:, :1], -1))
             dlogits *= upstream[rows, None]
+            if ctx.after is not None:
+                (dlogits,) = torch.autograd.grad(logits, product, dlogits)
             rounded = dlogits.to(hidden.dtype)
             torch.mm(rounded, weight, out=dhidden[rows])
             dweight += _product(rounded.T, hidden[rows], dweight.dtype)
             if dbias is not None:
                 dbias += dlogits.sum(0)
-        return dhidden.view(shape), dweight.to(weight.dtype), None if dbias is None else dbias.to(bias.dtype), None
+        return (
+            dhidden.view(shape),
+            dweight.to(weight.dtype),
+            None if dbias is None else dbias.to(bias.dtype),
+            None,
+            None,
+        )
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -5,21 +5,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ring_hilbert.checkpointing import checkpoint_contexts
-from ring_hilbert.integrations.transformers_config import NAME
-from ring_hilbert.parallel.sharding import shard_batch
+from ring_hilbert.integrations.transformers import ROWS_ALONE
+from ring_hilbert.integrations.transformers_config import LOCAL_ROPE, NAME, local_rope
+from ring_hilbert.training.check import check_head, check_rows
 from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.head import OwnHead
 from ring_hilbert.training.loss import LossHead
 from ring_hilbert.training.tokens import load_tokenizer
 from ring_hilbert.training.weights import Weights, decoder_layers
@@ -60,7 +62,9 @@ def model_config(config: RunConfig) -> PretrainedConfig:
             _refuse_unknown(hf_config, keys)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise ValueError(f"model: Transformers cannot make a configuration of this: {error}") from error
-    _refuse_local_rope(hf_config, config)
+    kind = local_rope(hf_config.get_text_config(decoder=True)) if config.parallel.sp > 1 else None
+    if kind is not None:
+        raise ValueError(f"model: {LOCAL_ROPE.format(kind)} (model.changes.rope_parameters), or parallel.sp=1")
     hf_config.ring_hilbert = config.attention.to_mapping()
     return hf_config
 
@@ -122,29 +126,42 @@ def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], tiles: int) -> Calla
 
 
 def check_model(hf_config: PretrainedConfig) -> None:
-    """Run two tokens through the model without computing anything, so that what the attention refuses is known at once.
+    """Refuse a model that the attention or the loss would make another one of.
 
     Raises:
-        ValueError: the model cannot be made, or needs what our attention does not have.
+        ValueError: the model cannot be made or run, needs what our attention does not have, lets rows see each other elsewhere, or
+            its logits cannot be followed from its hidden states.
     """
-    batch = shard_batch({"input_ids": torch.zeros(1, 2, dtype=torch.int64)})
-    prepared = batch.pop("ring_hilbert")
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        batch = {key: mode.from_tensor(value) for key, value in batch.items()}
-        prepared.position_ids = batch["position_ids"]
-        try:
-            LossModel(make_model(hf_config).train())(**batch, ring_hilbert=prepared)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"model: this causal language model cannot be made or run: {error}") from error
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of a few rows, the others would only wait for each other
+    try:
+        with torch.device("meta"):
+            model = make_model(hf_config, attn_implementation=ROWS_ALONE, experts_implementation="eager")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            check_rows(model.train())
+            check_head(model.eval(), LossModel)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model: this causal language model cannot be made or run: {error}") from error
+    except Exception as error:  # the model's code can raise anything
+        file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"model: this causal language model cannot be made or run: {type(error).__name__}: {error} ({Path(file).name}:{line}). "
+            "Trainable are models whose attention Transformers looks up by name and gives the keyword arguments of the model call, "
+            "as Llama, Qwen, Mistral, Gemma, Granite and Phi have"
+        ) from error
+    finally:
+        torch.set_num_threads(threads)
 
 
-def make_model(hf_config: PretrainedConfig) -> PreTrainedModel:
-    """The model in float32 on the current device, with weights of Transformers' choosing.
+def make_model(hf_config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The model in float32 on the current device, with weights of Transformers' choosing; `options` as of its `from_config`.
 
     Raises:
         ValueError: it has no output layer that the loss could be computed with.
     """
-    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=NAME, dtype=torch.float32)
+    options = {"attn_implementation": NAME, "dtype": torch.float32, **options}
+    model = AutoModelForCausalLM.from_config(hf_config, **options)
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear) or model.base_model is model:
         raise ValueError(f"{type(model).__name__} has no linear output layer over a base model")
     return model
@@ -170,23 +187,13 @@ class LossModel(torch.nn.Module):
         super().__init__()
         self.model = model
         self.head = LossHead(model.get_output_embeddings())
+        self.own_head = OwnHead(model)
 
     def forward(self, *, shift_labels: torch.Tensor, **batch: Any) -> torch.Tensor:
         """What `shard_batch` returns -> cross-entropy of every row `[B, S_local]`, as `LossHead`."""
         hidden = self.model.base_model(**batch, use_cache=False).last_hidden_state
-        return self.head(hidden, shift_labels)
-
-
-def _refuse_local_rope(hf_config: PretrainedConfig, config: RunConfig) -> None:
-    """Two kinds of RoPE take their frequencies from the longest position in the batch, which is another one on every rank."""
-    rope = getattr(hf_config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
-    found = kinds & {"dynamic", "longrope"}
-    if found and config.parallel.sp > 1:
-        raise ValueError(
-            f"rope_type {found.pop()} depends on the longest position that a rank holds, so that ranks of a sequence would rotate "
-            "differently; use yarn, linear or llama3 in model.changes.rope_parameters, or parallel.sp=1"
-        )
+        features, after = self.own_head.features(hidden)
+        return self.head(features, shift_labels, after)
 
 
 def _refuse_unknown(hf_config: PretrainedConfig, keys: dict[str, Any]) -> None:

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model's class does between its base model and its logits, by its own `forward`: before the output layer, and after.
+
+Granite divides its logits, Cohere multiplies them, Gemma caps them, MiniCPM scales what goes into the output layer, BERT transforms
+it. None of them is known here by name: `forward` itself runs, its base model and its output layer replaced by what returns given
+tensors, so that logits need to exist only where and when the loss asks for them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+INSTEAD = "train it in a loop of your own, on the logits of model(**rh.shard_batch(...)) (launch/examples)"
+
+
+class HiddenStates:
+    """What a base model returns, with nothing in it but `last_hidden_state`: whatever else is asked for is None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int | slice | str) -> Any:
+        return getattr(self, index) if isinstance(index, str) else (self.last_hidden_state,)[index]
+
+
+class OwnHead:
+    """The way from hidden states to logits of a model, but for the output layer's product.
+
+    Args:
+        model: with a linear output layer over a base model. Its parameters and buffers are used, wherever they are by then.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        base, output = model.base_model, model.get_output_embeddings()
+        self._base, self._output = _Given(base), _Given(output)
+        self._shell = _with(model, {base: self._base, output: self._output})
+        self._size = (output.in_features, output.out_features)
+        self._name = type(model).__name__
+
+    def features(self, hidden: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """What the output layer gets of `hidden [B, S, E]`, and `logits`, or None if the class leaves the product as it is.
+
+        Raises:
+            ValueError: `forward` doesn't call base model and output layer once each, or its logits depend on more than they.
+        """
+        product = hidden.new_zeros(1, 1, self._size[1], dtype=torch.promote_types(hidden.dtype, torch.float32))
+        features, logits = self._run(hidden, product)
+        if logits.requires_grad:
+            raise ValueError(f"{self._name} adds to its logits what the loss has no gradient for; {INSTEAD}")
+        if _same(logits, product) and product._version == 0:
+            return features, None
+        if not _same(
+            features, hidden
+        ):  # `logits` would run it again, in backward, where an engine may have no parameters for it
+            raise ValueError(
+                f"{self._name} has layers before its output layer and changes its logits after it; {INSTEAD}"
+            )
+        return features, self.logits
+
+    def logits(self, product: Tensor) -> Tensor:
+        """The model's logits of `rows [n, V]` that the output layer gave; writing to the result is allowed."""
+        hidden = product.new_zeros(1, 1, 1).expand(1, len(product), self._size[0])
+        return self._run(hidden, product[None])[1][0].to(product.dtype)
+
+    def _run(self, hidden: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+        base, output = self._base, self._output
+        base.result, output.result, base.taken, output.taken = HiddenStates(hidden), product, [], []
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        result = self._shell.forward(input_ids=ids, use_cache=False, return_dict=True)
+        if len(base.taken) != 1 or len(output.taken) != 1:
+            raise ValueError(
+                f"{self._name}.forward calls its base model {len(base.taken)} times and its output layer {len(output.taken)} times "
+                f"where the loss needs one each; {INSTEAD}"
+            )
+        features = output.taken.pop()
+        base.taken, base.result, output.result = [], None, None
+        return features, result.logits
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether the elements of `a` are those of `b`, not only equal to them."""
+    return a.shape == b.shape and (a is b or (a._base is not None and (a._base is b or a._base is b._base)))
+
+
+class _Given:
+    """In the place of a module: keeps what it is called with and returns what was given; everything else is the module's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.taken: list[Any] = []
+        self.result: Any = None
+
+    def __call__(self, *args: Any, **_: Any) -> Any:
+        self.taken.append(args[0] if args else None)
+        return self.result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["module"], name)
+
+
+def _with(module: nn.Module, replaced: Mapping[nn.Module, Any]) -> nn.Module:
+    """A copy of `module` with others in some places, without hooks; what is not on the way to them is shared, not copied."""
+    copied = copy.copy(module)
+    for hooks in HOOKS:
+        setattr(copied, hooks, OrderedDict())
+    copied._modules = {
+        name: replaced[child] if child in replaced
+        else _with(child, replaced) if child is not None and any(part in replaced for part in child.modules())
+        else child
+        for name, child in module._modules.items()
+    }  # fmt: skip
+    return copied
