@@ -40,7 +40,9 @@ def shard_batch(
     Args:
         batch: integer tensors `[B, S]` in natural token order, the same on all ranks of `group`: `input_ids`, and optionally
             `labels` (not shifted, -100 ignored; default `input_ids`), `document_ids` (-1 for padding), `attention_mask`
-            (0 for padding), `position_ids` (default: restart per document).
+            (0 for padding, else 1), `position_ids` (default: restart per document). As in Transformers, position ids without
+            a mask say where packed documents start: wherever they jump. With `document_ids` too, a document's position ids
+            count its tokens, from any number on.
         group: process group or 1-D DeviceMesh; None is one device.
         order: order of the rows; the real tokens are ordered first, padding rows follow them.
         layout: "contiguous" or "zigzag", as in `prepare`; zigzag needs `S % 2P == 0`.
@@ -166,11 +168,40 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _documents(record: dict[str, np.ndarray]) -> np.ndarray:
-    """Document ids `[B, S]`, -1 where either the ids or the mask say padding."""
+    """Document ids `[B, S]`, -1 where either the ids or the mask say padding; without both, where position ids jump."""
+    mask, positions = record.get("attention_mask"), record.get("position_ids")
     documents = record.get("document_ids", np.zeros_like(record["input_ids"]))
     if documents.size and documents.min() < PADDING:
         raise ValueError(f"batch['document_ids'] must be >= 0, or -1 for padding, got {documents.min()}")
-    return np.where(record["attention_mask"] == 0, PADDING, documents) if "attention_mask" in record else documents
+    if mask is not None:
+        if not np.isin(mask, (0, 1)).all():
+            raise ValueError(
+                f"batch['attention_mask'] must be 0 for padding, else 1, got values from {mask.min()} to {mask.max()}; which "
+                "document a token belongs to is said by document_ids"
+            )
+        return np.where(mask == 0, PADDING, documents)
+    if positions is None:
+        return documents
+    if "document_ids" not in record:
+        return np.cumsum(np.diff(positions, axis=1, prepend=positions[:, :1] - 1) != 1, axis=1)
+    _check_positions(positions, documents)
+    return documents
+
+
+def _check_positions(positions: np.ndarray, documents: np.ndarray) -> None:
+    """Raise ValueError if `positions` start another document within one of `documents`, both `[B, S]`."""
+    for entry, (ids, line) in enumerate(zip(documents, positions, strict=True)):
+        by_document = np.argsort(ids, kind="stable")
+        same = (np.diff(ids[by_document]) == 0) & (ids[by_document[1:]] != PADDING)
+        wrong = by_document[1:][same & (np.diff(line[by_document]) != 1)]
+        if len(wrong):
+            token = wrong.min()
+            before = np.flatnonzero(ids[:token] == ids[token])[-1]
+            raise ValueError(
+                f"batch['position_ids'][{entry}, {token}] is {line[token]}, which starts another document after "
+                f"{line[before]} at token {before}, but document_ids say {ids[token]} for both; leave out one of the two, or "
+                "say with an attention_mask that position_ids mean no documents"
+            )
 
 
 def _per_document(labels: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
