@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from ring_hilbert.integrations.accelerate import ShardedLoader, loss_for_backward
 from ring_hilbert.integrations.trainer import SequenceParallelTrainer
+from tests.loops import EpochStream
 
 EXAMPLES = Path(__file__).parent.parent / "launch" / "examples"
 STEPS = 6
@@ -192,6 +193,9 @@ def test_epochs_of_a_loader() -> None:
 def test_places_that_are_not_known() -> None:
     with pytest.raises(ValueError, match="ByHand has neither set_epoch nor generator"):
         ShardedLoader(DataLoader(ROWS, sampler=ByHand()), None).state_dict()
+    stream = DataLoader(EpochStream(), num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="persistent_workers keep a stream as it was"):
+        ShardedLoader(stream, None).state_dict()
     state = ShardedLoader(DataLoader(ROWS, batch_size=2), None).state_dict()
     with pytest.raises(ValueError, match="has 8 batches, and had 4 where"):
         ShardedLoader(DataLoader(ROWS), None).load_state_dict(state)

@@ -130,9 +130,9 @@ class ShardedLoader:
         **options: Any,
     ) -> None:
         self.loader, self.group, self.order, self.device, self.options = loader, group, order, device, options
-        self._samplers, others = _parts(loader)
-        random = [*self._samplers, *(part for part in others if isinstance(part, IterableDataset))]
-        self._told = [part for part in (*self._samplers, *others) if hasattr(part, "set_epoch")]
+        self._samplers, self._others = _parts(loader)
+        random = [*self._samplers, *(part for part in self._others if isinstance(part, IterableDataset))]
+        self._told = [part for part in (*self._samplers, *self._others) if hasattr(part, "set_epoch")]
         self._seeded = [part for part in random if hasattr(part, "generator") and not hasattr(part, "set_epoch")]
         generators = [part.generator for part in self._seeded if part.generator is not None]
         self._seed = generators[0].initial_seed() if generators else torch.initial_seed()
@@ -170,7 +170,7 @@ class ShardedLoader:
         """Where this loop is, after the batch that it was given last: the same on all ranks.
 
         Raises:
-            ValueError: for a sampler that may give another order when it is asked again.
+            ValueError: for a sampler or workers that may give another order when they are asked again.
         """
         for part in self._samplers:
             known = type(part) in (BatchSampler, SequentialSampler) or isinstance(part, Sequence)
@@ -179,6 +179,12 @@ class ShardedLoader:
                     f"the loader's {type(part).__name__} has neither set_epoch nor generator, so that its order after a restart is "
                     "not known: give it a set_epoch(epoch), of which alone its order depends"
                 )
+        if getattr(self.loader, "persistent_workers", False) and any(
+            isinstance(x, IterableDataset) for x in self._others
+        ):
+            raise ValueError(
+                "persistent_workers keep a stream as it was in their first epoch, whichever that was: leave them out"
+            )
         length = len(self) if hasattr(self.loader, "__len__") and self._samplers else -1
         return {"epoch": self.epoch, "batches": self._given, "seed": self._seed, "batches_per_epoch": length}
 

@@ -11,8 +11,7 @@ sequence the same one, and each its rows of it, and to put the results together 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from accelerate.data_loader import IterableDatasetShard, prepare_data_loader
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
+from ring_hilbert.integrations.resuming import Passes, SamePlace
 from ring_hilbert.integrations.sequence_parallel import SequenceParallel
 from ring_hilbert.integrations.transformers_config import order_of, settings_of
 from ring_hilbert.parallel.facts import PADDING
@@ -89,10 +89,10 @@ class SequenceParallelTrainer(Trainer):
             )
         self.groups = None if args.world_size == 1 else SequenceParallel(sp_size)
         self.dp_size, self.dp_rank = (1, 0) if self.groups is None else (self.groups.dp_size, self.groups.dp_rank)
-        self.add_callback(_SamePlace)
+        self.add_callback(SamePlace)
         self.max_logits_bytes = max_logits_bytes
         self._logits_bytes = 0  # that are held
-        self._rows_held: int | None = None  # of a whole evaluation, 0 if that is not known; None if only of a batch
+        self._held: tuple[int, int] | None = None  # rows and batches, 0 if not known; None if a batch is held at a time
         self._preprocess: Callable[[Any, Tensor], Any] | None = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -101,7 +101,7 @@ class SequenceParallelTrainer(Trainer):
         if dataset is None:
             raise ValueError("training needs a train_dataset")
         if isinstance(dataset, IterableDataset):
-            dataset = _Passes(dataset)
+            dataset = Passes(dataset)
 
         def shard(rows: list[dict[str, Any]]) -> dict[str, Any]:
             return self._shard(self._collate(rows))
@@ -135,9 +135,9 @@ class SequenceParallelTrainer(Trainer):
         kept = self.preprocess_logits_for_metrics, self.gather_function
         self._preprocess, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
         self.gather_function, self._logits_bytes = self._of_all_groups, 0
-        self._rows_held = len(dataloader.dataset) if has_length(dataloader.dataset) else 0
+        self._held = (len(dataloader.dataset), len(dataloader)) if has_length(dataloader.dataset) else (0, 0)
         if self.args.batch_eval_metrics and description != "Prediction":
-            self._rows_held = None
+            self._held = None
         try:
             return super().evaluation_loop(dataloader, description, *arguments, **options)
         finally:
@@ -160,8 +160,16 @@ class SequenceParallelTrainer(Trainer):
             self._check_logits(*inputs["input_ids"].shape)
         batch = self._shard(inputs)
         prepared, state, size = batch["ring_hilbert"], self.accelerator.gradient_state, len(batch["input_ids"])
-        if state.end_of_dataloader and state.remainder > 0:  # the other rows fill up the last batch
-            batch["labels"][max(state.remainder - self.dp_rank * size, 0) :] = IGNORED
+        if self.dp_size > 1 and state.end_of_dataloader and state.remainder > 0:
+            if size != self.args.eval_batch_size:
+                raise ValueError(
+                    f"the data_collator makes {size} rows of {self.args.eval_batch_size}, so that {self.dp_size} groups of ranks "
+                    "cannot leave out what fills up the last batch; give an eval_dataset of whole batches of all groups, or take "
+                    f"sp_size={self.args.world_size}"
+                )
+            batch["labels"][max(state.remainder - self.dp_rank * size, 0) :] = (
+                IGNORED  # rows that fill up the last batch
+            )
         loss, outputs, _ = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
         loss = self.accelerator.reduce(loss, "mean")
         if prediction_loss_only:
@@ -222,10 +230,10 @@ class SequenceParallelTrainer(Trainer):
         """Raise ValueError, on all ranks, if with those of a batch `[B, S]` logits become more than may be put together."""
         longest = int(self.accelerator.gather(torch.tensor([length], device=self.args.device)).max())
         row, held = 4 * longest * self._text_config.vocab_size, self._logits_bytes
-        self._logits_bytes = row * self.dp_size * batch_size + (0 if self._rows_held is None else held)
-        size = max(
-            self._logits_bytes, row * (self._rows_held or 0) if held == 0 else 0
-        )  # the first batch speaks for all
+        rows = self.dp_size * batch_size
+        size = self._logits_bytes = row * rows + (0 if self._held is None else held)
+        if held == 0 and self._held is not None:  # the first batch speaks for all
+            size = max(size, row * min(self._held[0], rows * self._held[1]))
         if size > self.max_logits_bytes:
             raise ValueError(
                 f"compute_metrics and predict would put {size / 2**30:.1f} GiB of logits together on every rank, more than "
@@ -240,58 +248,3 @@ class SequenceParallelTrainer(Trainer):
         if self.groups is not None and self.dp_size > 1:
             value = recursively_apply(gather_batch, value, self.groups.peers)
         return recursively_apply(lambda x: x[:rows], value)
-
-
-class _SamePlace(TrainerCallback):
-    """Refuses to resume where a checkpoint's step is not the place in the data that it was: the Trainer skips by steps alone."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, train_dataloader: Any = None, **__: Any
-    ) -> None:
-        """When the state is loaded."""
-        loader, micro_steps = train_dataloader, args.gradient_accumulation_steps
-        if args.ignore_data_skip or not state.global_step or not has_length(loader):
-            return
-        epochs, steps = divmod(state.global_step, -(-len(loader) // micro_steps))
-        here, there = epochs + steps * micro_steps / len(loader), state.epoch or 0.0
-        if abs(here - there) > 1e-6:
-            raise ValueError(
-                f"the checkpoint's step {state.global_step} was epoch {there:.4f} of its run, and is epoch {here:.4f} of this one: "
-                "with another number of groups, batch size, gradient_accumulation_steps or dataset, what was read is not what "
-                "would be skipped; resume with those of then, or begin an epoch anew by ignore_data_skip=True"
-            )
-
-
-class _Passes(IterableDataset[Any]):
-    """A stream from the pass that the epoch says; without a length, pass after pass.
-
-    To the Trainer a stream without a length is one epoch: a resumed run skips as many batches as were read, over all its passes.
-    """
-
-    def __init__(self, stream: IterableDataset[Any]) -> None:
-        self.stream, self.epoch = stream, 0
-
-    def __len__(self) -> int:
-        return len(self.stream)  # type: ignore[arg-type]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Where to begin."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[Any]:
-        for epoch in itertools.count(self.epoch):
-            generator, rows = getattr(self.stream, "generator", None), 0
-            if hasattr(self.stream, "set_epoch"):
-                self.stream.set_epoch(epoch)  # type: ignore[attr-defined]
-            elif isinstance(generator, torch.Generator):
-                generator.manual_seed(epoch)
-            for row in self.stream:
-                rows += 1
-                yield row
-            if has_length(self.stream) and rows != len(self):
-                raise ValueError(
-                    f"train_dataset has a length of {len(self)} and gave {rows} rows in epoch {epoch}: a resumed run would not "
-                    "read what this one does; leave out its __len__ and set max_steps"
-                )
-            if has_length(self.stream) or not rows:
-                return
