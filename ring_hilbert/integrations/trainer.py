@@ -167,9 +167,8 @@ class SequenceParallelTrainer(Trainer):
                     "cannot leave out what fills up the last batch; give an eval_dataset of whole batches of all groups, or take "
                     f"sp_size={self.args.world_size}"
                 )
-            batch["labels"][max(state.remainder - self.dp_rank * size, 0) :] = (
-                IGNORED  # rows that fill up the last batch
-            )
+            real = max(state.remainder - self.dp_rank * size, 0)  # the others fill up the last batch
+            batch["labels"][real:] = IGNORED
         loss, outputs, _ = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
         loss = self.accelerator.reduce(loss, "mean")
         if prediction_loss_only:
