@@ -8,6 +8,7 @@ from ring_hilbert.modules import MultiheadDilatedAttention, UlyssesAttention
 from ring_hilbert.ops import reference
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import Branch, DilatedPattern
+from ring_hilbert.parallel.gathering import gather_rows
 from ring_hilbert.parallel.plan import Plan
 from ring_hilbert.parallel.planning import plan
 from ring_hilbert.parallel.prepare import Prepared, prepare
@@ -23,6 +24,7 @@ __all__ = [
     "UlyssesAttention",
     "checkpoint_contexts",
     "dilated_attention",
+    "gather_rows",
     "plan",
     "prepare",
     "reference",

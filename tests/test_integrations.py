@@ -3,22 +3,33 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    WeightedRandomSampler,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
-from ring_hilbert.integrations.accelerate import loss_for_backward
+from ring_hilbert.integrations.accelerate import ShardedLoader, loss_for_backward
 from ring_hilbert.integrations.trainer import SequenceParallelTrainer
+from tests.loops import EpochStream
 
 EXAMPLES = Path(__file__).parent.parent / "launch" / "examples"
 STEPS = 6
@@ -117,8 +128,77 @@ def test_rows_that_the_trainer_reads(tmp_path: Path) -> None:
     assert epochs[0] == epochs[2] != epochs[1]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
     first = next(iter(reader.get_eval_dataloader(reader.train_dataset)))
-    assert first["input_ids"].tolist() == [[0, 0, 0], [1, 1, 1]]
-    assert first["labels"].tolist() == [[0, 0, -100], [1, 1, -100]]
+    assert {name: rows.tolist() for name, rows in first.items()} == {"input_ids": [[0, 0, 0], [1, 1, 1]]}
+
+
+ROWS = [{"input_ids": torch.tensor([n, n])} for n in range(8)]
+
+
+def read(loader: ShardedLoader, batches: int | None = None) -> list[int]:
+    return [batch["input_ids"][0, 0].item() for batch in itertools.islice(loader, batches)]
+
+
+class ByHand(Sampler):
+    """Of an order that nobody can ask for again."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(len(ROWS)).tolist())
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "shuffled": lambda: DataLoader(ROWS, shuffle=True),
+    "a generator's": lambda: DataLoader(ROWS, shuffle=True, generator=torch.Generator().manual_seed(5)),
+    "weighted": lambda: DataLoader(ROWS, sampler=WeightedRandomSampler(torch.ones(8), 8)),
+    "a share": lambda: DataLoader(ROWS, sampler=DistributedSampler(ROWS, 1, 0)),
+    "batches": lambda: DataLoader(ROWS, batch_sampler=BatchSampler(RandomSampler(ROWS), 1, drop_last=False)),
+    "in order": lambda: DataLoader(ROWS),
+    "a list": lambda: [{"input_ids": row["input_ids"][None]} for row in ROWS],
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_where_a_loader_is(kind: str) -> None:
+    """A state of any moment leads to the same batches, and to the same epochs after them, whatever was drawn in between."""
+    torch.manual_seed(7)
+    loader = ShardedLoader(LOADERS[kind](), None)
+    epochs = [read(loader) for _ in range(4)]
+    assert (epochs[0] != epochs[1]) == (kind not in ("in order", "a list"))
+    for epoch, batches in ((0, 3), (1, 0), (1, 1), (2, 7), (2, 8)):
+        torch.manual_seed(7)
+        first = ShardedLoader(LOADERS[kind](), None)
+        before = [read(first) for _ in range(epoch)] + [read(first, batches)]
+        torch.manual_seed(8)
+        again = ShardedLoader(LOADERS[kind](), None)
+        again.load_state_dict(first.state_dict())
+        assert again.state_dict() == first.state_dict()
+        again.set_epoch(again.epoch)  # as a loop over epochs does
+        assert again.epoch == epoch and before[epoch] + read(again) == epochs[epoch]
+        assert read(again) == epochs[epoch + 1]
+
+
+def test_epochs_of_a_loader() -> None:
+    """Each iteration is the next one; one that was left is begun again; who tells the sampler is heard."""
+    sampler: Any = DistributedSampler(ROWS, 1, 0)
+    loader = ShardedLoader(DataLoader(ROWS, sampler=sampler), None)
+    epochs = [read(loader) for _ in range(3)]
+    for set_epoch in (loader.set_epoch, sampler.set_epoch):
+        set_epoch(1)
+        assert loader.epoch == 1 and read(loader, 2) == epochs[1][:2] and read(loader) == epochs[1]
+        assert read(loader) == epochs[2]
+
+
+def test_places_that_are_not_known() -> None:
+    with pytest.raises(ValueError, match="ByHand has neither set_epoch nor generator"):
+        ShardedLoader(DataLoader(ROWS, sampler=ByHand()), None).state_dict()
+    stream = DataLoader(EpochStream(), num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="persistent_workers keep a stream as it was"):
+        ShardedLoader(stream, None).state_dict()
+    state = ShardedLoader(DataLoader(ROWS, batch_size=2), None).state_dict()
+    with pytest.raises(ValueError, match="has 8 batches, and had 4 where"):
+        ShardedLoader(DataLoader(ROWS), None).load_state_dict(state)
 
 
 def test_accelerate_with_a_parallelism_of_its_own() -> None:

@@ -41,6 +41,63 @@ def test_labels_masks_and_positions_of_the_caller():
     assert torch.equal(batch["position_ids"], IDS * 2)
 
 
+def packed_positions(*lengths: int, first: int = 0) -> torch.Tensor:
+    return torch.cat([torch.arange(first, first + length) for length in lengths])
+
+
+def test_position_ids_that_restart_are_documents():
+    """Each entry its own; what starts one is a jump, not a zero; a mask says that they mean nothing of the kind."""
+    positions = torch.stack(
+        (packed_positions(4, 1, 8), torch.cat((packed_positions(6, first=7), torch.arange(20, 27))))
+    )
+    batch = rh.shard_batch({"input_ids": IDS, "position_ids": positions})
+    assert batch["document_ids"].tolist() == [[0] * 4 + [1] + [2] * 8, [0] * 6 + [1] * 7]
+    ends = [[3, 4, 12], [5, 12]]
+    for entry, labels in enumerate(batch["shift_labels"]):
+        expected = IDS[entry].roll(-1).tolist()
+        assert labels.tolist() == [-100 if at in ends[entry] else x for at, x in enumerate(expected)]
+    assert torch.equal(batch["position_ids"], positions)
+    masked = rh.shard_batch({"input_ids": IDS, "position_ids": positions, "attention_mask": torch.ones_like(IDS)})
+    assert masked["document_ids"].tolist() == [[0] * 13] * 2
+
+
+def test_position_ids_beside_document_ids():
+    """They may run on, count documents that were interrupted, and be anything for padding; they may not start another one."""
+    ids = torch.tensor([[3, 3, 5, 5, 3, 5, -1, -1]])
+    given = {"input_ids": IDS[:1, :8], "document_ids": ids}
+    for positions in ([0, 1, 0, 1, 2, 2, 9, 9], [4, 5, 0, 1, 6, 2, 0, 0]):
+        batch = rh.shard_batch({**given, "position_ids": torch.tensor([positions])})
+        assert torch.equal(batch["document_ids"], ids) and batch["position_ids"].tolist() == [positions]
+    for positions, token in (
+        ([0, 1, 0, 1, 0, 1, 0, 1], 4),
+        ([0, 0, 1, 2, 1, 3, 0, 0], 1),
+        ([0, 1, 2, 3, 2, 2, 0, 0], 5),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"position_ids'\]\[0, {token}\] is {positions[token]}, which starts another"
+        ):
+            rh.shard_batch({**given, "position_ids": torch.tensor([positions])})
+
+
+def _packed_shard(rank: int, world: int, positions: torch.Tensor, presharded: bool):
+    batch = {"input_ids": IDS, "position_ids": positions}
+    if presharded:
+        batch = {name: value.split((6, 7), dim=1)[rank] for name, value in batch.items()}
+    result = rh.shard_batch(batch, dist.group.WORLD, order=HILBERT, presharded=presharded)
+    return {name: value for name, value in result.items() if name != "ring_hilbert"}
+
+
+@pytest.mark.parametrize("presharded", [False, True])
+def test_position_ids_are_documents_over_ranks(presharded: bool):
+    """Also where a document begins on one rank and ends on the next."""
+    positions = torch.stack((packed_positions(4, 5, 4), packed_positions(13)))
+    ranks = run_ranks(_packed_shard, 2, positions, presharded)
+    ids = torch.tensor([[0] * 4 + [1] * 5 + [2] * 4, [0] * 13])
+    whole = rh.shard_batch({"input_ids": IDS, "document_ids": ids}, order=HILBERT)
+    for name in ranks[0]:
+        assert torch.equal(torch.cat([rank[name] for rank in ranks], dim=1), whole[name]), name
+
+
 def test_real_tokens_are_ordered_first_and_padding_follows():
     batch = rh.shard_batch({"input_ids": IDS, "document_ids": DOCUMENTS}, order=HILBERT)
     rows = batch["ring_hilbert"].rows
@@ -113,6 +170,7 @@ def test_another_batch_on_one_rank_is_an_error_on_all(what: str, words: list[str
         ({"input_ids": IDS[0]}, r"must be \[B, S\]"),
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"must be \[2, 13\] like input_ids"),
         ({"input_ids": IDS, "document_ids": IDS - 103}, "-1 for padding"),
+        ({"input_ids": IDS, "attention_mask": DOCUMENTS + 1}, "must be 0 for padding, else 1, got values from 0 to 5"),
     ],
 )
 def test_mistakes_are_named(batch: dict, message: str):

@@ -99,6 +99,25 @@ def test_restarting_position_ids_are_documents():
     torch.testing.assert_close(packed[:, 16:], model(ids[:, 16:], use_cache=False).logits, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("lengths", [(16, 16), (1, 30), (5, 1, 1, 20, 4)])
+def test_shard_batch_reads_position_ids_as_the_model_does(lengths: tuple[int, ...]):
+    """What Transformers' padding-free collator makes: the same logits, and a loss in which no document predicts another."""
+    from transformers import DataCollatorWithFlattening
+
+    ids = tokens(1, sum(lengths))["input_ids"][0]
+    packed = DataCollatorWithFlattening()([{"input_ids": part.tolist()} for part in ids.split(lengths)])
+    model = tiny_model(settings={"segment_lengths": [8, None], "dilation_rates": [1, 2]})
+    direct = model(packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits
+    order = rh.TokenOrder("hilbert", block=4)
+    for options in ({}, {"order": order}):
+        batch = rh.shard_batch(packed, **options)
+        found = rh.gather_rows(model(**batch).logits, batch["ring_hilbert"])
+        if not options:  # an order is another pattern
+            torch.testing.assert_close(found, direct, rtol=0, atol=1e-12)
+        targets = rh.gather_rows(batch["shift_labels"], batch["ring_hilbert"])
+        assert torch.equal(targets[:, :-1], packed["labels"][:, 1:])  # -100 at the first token of each, by the collator
+
+
 def test_a_dense_layer_and_shifts_of_a_layer():
     from ring_hilbert.integrations.transformers_config import pattern_of
 

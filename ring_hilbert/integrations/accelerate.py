@@ -8,7 +8,9 @@
         loss = cross_entropy_sum(model(**batch).logits, labels) / targets_of_all_ranks_and_micro_steps
         accelerator.backward(loss_for_backward(loss, accelerator))
 
-A whole script: launch/examples/accelerate_loop.py. Importing this module does not import Accelerate.
+`accelerator.register_for_checkpointing(loader)` keeps a ShardedLoader's place with what `save_state` saves; its
+`skip_first_batches` is for loaders of its own. A whole script: launch/examples/accelerate_loop.py. Importing this module does
+not import Accelerate.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@
         engine.backward(loss_for_backward(loss, engine), scale_wrt_gas=False)
         engine.step()
 
-A whole script: launch/examples/deepspeed_loop.py. Importing this module does not import DeepSpeed.
+`engine.save_checkpoint(folder, client_state={"loader": loader.state_dict()})` keeps a ShardedLoader's place. A whole script:
+launch/examples/deepspeed_loop.py. Importing this module does not import DeepSpeed.
 """
 
 from __future__ import annotations

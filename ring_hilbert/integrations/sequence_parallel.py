@@ -6,18 +6,21 @@
     for batch in ShardedLoader(DataLoader(dataset, sampler=sampler), groups.group, order=order, device=device):
         labels = batch.pop("shift_labels")
         logits = model(**batch).logits
+        predicted = rh.gather_rows(logits.argmax(-1), batch["ring_hilbert"])  # for metrics: [B, S] in natural order, on every rank
 
 How the loss is to be scaled depends on what sums the gradients: see `deepspeed`, `accelerate` and `trainer` beside this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import BatchSampler, IterableDataset, SequentialSampler
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.parallel.sharding import shard_batch
@@ -30,7 +33,8 @@ class SequenceParallel:
         sp_size: ranks of a sequence; it divides the number of ranks. A collective: every rank of the world makes one.
         group: this rank's group of neighbours, if there is one already; instead of `sp_size`.
 
-    Attributes: `group`, and `dp_rank` and `dp_size`, which number the groups: ranks of a group read the same data.
+    Attributes: `group`, and `dp_rank` and `dp_size`, which number the groups: ranks of a group read the same data; and `peers`,
+    the ranks that have this rank's place in their groups, by which results of all groups are put together.
 
     Raises:
         ValueError: for ranks that cannot be divided so.
@@ -46,14 +50,14 @@ class SequenceParallel:
         if group is None:
             if sp_size is None or sp_size < 1 or world % sp_size:
                 raise ValueError(f"sp_size must divide the {world} ranks, got {sp_size}")
-            ranks = torch.arange(world).reshape(-1, sp_size).tolist()
-            group, _ = dist.new_subgroups_by_enumeration(ranks)
+            group, _ = dist.new_subgroups_by_enumeration(torch.arange(world).reshape(-1, sp_size).tolist())
         assert group is not None
         members = dist.get_process_group_ranks(group)
         size = len(members)
         if world % size or members != list(range(members[0], members[0] + size)) or members[0] % size:
             raise ValueError(f"the ranks of a sequence must be neighbours that divide the {world} ranks, got {members}")
         self.group = group
+        self.peers, _ = dist.new_subgroups_by_enumeration(torch.arange(world).reshape(-1, size).T.tolist())
         self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         self.dp_size, self.dp_rank = world // size, members[0] // size
 
@@ -99,7 +103,13 @@ class SequenceParallel:
 
 
 class ShardedLoader:
-    """Batches of a data loader, each cut to this rank's rows by `shard_batch`.
+    """Batches of a data loader, each cut to this rank's rows by `shard_batch`. Every iteration is an epoch.
+
+    An interrupted loop goes on where it was: `state_dict()` goes into the checkpoint, by `accelerator.register_for_checkpointing`
+    or as DeepSpeed's `client_state`, and after `load_state_dict()` the next iteration gives what is left of its epoch; the
+    batches before are read again and dropped. For that, the order of an epoch is to depend on its number alone: whatever in
+    `loader` has a `set_epoch` is told of it, samplers and streams with a `generator` are seeded with it, and the rest (datasets,
+    loaders of other kinds) is to give the same every time.
 
     Args:
         loader: gives mappings of integer tensors `[B, S]` as `shard_batch` takes them, the same on all ranks of `group`; with
@@ -120,10 +130,89 @@ class ShardedLoader:
         **options: Any,
     ) -> None:
         self.loader, self.group, self.order, self.device, self.options = loader, group, order, device, options
+        self._samplers, self._others = _parts(loader)
+        random = [*self._samplers, *(part for part in self._others if isinstance(part, IterableDataset))]
+        self._told = [part for part in (*self._samplers, *self._others) if hasattr(part, "set_epoch")]
+        self._seeded = [part for part in random if hasattr(part, "generator") and not hasattr(part, "set_epoch")]
+        generators = [part.generator for part in self._seeded if part.generator is not None]
+        self._seed = generators[0].initial_seed() if generators else torch.initial_seed()
+        self._epoch, self._given, self._skipped = 0, 0, 0  # of the epoch: batches given, and batches not to be given
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.loader:
+        self.set_epoch(self.epoch)
+        self._given, self._skipped = self._skipped, 0
+        for batch in itertools.islice(self.loader, self._given, None):
+            self._given += 1
             yield shard_batch(batch, self.group, order=self.order, device=self.device, **self.options)
+        self.set_epoch(self.epoch + 1)
+
+    @property
+    def epoch(self) -> int:
+        """Of this iteration, or of the next one if none is under way; what the sampler was told, if somebody else told it."""
+        return next((part.epoch for part in self._told if hasattr(part, "epoch")), self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """What the next iteration gives."""
+        if epoch != self._epoch:
+            self._given = self._skipped = 0
+        self._epoch = epoch
+        for part in self._told:
+            part.set_epoch(epoch)
+        for part in self._seeded:
+            if part.generator is None:
+                part.generator = torch.Generator()
+            part.generator.manual_seed(self._seed + epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where this loop is, after the batch that it was given last: the same on all ranks.
+
+        Raises:
+            ValueError: for a sampler or workers that may give another order when they are asked again.
+        """
+        for part in self._samplers:
+            known = type(part) in (BatchSampler, SequentialSampler) or isinstance(part, Sequence)
+            if not (known or hasattr(part, "set_epoch") or hasattr(part, "generator")):
+                raise ValueError(
+                    f"the loader's {type(part).__name__} has neither set_epoch nor generator, so that its order after a restart is "
+                    "not known: give it a set_epoch(epoch), of which alone its order depends"
+                )
+        if getattr(self.loader, "persistent_workers", False) and any(
+            isinstance(x, IterableDataset) for x in self._others
+        ):
+            raise ValueError(
+                "persistent_workers keep a stream as it was in their first epoch, whichever that was: leave them out"
+            )
+        length = len(self) if hasattr(self.loader, "__len__") and self._samplers else -1
+        return {"epoch": self.epoch, "batches": self._given, "seed": self._seed, "batches_per_epoch": length}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where `state` was, in the next iteration.
+
+        Raises:
+            ValueError: as in `state_dict`, or for an epoch with another number of batches: other data, batch size or ranks.
+        """
+        here, there = self.state_dict()["batches_per_epoch"], state["batches_per_epoch"]
+        if here != there:
+            raise ValueError(
+                f"an epoch of this loader has {here} batches, and had {there} where the state was saved: its place is known only "
+                "for the same data, batch size and number of groups"
+            )
+        self._seed = state["seed"]
+        self.set_epoch(state["epoch"])
+        self._given = self._skipped = state["batches"]
+
+
+def _parts(loader: Any) -> tuple[list[Any], list[Any]]:
+    """(samplers that decide on the order of a loader, the loader itself and its datasets)."""
+    found: list[tuple[Any, bool]] = [(loader, False)]
+    for part, _ in found:  # which grows
+        dataset = getattr(part, "dataset", None)
+        names = ["dataset"] if isinstance(dataset, IterableDataset) else ["dataset", "batch_sampler", "sampler"]
+        for name in names:
+            inner = getattr(part, name, None)
+            if inner is not None and all(inner is not other for other, _ in found):
+                found.append((inner, name != "dataset"))
+    return [part for part, decides in found if decides], [part for part, decides in found if not decides]

@@ -16,7 +16,7 @@ from ring_hilbert.parallel.agreement import Group, gather, raise_disagreement, r
 from ring_hilbert.parallel.layout import Layout, check_layout
 from ring_hilbert.parallel.plan import check_strategy
 from ring_hilbert.parallel.prepare import Prepared
-from ring_hilbert.parallel.wire import all_rows
+from ring_hilbert.parallel.wire import all_rows, from_all
 
 IGNORED = -100  # the label of a row without a target
 KEYS = ("input_ids", "labels", "document_ids", "position_ids", "attention_mask")
@@ -40,7 +40,9 @@ def shard_batch(
     Args:
         batch: integer tensors `[B, S]` in natural token order, the same on all ranks of `group`: `input_ids`, and optionally
             `labels` (not shifted, -100 ignored; default `input_ids`), `document_ids` (-1 for padding), `attention_mask`
-            (0 for padding), `position_ids` (default: restart per document).
+            (0 for padding, else 1), `position_ids` (default: restart per document). As in Transformers, position ids without
+            a mask say where packed documents start: wherever they jump. With `document_ids` too, a document's position ids
+            count its tokens, from any number on.
         group: process group or 1-D DeviceMesh; None is one device.
         order: order of the rows; the real tokens are ordered first, padding rows follow them.
         layout: "contiguous" or "zigzag", as in `prepare`; zigzag needs `S % 2P == 0`.
@@ -59,11 +61,13 @@ def shard_batch(
         ValueError: on every rank, naming the rank and the key that is wrong or differs.
     """
     process_group, rank, world = resolve_group(group)
-    error, record = None, dict[str, Tensor]()
+    error, record, documents = None, dict[str, Tensor](), None
     try:
         check_layout(layout)
         strategy = check_strategy(strategy)
         record = _checked(batch, presharded)
+        if not presharded:  # a mistake in it is an error on all ranks, whether all have made it or one
+            documents = _documents(record)
     except ValueError as problem:
         error = str(problem)
     fields = {
@@ -80,7 +84,7 @@ def shard_batch(
     raise_disagreement(records)
 
     there = batch["input_ids"].device if device is None else torch.device(device)
-    padded = "document_ids" in record or "attention_mask" in record
+    packed = any(key in record for key in ("document_ids", "attention_mask", "position_ids"))
     if presharded and process_group is not None:
         pieces = [r["tokens"] for r in records]
         record = {key: torch.cat(all_rows(x, pieces, process_group), dim=1) for key, x in record.items()}
@@ -89,21 +93,19 @@ def shard_batch(
     if rows.world_size != world or rows.seq_len != seq_len or min(rows.lengths) < 0:
         raise ValueError(f"local_lengths={list(rows.lengths)} must be {world} lengths >= 0 with sum {seq_len}")
 
-    documents = _documents(record)
-    one_document = not padded or (documents.device.type == "cpu" and _one_document(documents))
+    documents = _documents(record) if documents is None else documents
+    one_document = not packed or (documents.device.type == "cpu" and _one_document(documents))
     record, documents = {key: _sent(x, there) for key, x in record.items()}, _sent(documents, there)
-    sums = (
-        []
-        if presharded or process_group is None
-        else [torch.stack([_checksum(x) for x in record.values()])[None, None]]
-    )
+    sums = list[Tensor]()  # by rank and key; they are compared where the host reads the device anyway
+    if not presharded and process_group is not None:
+        mine = torch.stack([_checksum(x) for x in record.values()])
+        sums.append(torch.stack(from_all(mine, process_group)))
     targets, places = _per_document(record.get("labels", record["input_ids"]), documents)
     tokens = _token_of_row(documents, order, all_real=one_document)
     prepared = _prepare(
         documents, tokens, rows, rank, process_group, causal, strategy, order, one_document, save_remote
     )
-    all_sums = [torch.cat(all_rows(x, [1] * world, process_group), dim=1) for x in sums if process_group is not None]
-    for found in prepared.find_travel(len(documents), *all_sums):
+    for found in prepared.find_travel(len(documents), *sums):
         _raise_difference(np.array(found).reshape(world, -1), list(record))
 
     def local(array: Tensor) -> Tensor:
@@ -196,11 +198,40 @@ def _raise_difference(sums: np.ndarray, keys: Sequence[str]) -> None:
 
 
 def _documents(record: dict[str, Tensor]) -> Tensor:
-    """Document ids `[B, S]`, -1 where either the ids or the mask say padding."""
+    """Document ids `[B, S]`, -1 where either the ids or the mask say padding; without both, where position ids jump."""
+    mask, positions = record.get("attention_mask"), record.get("position_ids")
     documents = record.get("document_ids", torch.zeros_like(record["input_ids"]))
     if documents.numel() and documents.min() < PADDING:
         raise ValueError(f"batch['document_ids'] must be >= 0, or -1 for padding, got {documents.min()}")
-    return documents.masked_fill(record["attention_mask"] == 0, PADDING) if "attention_mask" in record else documents
+    if mask is not None:
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(
+                f"batch['attention_mask'] must be 0 for padding, else 1, got values from {mask.min()} to {mask.max()}; which "
+                "document a token belongs to is said by document_ids"
+            )
+        return documents.masked_fill(mask == 0, PADDING)
+    if positions is None:
+        return documents
+    if "document_ids" not in record:
+        return (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
+    _check_positions(positions.cpu().numpy(), documents.cpu().numpy())
+    return documents
+
+
+def _check_positions(positions: np.ndarray, documents: np.ndarray) -> None:
+    """Raise ValueError if `positions` start another document within one of `documents`, both `[B, S]`."""
+    for entry, (ids, line) in enumerate(zip(documents, positions, strict=True)):
+        by_document = np.argsort(ids, kind="stable")
+        same = (np.diff(ids[by_document]) == 0) & (ids[by_document[1:]] != PADDING)
+        wrong = by_document[1:][same & (np.diff(line[by_document]) != 1)]
+        if len(wrong):
+            token = wrong.min()
+            before = np.flatnonzero(ids[:token] == ids[token])[-1]
+            raise ValueError(
+                f"batch['position_ids'][{entry}, {token}] is {line[token]}, which starts another document after "
+                f"{line[before]} at token {before}, but document_ids say {ids[token]} for both; leave out one of the two, or "
+                "say with an attention_mask that position_ids mean no documents"
+            )
 
 
 def _one_document(documents: Tensor) -> bool:

@@ -101,16 +101,21 @@ def point_to_point(
 
 
 def all_rows(x: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """`x [B, L_p, ...]` of every rank on every rank, where they are on its device; `lengths` are `L_0 ... L_{P-1}`.
+    """`x [B, L_p, ...]` of every rank on every rank, on its device; `lengths` are `L_0 ... L_{P-1}`.
 
     On the way all are as long as the longest, because Gloo sends equal sizes only.
     """
-    device = x.device
-    sends = [str(kind) for kind in group._device_types]
-    if sends and device.type not in [kind.split(":")[0] for kind in sends]:  # NCCL, and rows on the host
-        device = torch.device("cuda", torch.cuda.current_device())
-    padded = torch.zeros((x.shape[0], max(lengths), *x.shape[2:]), dtype=x.dtype, device=device)
+    padded = x.new_zeros((x.shape[0], max(lengths), *x.shape[2:]))
     padded[:, : x.shape[1]] = x
-    pieces = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(pieces, padded, group=communicator(group))
-    return [piece[:, :length].to(x.device) for piece, length in zip(pieces, lengths, strict=True)]
+    return [piece[:, :length] for piece, length in zip(from_all(padded, group), lengths, strict=True)]
+
+
+def from_all(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """`x` of every rank, of one shape on all, on every rank, on its device."""
+    device, sends = x.device, [str(kind).split(":")[0] for kind in group._device_types]
+    if sends and device.type not in sends:  # NCCL, and rows on the host
+        device = torch.device("cuda", torch.cuda.current_device())
+    sent = x.to(device).contiguous()
+    pieces = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(pieces, sent, group=communicator(group))
+    return [piece.to(x.device) for piece in pieces]

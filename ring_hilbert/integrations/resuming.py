@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A resumed Trainer reads what it would have read: a check of its place in the data, and streams, which it takes for one epoch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+
+class SamePlace(TrainerCallback):
+    """Refuses to resume where a checkpoint's step is not the place in the data that it was: the Trainer skips by steps alone."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, train_dataloader: Any = None, **__: Any
+    ) -> None:
+        """When the state is loaded."""
+        loader, micro_steps = train_dataloader, args.gradient_accumulation_steps
+        if args.ignore_data_skip or not state.global_step or not has_length(loader):
+            return
+        epochs, steps = divmod(state.global_step, -(-len(loader) // micro_steps))
+        here, there = epochs + steps * micro_steps / len(loader), state.epoch or 0.0
+        if abs(here - there) > 1e-6:
+            raise ValueError(
+                f"the checkpoint's step {state.global_step} was epoch {there:.4f} of its run, and is epoch {here:.4f} of this one: "
+                "with another number of groups, batch size, gradient_accumulation_steps or dataset, what was read is not what "
+                "would be skipped; resume with those of then, or begin an epoch anew by ignore_data_skip=True"
+            )
+
+
+class Passes(IterableDataset[Any]):
+    """A stream from the pass that the epoch says; without a length, pass after pass.
+
+    To the Trainer a stream without a length is one epoch: a resumed run skips as many batches as were read, over all its passes.
+    """
+
+    def __init__(self, stream: IterableDataset[Any]) -> None:
+        self.stream, self.epoch = stream, 0
+
+    def __len__(self) -> int:
+        return len(self.stream)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Where to begin."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        for epoch in itertools.count(self.epoch):
+            generator, rows = getattr(self.stream, "generator", None), 0
+            if hasattr(self.stream, "set_epoch"):
+                self.stream.set_epoch(epoch)  # type: ignore[attr-defined]
+            elif isinstance(generator, torch.Generator):
+                generator.manual_seed(epoch)
+            for row in self.stream:
+                rows += 1
+                yield row
+            if has_length(self.stream) and rows != len(self):
+                raise ValueError(
+                    f"train_dataset has a length of {len(self)} and gave {rows} rows in epoch {epoch}: a resumed run would not "
+                    "read what this one does; leave out its __len__ and set max_steps"
+                )
+            if has_length(self.stream) or not rows:
+                return
