@@ -35,7 +35,8 @@ RUN_HOLE, RUN_HOLE_AHEAD = tl.constexpr(tables.RUN_HOLE), tl.constexpr(tables.RU
 WIDTH = tl.constexpr(RUN_WIDTH)
 # Extremes of some rows. Of keys: least and largest without padding, then with it. Of queries: the least low and the largest
 # high, then the largest low and the least high.
-LEAST, MOST, LEAST_ALL, MOST_ALL, EXTREMES = (tl.constexpr(i) for i in range(5))
+LEAST, MOST, LEAST_ALL, MOST_ALL = (tl.constexpr(i) for i in range(tables.EXTREMES))
+EXTREMES = tl.constexpr(tables.EXTREMES)
 
 
 def prune(

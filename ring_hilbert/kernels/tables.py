@@ -17,6 +17,7 @@ from torch import Tensor
 
 ENDLESS: Final = 2**31 - 1  # the length of a segment that holds every row
 CHUNK: Final = 16
+EXTREMES: Final = 4  # numbers that a schedule is made from, of every chunk
 SPARE: Final = 256  # rows behind the last of a list, which a step may look at
 
 # A tile: its first place in `Walk.outer` and its rows (0: no tile); its kind's visits; its first run in a schedule, and how many
@@ -81,6 +82,12 @@ class Walk:
     def nbytes(self) -> int:
         """What the tables take on the device."""
         return sum(x.nbytes for x in {id(x): x for x in vars(self).values() if isinstance(x, Tensor)}.values())
+
+    @property
+    def schedule_nbytes(self) -> int:
+        """What a schedule takes beside it, with what making it needs, where batch entries share their intervals."""
+        tables, tiles = self.tiles.shape[:2]
+        return 4 * tables * (EXTREMES * self.chunks + 3 * tiles + RUN_WIDTH * self.runs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ batch, without a word to the host, and every layer, pass and core reads them.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from ring_hilbert.ops.order import TokenOrder, natural_places
 
 PADDING = -1  # the document id of rows that see nothing and are seen by nothing
 HIDDEN = 0  # their key, and the `high` of what they see: what a kernel reads where there is no row
+KEPT_PLACES = 8  # orders of the last sequences
 NOWHERE = 2**31 - 1  # the `low` of padding rows
 
 
@@ -120,7 +122,6 @@ class Visible:
         self._given: Intervals | None = None
         self._host: tuple[np.ndarray, ...] | None = None
         self._on: dict[torch.device, Intervals] = {}
-        self._places: dict[torch.device, Tensor] = {}
         if positions is not None or documents is not None:
             self._given = self._made(positions, documents)
 
@@ -184,10 +185,7 @@ class Visible:
 
     def places(self, device: torch.device) -> Tensor:
         """The natural token index of every row, had the sequence no padding: int64 `[1, S]`."""
-        if device not in self._places:
-            rows = np.arange(self.seq_len)
-            self._places[device] = torch.from_numpy(natural_places(rows, self.seq_len, self.order)).to(device)[None]
-        return self._places[device]
+        return row_places(self.seq_len, self.order, device)
 
     def on(self, device: torch.device) -> Intervals:
         """The intervals of all rows, on `device`."""
@@ -222,6 +220,13 @@ class Visible:
         key = np.sort(self.of(keys, entry)[0])
         _, low, high = self.of(queries, entry)
         return int(np.maximum(np.searchsorted(key, high, "right") - np.searchsorted(key, low, "left"), 0).sum())
+
+
+@lru_cache(maxsize=KEPT_PLACES)
+def row_places(seq_len: int, order: TokenOrder | None, device: torch.device) -> Tensor:
+    """The natural token index of every row of a sequence without padding, int64 `[1, S]`; not to be written to."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(natural_places(np.arange(seq_len), seq_len, order)).to(device)[None]
 
 
 def reached(queries: Tensor, keys: Tensor, low: Tensor, high: Tensor, key: Tensor) -> Tensor:

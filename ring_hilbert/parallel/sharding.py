@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ring_hilbert.ops.order import TokenOrder, natural_places
-from ring_hilbert.ops.visible import PADDING, Visible, changes
+from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.ops.visible import PADDING, Visible, changes, row_places
 from ring_hilbert.parallel.agreement import Group, gather, raise_disagreement, resolve_group
 from ring_hilbert.parallel.layout import Layout, check_layout
 from ring_hilbert.parallel.plan import check_strategy
@@ -266,7 +266,7 @@ def _token_of_row(documents: Tensor, order: TokenOrder | None, *, all_real: bool
             real = size if all_real else int((line != PADDING).sum())
             if real:
                 order.permutation(real)
-    curve = torch.from_numpy(natural_places(np.arange(size), size, order)).to(documents.device)[None]
+    curve = row_places(size, order, documents.device)
     if all_real:
         return curve
     padding = documents == PADDING

@@ -21,6 +21,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of, pattern_of
+from ring_hilbert.kernels.tiles import tiles_for
+from ring_hilbert.ops.core import Shard
+from ring_hilbert.ops.nesting import chains
+from ring_hilbert.ops.walk import plan_rows
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.planning import plan
 from ring_hilbert.parallel.sharding import shard_batch
@@ -31,6 +35,7 @@ from ring_hilbert.training.model import build_skeleton, check_model, model_confi
 from ring_hilbert.training.world import lay_world
 
 GIB = 2**30
+HOPPER = 90  # the compute capability that walks are planned for: the plan's process sees no device
 PATIENCE = 300.0  # seconds; the other ranks wait meanwhile
 
 
@@ -38,7 +43,8 @@ PATIENCE = 300.0  # seconds; the other ranks wait meanwhile
 class MemoryPlan:
     """Bytes of the rank that needs most, at the peak of a step.
 
-    `exchange` is what the attention of a layer has from other ranks; `temporary` what lives shorter than a layer.
+    `exchange` is what the attention of a layer has from other ranks; `temporary` what lives shorter than a layer; `walks` the
+    tables of the Triton kernels, those of all layers and what one launch makes of them.
     """
 
     model_parameters: int  # how many there are, over all ranks
@@ -48,6 +54,7 @@ class MemoryPlan:
     activations: int
     temporary: int
     exchange: int
+    walks: int
 
     @property
     def total(self) -> int:
@@ -117,7 +124,7 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig) -> MemoryPlan:
     if config.engine == "deepspeed":
         states = _zero_states(config, count)
     rest = found["TEMP"] + found["BUFFER"] + found["OTH"]
-    return MemoryPlan(count, *states, activations, rest, _from_others(config, hf_config))
+    return MemoryPlan(count, *states, activations, rest, _from_others(config, hf_config), _walks(config, hf_config))
 
 
 def _zero_states(config: RunConfig, count: int) -> tuple[int, int, int]:
@@ -133,10 +140,7 @@ def _zero_states(config: RunConfig, count: int) -> tuple[int, int, int]:
 def _from_others(config: RunConfig, hf_config: PretrainedConfig) -> int:
     """The most that the attention of any layer holds on any rank beyond its own rows."""
     text, ranks = hf_config.get_text_config(decoder=True), config.parallel.sp
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    heads, kv_heads, dim, dtype = _attention_sizes(config, text)
     most = 0
     for pattern in {pattern_of(text, layer) for layer in range(text.num_hidden_layers)}:
         made = plan(
@@ -146,6 +150,31 @@ def _from_others(config: RunConfig, hf_config: PretrainedConfig) -> int:
         )  # fmt: skip
         most = max(most, *(made.remote_bytes(rank) for rank in range(ranks)))
     return most
+
+
+def _walks(config: RunConfig, hf_config: PretrainedConfig) -> int:
+    """The static walks of all layers on the first rank, and a schedule: one is made here, the others are as large."""
+    text = hf_config.get_text_config(decoder=True)
+    _, kv_heads, dim, dtype = _attention_sizes(config, text)
+    if torch.version.cuda is None or config.attention.backend == "torch":
+        return 0
+    rows = Layout.even(config.data.seq_len, config.parallel.sp, config.attention.layout)
+    shard = Shard(rows.chunks(0), rows.seq_len, order_of(text))
+    patterns = [chains(pattern_of(text, layer), kv_heads) for layer in range(text.num_hidden_layers)]
+    different = {tuple(of): of for of in patterns}
+    tile = tiles_for("forward", HOPPER, dim, dtype)[0]
+    on_host = (torch.from_numpy(x) for x in (shard.rows(), shard.places()))
+    shift = pattern_of(text, 0).segment_shift
+    walk = plan_rows(next(iter(different.values())), shift, *on_host, block_outer=tile.block_outer)
+    return len(different) * walk.nbytes + walk.schedule_nbytes
+
+
+def _attention_sizes(config: RunConfig, text: PretrainedConfig) -> tuple[int, int, int, torch.dtype]:
+    """H, Hkv, D and the dtype of q."""
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads, kv_heads, dim, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
 class Planning:
