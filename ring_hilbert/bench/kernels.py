@@ -121,13 +121,15 @@ def report(records: list[Record], chosen: argparse.Namespace) -> None:
 
 
 def patterns(length: int) -> Iterator[tuple[str, rh.DilatedPattern]]:
-    """What is timed at every length: dense and five branches."""
+    """What is timed at every length: dense, five branches, and the ladder of the shipped 1B configuration."""
     if length <= 32768:
         yield "dense", DENSE
     yield (
         "five branches",
         rh.DilatedPattern(tuple(min(2048 << i, length) for i in range(5)), tuple(1 << i for i in range(5))),
     )
+    if length >= 65536:  # else its longer segments are one
+        yield "llama_1b_1m", rh.DilatedPattern((4096, 16384, 65536, 262144, None), (1, 4, 16, 64, 256))
 
 
 def _problems(chosen: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Problem, str]]:
