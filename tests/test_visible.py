@@ -90,8 +90,8 @@ PATTERN = rh.DilatedPattern((8, 32, None), (1, 2, 4))
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_other_documents_in_place(backend: str):
     """`refresh` gives what a fresh `prepare` gives, forward and backward."""
-    if backend == "triton":
-        pytest.importorskip("triton")
+    if backend == "triton" and (pytest.importorskip("triton") is None or torch.cuda.is_available()):
+        pytest.skip("of CPU tensors, which only the interpreter takes")
     generator = torch.Generator().manual_seed(0)
     x = [torch.randn(1, 64, 2, 16, generator=generator, requires_grad=True) for _ in range(3)]
     documents = [torch.arange(64) // length for length in (64, 10, 23)]
