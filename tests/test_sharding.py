@@ -206,3 +206,19 @@ def test_what_travels_is_counted_when_a_batch_is_prepared(backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     assert run_ranks(counted_ahead, 2, backend) == [(True, True), (True, True)]
+
+
+def _keys_in_another_order(rank: int, world: int) -> list[torch.Tensor]:
+    batch = {"input_ids": IDS, "document_ids": DOCUMENTS}
+    batch = {key: value.split((5, 8), dim=1)[rank] for key, value in batch.items()}
+    if rank:
+        batch = dict(reversed(batch.items()))
+    result = rh.shard_batch(batch, dist.group.WORLD, presharded=True)
+    return [result[key] for key in ("input_ids", "document_ids", "shift_labels")]
+
+
+def test_keys_may_stand_in_any_order_on_each_rank():
+    whole = rh.shard_batch({"input_ids": IDS, "document_ids": DOCUMENTS})
+    ranks = run_ranks(_keys_in_another_order, 2)
+    for i, key in enumerate(("input_ids", "document_ids", "shift_labels")):
+        assert torch.equal(torch.cat([rank[i] for rank in ranks], dim=1), whole[key])

@@ -113,3 +113,12 @@ def test_other_documents_in_place(backend: str):
     ):
         with pytest.raises(ValueError, match=r"refresh\(\)"):
             changing.refresh(**wrong)
+
+
+def test_refresh_between_forward_and_backward_is_an_error():
+    x = torch.randn(1, 64, 2, 16, requires_grad=True)
+    prepared = rh.prepare(64, document_ids=torch.zeros(64, dtype=torch.int64))
+    out = rh.dilated_attention(x, x, x, PATTERN, prepared=prepared)
+    prepared.refresh(document_ids=torch.arange(64) // 9)
+    with pytest.raises(RuntimeError, match="between forward and backward"):
+        out.sum().backward()

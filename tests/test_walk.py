@@ -301,6 +301,12 @@ def test_tiles_lie_in_one_segment_where_that_is_cheap(length: int, segments: boo
     assert plan_rows(chains(pattern, 1), 0, torch.arange(16 * 1024), block_outer=64).segments == segments
 
 
+@pytest.mark.parametrize("length", [2**20, 2**31, 2**32 + 5])
+def test_segments_longer_than_32_bits(length: int):
+    """Of which one ends within the rows at hand."""
+    check(Case(DilatedPattern((length, None), (1, 1), segment_shift=-10), 20, kv_heads=1), (8, 4))
+
+
 def test_nothing_is_taken_for_nested_that_is_not():
     def number(branches: list[tuple[int | None, int]], **options: int | str) -> int:
         return len(chains(DilatedPattern(*zip(*branches, strict=True), **options), 2))

@@ -7,8 +7,11 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 import ring_hilbert as rh
+from ring_hilbert.parallel.remote import payload
+from ring_hilbert.parallel.travel import Candidates
 
 
 def multiplicity(
@@ -68,7 +71,10 @@ def needed(plan: rh.Plan) -> np.ndarray:
     """The share of kv heads for which each rank reads each row from another rank: float64 `[P, S]` (reader, row)."""
     world = range(plan.layout.world_size)
     share = np.zeros((len(world), plan.layout.seq_len))
-    for reader, owner in ((reader, owner) for reader in world for owner in world):
-        for block in plan.crossings.shipment(reader, owner):
-            share[reader, block.rows] += plan.shapes.batch_size
+    for reader in world:
+        candidates = Candidates(plan.crossings, reader, plan.crossings.shipments(reader))
+        _, rows, _ = payload(candidates.blocks, plan.shapes.batch_size)
+        if len(rows) and not plan.all_travel:
+            rows = rows[candidates.travel(plan.visible.on(torch.device("cpu"))).numpy()]
+        np.add.at(share[reader], rows, 1)
     return share / (plan.shapes.num_kv_heads * plan.shapes.batch_size)

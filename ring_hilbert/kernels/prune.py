@@ -212,55 +212,56 @@ def prune_kernel(
             a = tl.where(part == 0, start, tl.where(part == 1, hole_stop, hole))
             b = tl.where(part == 0, hole, tl.where(part == 1, stop, tl.where(hole_straddles, hole_stop, hole)))
             compares = straddles | (part == 2)
-            blocks = tl.where(b > a, (b - a + BLOCK_N - 1) // BLOCK_N, 0)
-            first, last, first_full, last_full = blocks, 0, blocks, blocks  # `last` ones are the ends
-            for group in range(0, blocks, GROUP):
-                i = group + tl.arange(0, GROUP)
-                there = i < blocks
-                begin = a + i * BLOCK_N
-                end = tl.minimum(begin + BLOCK_N, b)
-                chunk = (begin // CHUNK)[:, None] + tl.arange(0, SPAN)[None, :]
-                inside = there[:, None] & (chunk <= ((end - 1) // CHUNK)[:, None])
-                their = extremes + (chunk_at + chunk) * EXTREMES
-                least = tl.min(tl.load(their + LEAST, mask=inside, other=NOWHERE), 1)
-                most = tl.max(tl.load(their + MOST, mask=inside, other=0), 1)
-                seen = there & (least <= own_most) & (most >= own_least)
-                if TRANSPOSED:  # they are queries
-                    all_least = tl.max(tl.load(their + LEAST_ALL, mask=inside, other=0), 1)
-                    all_most = tl.min(tl.load(their + MOST_ALL, mask=inside, other=NOWHERE), 1)
-                    whole = (all_least <= own_all_least) & (all_most >= own_all_most)
-                else:
-                    all_least = tl.min(tl.load(their + LEAST_ALL, mask=inside, other=NOWHERE), 1)
-                    all_most = tl.max(tl.load(their + MOST_ALL, mask=inside, other=0), 1)
-                    whole = (all_least >= own_all_least) & (all_most <= own_all_most)
-                whole = whole & seen & (begin + BLOCK_N <= b) & (compares == 0)
-                first = tl.minimum(first, tl.min(tl.where(seen, i, blocks), 0))
-                last = tl.maximum(last, tl.max(tl.where(seen, i + 1, 0), 0))
-                first_full = tl.minimum(first_full, tl.min(tl.where(whole, i, blocks), 0))
-                last_full = tl.minimum(
-                    last_full, tl.min(tl.where(there & (whole == 0) & (i > first_full), i, blocks), 0)
-                )
-            none = first_full >= last  # without a mask
-            first_full = tl.where(none, last, first_full)
-            last_full = tl.where(none, last, tl.minimum(last_full, last))
-            if first < first_full:
-                size = tl.minimum(first_full * BLOCK_N, b - a) - first * BLOCK_N
-                put_run(masked_from + masked_cells, base + (a + first * BLOCK_N) * step, step, size, times,
-                        tl.where(compares, segment, NOWHERE), tl.where(compares, ahead, 0),
-                        tl.where(compares, left_out, 0), tl.where(compares, left_out_ahead, 0), SEGMENTS)  # fmt: skip
-                masked_cells += WIDTH
-                masked_steps += first_full - first
-            if first_full < last_full:
-                put_run(full_to, base + (a + first_full * BLOCK_N) * step, step, (last_full - first_full) * BLOCK_N, times,
-                        NOWHERE, 0, 0, 0, SEGMENTS)  # fmt: skip
-                full_to += WIDTH
-                full_steps += last_full - first_full
-            if last_full < last:
-                size = tl.minimum(last * BLOCK_N, b - a) - last_full * BLOCK_N
-                put_run(masked_from + masked_cells, base + (a + last_full * BLOCK_N) * step, step, size, times,
-                        NOWHERE, 0, 0, 0, SEGMENTS)  # fmt: skip
-                masked_cells += WIDTH
-                masked_steps += last - last_full
+            if b > a:
+                blocks = (b - a + BLOCK_N - 1) // BLOCK_N
+                first, last, first_full, last_full = blocks, 0, blocks, blocks  # `last` ones are the ends
+                for group in range(0, blocks, GROUP):
+                    i = group + tl.arange(0, GROUP)
+                    there = i < blocks
+                    begin = a + i * BLOCK_N
+                    end = tl.minimum(begin + BLOCK_N, b)
+                    chunk = (begin // CHUNK)[:, None] + tl.arange(0, SPAN)[None, :]
+                    inside = there[:, None] & (chunk <= ((end - 1) // CHUNK)[:, None])
+                    their = extremes + (chunk_at + chunk) * EXTREMES
+                    least = tl.min(tl.load(their + LEAST, mask=inside, other=NOWHERE), 1)
+                    most = tl.max(tl.load(their + MOST, mask=inside, other=0), 1)
+                    seen = there & (least <= own_most) & (most >= own_least)
+                    if TRANSPOSED:  # they are queries
+                        all_least = tl.max(tl.load(their + LEAST_ALL, mask=inside, other=0), 1)
+                        all_most = tl.min(tl.load(their + MOST_ALL, mask=inside, other=NOWHERE), 1)
+                        whole = (all_least <= own_all_least) & (all_most >= own_all_most)
+                    else:
+                        all_least = tl.min(tl.load(their + LEAST_ALL, mask=inside, other=NOWHERE), 1)
+                        all_most = tl.max(tl.load(their + MOST_ALL, mask=inside, other=0), 1)
+                        whole = (all_least >= own_all_least) & (all_most <= own_all_most)
+                    whole = whole & seen & (begin + BLOCK_N <= b) & (compares == 0)
+                    first = tl.minimum(first, tl.min(tl.where(seen, i, blocks), 0))
+                    last = tl.maximum(last, tl.max(tl.where(seen, i + 1, 0), 0))
+                    first_full = tl.minimum(first_full, tl.min(tl.where(whole, i, blocks), 0))
+                    last_full = tl.minimum(
+                        last_full, tl.min(tl.where(there & (whole == 0) & (i > first_full), i, blocks), 0)
+                    )
+                none = first_full >= last  # without a mask
+                first_full = tl.where(none, last, first_full)
+                last_full = tl.where(none, last, tl.minimum(last_full, last))
+                if first < first_full:
+                    size = tl.minimum(first_full * BLOCK_N, b - a) - first * BLOCK_N
+                    put_run(masked_from + masked_cells, base + (a + first * BLOCK_N) * step, step, size, times,
+                            tl.where(compares, segment, NOWHERE), tl.where(compares, ahead, 0),
+                            tl.where(compares, left_out, 0), tl.where(compares, left_out_ahead, 0), SEGMENTS)  # fmt: skip
+                    masked_cells += WIDTH
+                    masked_steps += first_full - first
+                if first_full < last_full:
+                    put_run(full_to, base + (a + first_full * BLOCK_N) * step, step, (last_full - first_full) * BLOCK_N, times,
+                            NOWHERE, 0, 0, 0, SEGMENTS)  # fmt: skip
+                    full_to += WIDTH
+                    full_steps += last_full - first_full
+                if last_full < last:
+                    size = tl.minimum(last * BLOCK_N, b - a) - last_full * BLOCK_N
+                    put_run(masked_from + masked_cells, base + (a + last_full * BLOCK_N) * step, step, size, times,
+                            NOWHERE, 0, 0, 0, SEGMENTS)  # fmt: skip
+                    masked_cells += WIDTH
+                    masked_steps += last - last_full
 
     # Behind the last run there is one of the first row that does not end: a loop looks one run ahead.
     put_run(masked_from + masked_cells, 0, 0, NOWHERE, 1, NOWHERE, 0, 0, 0, SEGMENTS)

@@ -13,6 +13,7 @@ from ring_hilbert.kernels import tables
 from ring_hilbert.kernels.tables import CHUNK, ENDLESS, LIST_WIDTH, SPARE, TILE_SEGMENTS, VISIT_WIDTH, Walk
 from ring_hilbert.kernels.tiles import Tile
 from ring_hilbert.ops.core import RemoteVisit, Shard
+from ring_hilbert.ops.walk import sent
 
 Pairs = tuple[np.ndarray, np.ndarray]  # some outer rows, and the inner rows that all of them visit
 
@@ -71,19 +72,17 @@ def plan_lists(
     edges = np.zeros((len(flat), widest, 2), np.int64)
     edges[:, :, 1] = lists[:, :, tables.LIST_COUNT]
 
-    def sent(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device)
-
     def joined(parts: list[np.ndarray]) -> Tensor:
-        return sent(np.concatenate([*parts, np.zeros(SPARE, np.int64)]))
+        return sent(np.concatenate([*parts, np.zeros(SPARE, np.int64)]), device)
 
     padded = np.stack([np.pad(x, ((0, longest - len(x)), (0, 0))) for x in made])
     table_of = np.arange(len(flat)).reshape(len(visits), heads)
+    entries = np.repeat(np.arange(len(visits)), heads)
     return Walk(
-        sent(table_of), sent(np.repeat(np.arange(len(visits)), heads)), sent(padded),
-        sent(np.array(shown, np.int64).reshape(-1, VISIT_WIDTH)), sent(lists), sent(edges), sent(np.array([[0, ENDLESS, 0]])),
-        joined(outer), joined(inner), runs, chunk, int(chunks.sum(1).max()), int(lists[:, :, tables.LIST_COUNT].max()), False, True,
-        block_outer,
+        sent(table_of, device), sent(entries, device), sent(padded, device),
+        sent(np.array(shown, np.int64).reshape(-1, VISIT_WIDTH), device), sent(lists, device), sent(edges, device),
+        sent(np.array([[0, ENDLESS, 0]]), device), joined(outer), joined(inner), runs, chunk, int(chunks.sum(1).max()),
+        int(lists[:, :, tables.LIST_COUNT].max()), False, True, block_outer,
     )  # fmt: skip
 
 

@@ -120,6 +120,7 @@ class Visible:
         self.has_documents, self._has_positions = documents is not None, positions is not None
         positions = positions if causal else None
         self._given: Intervals | None = None
+        self.refreshed = 0  # how often `refresh` gave it other contents
         self._host: tuple[np.ndarray, ...] | None = None
         self._on: dict[torch.device, Intervals] = {}
         if positions is not None or documents is not None:
@@ -131,7 +132,8 @@ class Visible:
         place = None if self.order is None else self.places(given.device)
         if positions is None and self.causal:
             positions = place
-        return intervals(positions, documents, self.causal, place)
+        with torch.inference_mode(False):  # or they could not be refreshed outside of it
+            return intervals(positions, documents, self.causal, place)
 
     def refresh(self, positions: Tensor | None, documents: Tensor | None) -> None:
         """Take other positions and documents of the same shapes, in place: no host reads anything, so it may be captured.
@@ -151,6 +153,7 @@ class Visible:
                 for old, new in zip(held, made, strict=True):
                     old.copy_(new)
         self._host = None
+        self.refreshed += 1
 
     @property
     def default(self) -> bool:

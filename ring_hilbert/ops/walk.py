@@ -37,8 +37,14 @@ class _Level:
     segment: Tensor  # of every row, int64 [L]
 
     def bounds(self, first: int) -> tuple[int, int]:
-        """The segment length, and what to add to a row of the tensor before it is divided by it."""
-        return (ENDLESS, 0) if self.length is None or self.number == 1 else (self.length, first % self.length)
+        """The segment length, and what to add to a row of the tensor before it is divided by it.
+
+        Of two segments the length does not matter, and may be more than 32 bits hold: only where the second begins.
+        """
+        if self.length is None or self.number == 1:
+            return ENDLESS, 0
+        size, within = len(self.segment), first % self.length
+        return (size, size - (self.length - within)) if self.number == 2 else (self.length, within)
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class _RowWalk:
         )  # fmt: skip
 
     def _sent(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int32)).to(self.device)
+        return sent(array, self.device)
 
     # ---- which lists the tiles of a kind visit
 
@@ -348,6 +354,14 @@ class _RowWalk:
                 places = np.clip(-(-(starts - first[:, None]) // rate), 0, records[:, tables.LIST_COUNT, None])
                 edges[:, column : column + level.number + 1] = self._sent(places)
             column += level.number + 1
+
+
+def sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """A table on a device, int32."""
+    assert not array.size or (array.max() <= ENDLESS and array.min() >= -ENDLESS - 1), (
+        "a table holds numbers of 32 bits"
+    )
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
 
 
 def _progressions(chain: Chain) -> bool:

@@ -243,10 +243,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(*tensors, handle)
     # What hooks on saved tensors make of the handle need not keep the batch alive. A tensor that is being traced has none.
     ctx.prepared = getattr(handle, "held", None)
+    ctx.refreshed = None if ctx.prepared is None else ctx.prepared.visible.refreshed
 
 
 def _gradients(ctx: Any, dout: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     *saved, handle = ctx.saved_tensors
+    if ctx.prepared is not None and ctx.prepared.visible.refreshed != ctx.refreshed:
+        raise RuntimeError(
+            "refresh() was called between forward and backward, which would see other documents and positions"
+        )
     gradients = _backward(dout, saved, handle, ctx.kv_heads, *ctx.call)
     return *gradients, *[None] * (1 + len(ctx.call))
 

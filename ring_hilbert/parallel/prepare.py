@@ -26,11 +26,12 @@ from ring_hilbert.parallel.ulysses import Ulysses
 from ring_hilbert.parallel.wire import all_rows
 
 KEPT_CALLS = 512  # whose rows that travel are counted as soon as a batch is prepared
+FORGOTTEN_AFTER = 4  # batches prepared for a call without one
 
 log = logging.getLogger(__name__)
 
 _chosen: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
-_calls: weakref.WeakKeyDictionary[dist.ProcessGroup, OrderedDict[_Call, None]] = weakref.WeakKeyDictionary()
+_calls: weakref.WeakKeyDictionary[dist.ProcessGroup, OrderedDict[_Call, int]] = weakref.WeakKeyDictionary()
 
 
 class _Call(NamedTuple):
@@ -118,8 +119,9 @@ class Prepared:
         return self.visible.causal
 
     def plan(self, pattern: DilatedPattern, shapes: Shapes) -> Plan:
-        """The plan of `pattern` on this batch: the very object that is executed."""
-        return self.execution(pattern, shapes, torch.device("cpu")).plan
+        """The plan of `pattern` on this batch, as it is executed on a CPU."""
+        strategy = self.strategy_for(pattern, shapes)
+        return self._plan(_Key(pattern, shapes, torch.device("cpu"), "torch", strategy))
 
     def strategy_for(self, pattern: DilatedPattern, shapes: Shapes, *, whole_heads: bool = False) -> str:
         """The strategy of a call; an "auto" one is chosen once per group, from what its ranks know alike, and logged.
@@ -167,7 +169,7 @@ class Prepared:
             return Ulysses(plan, self.rank, self.group, key.device, key.backend)
         if self.group is not None and plan.crossings.communicates and not plan.all_travel:
             calls = _calls.setdefault(self.group, OrderedDict())
-            calls[_Call(self.layout, key)] = None
+            calls[_Call(self.layout, key)] = 0
             calls.move_to_end(_Call(self.layout, key))
             while len(calls) > KEPT_CALLS:
                 calls.popitem(last=False)
@@ -178,13 +180,17 @@ class Prepared:
 
         The one read of the device: it also brings the values of `also`, integers of any shape, as lists.
         """
-        known = () if self.group is None or self.visible.default else list(_calls.get(self.group, ()))
-        for layout, key in known:
+        calls = OrderedDict[_Call, int]() if self.group is None else _calls.setdefault(self.group, OrderedDict())
+        for call in list(calls):
+            layout, key = call
             entries = self.visible.batch_size
             fits = key.shapes.batch_size == batch if batch else entries in (1, key.shapes.batch_size)
             if layout == self.layout and fits:
                 plan = self._plan(key)
-                if not plan.all_travel:
+                calls[call] += 1
+                if calls[call] > FORGOTTEN_AFTER:
+                    del calls[call]
+                elif not plan.all_travel:
                     self._travels[key] = travels_of(plan, self.rank, key.device)
         travels = [travel for found in self._travels.values() for travel in found]
         return read_counts([shipment for travel in travels for shipment in (travel.received, travel.sent)], also)

@@ -159,7 +159,8 @@ def _checked(batch: Mapping[str, Any], presharded: bool) -> dict[str, Tensor]:
     if "input_ids" not in batch:
         raise ValueError(f"batch needs 'input_ids' [B, S], got keys {sorted(batch)}")
     tensors = dict[str, Tensor]()
-    for key, value in batch.items():
+    for key in KEYS:  # in one order on all ranks, whatever that of their dictionaries
+        value = batch.get(key)
         if value is None:
             continue
         if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
@@ -236,7 +237,8 @@ def _check_positions(positions: np.ndarray, documents: np.ndarray) -> None:
 
 def _one_document(documents: Tensor) -> bool:
     """Whether all tokens of a batch are one document, and none is padding."""
-    return bool((documents == documents[:1, :1]).all()) and int(documents[0, 0]) != PADDING
+    first = documents[0, 0]
+    return bool(first == documents[-1, -1] != PADDING) and bool((documents == first).all())
 
 
 def _per_document(labels: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
