@@ -238,13 +238,13 @@ def executed(
 
 
 @pytest.mark.parametrize(("causal", "block", "bound"), [(False, 16, 0.77), (True, 16, 0.93), (True, 8, 0.85)])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("transposed", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_executed_tiles(causal: bool, block: int, bound: float, transposed: bool):
     """Five branches over 32768 rows, tiles of 128 and 64: what deduplication saves and tiles of equal coverage waste."""
     assert executed(LADDER, 32768 // SCALE, causal, block, transposed) <= bound
 
 
-@pytest.mark.parametrize("block", [32, 256])
+@pytest.mark.parametrize("block", [32, pytest.param(256, marks=pytest.mark.full)])
 def test_curve_order_executes_hardly_more(block: int):
     """Causal by token, in Hilbert order within blocks: rows are taken by place, so that masks stay as narrow as in raster."""
     order = rh.TokenOrder("hilbert", block=block)
