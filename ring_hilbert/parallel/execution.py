@@ -47,7 +47,7 @@ class Execution:
         travels: Sequence[HopTravel] | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.shard = plan, Shard(plan.layout.chunks(rank), plan.layout.seq_len, plan.visible.order)
-        self.hops = plan.hops(rank)
+        self.rank, self.hops = rank, plan.hops(rank)
         if travels is None:
             travels = travels_of(plan, rank, device)
             read_counts([shipment for travel in travels for shipment in (travel.received, travel.sent)])
@@ -58,11 +58,6 @@ class Execution:
         incoming = [travel.incoming() for travel in travels]
         make = self._triton_core if backend == "triton" else self._torch_core
         self.core: Core = make(rank, device, incoming)
-
-    def _own(self, values: Tensor) -> Tensor:
-        """Of `values [1 or B, S]` of the sequence those of the rows at hand."""
-        parts = [values[:, chunk.start : chunk.stop] for chunk in self.shard.chunks]
-        return parts[0] if len(parts) == 1 else torch.cat([values[:, :0], *parts], dim=1)
 
     def _torch_core(self, rank: int, device: torch.device, incoming: Sequence[Incoming]) -> Core:
         plan, own = self.plan, None
@@ -77,7 +72,7 @@ class Execution:
         from ring_hilbert.ops.triton_core import TritonCore
 
         plan, shapes = self.plan, self.plan.shapes
-        own = Intervals(*(self._own(x) for x in plan.visible.on(device)))
+        own = Intervals(*(plan.layout.cut(rank, x) for x in plan.visible.on(device)))
         remote = remote_walks(plan.crossings, rank, plan.strategy == "ring", self.shard, device) if self.hops else None
         return TritonCore(
             plan.pattern, shapes.num_kv_heads, self.shard, own, shapes.head_dim, shapes.dtype, device, remote, incoming
@@ -88,7 +83,7 @@ class Execution:
         visible = self.plan.visible
         if not visible.has_documents:
             return tensors
-        padding = self._own(visible.on(tensors[0].device).key) == HIDDEN
+        padding = self.plan.layout.cut(self.rank, visible.on(tensors[0].device).key) == HIDDEN
         return tuple(x.masked_fill(padding[:, :, None, None], 0.0) for x in tensors)
 
     def forward(

@@ -87,6 +87,11 @@ class Layout:
         runs = [np.arange(chunk.start, chunk.stop) for chunk in self.chunks(rank)]
         return np.concatenate(runs) if runs else np.empty(0, np.int64)
 
+    def cut(self, rank: int, whole: Tensor) -> Tensor:
+        """Of the whole sequence `[B, S]` the rows of `rank`, `[B, L_rank]`: a view where they are one run."""
+        parts = [whole[:, chunk.start : chunk.stop] for chunk in self.chunks(rank)]
+        return parts[0] if len(parts) == 1 else torch.cat([whole[:, :0], *parts], dim=1)
+
     def assemble(self, pieces: Sequence[Tensor]) -> Tensor:
         """The whole sequence `[..., S]` from every rank's `[..., L_p]`."""
         parts = list[tuple[int, Tensor]]()

@@ -146,9 +146,9 @@ def _prepare(
         if by_row.device.type == "cpu":  # what all entries share is computed once
             by_row, tokens = _shared(by_row), _shared(tokens)
         visible = Visible(layout.seq_len, causal, order=order, positions=tokens, documents=by_row, natural=True)
-    mine = [tokens[:, chunk.start : chunk.stop] for chunk in layout.chunks(rank)]
-    rows = torch.cat([tokens[:, :0], *mine], dim=1)
-    return Prepared(layout, rank, group, visible, rows=rows, strategy=strategy, save_remote=save_remote)
+    return Prepared(
+        layout, rank, group, visible, rows=layout.cut(rank, tokens), strategy=strategy, save_remote=save_remote
+    )
 
 
 def _checked(batch: Mapping[str, Any], presharded: bool) -> dict[str, Tensor]:
