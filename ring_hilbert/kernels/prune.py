@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning: which blocks of a walk a batch needs, decided on the device by least and largest keys, in a fixed order.
 
-A block of which no pair is visible is not visited, one of which every pair is needs no mask. What is visited of a span is the
-blocks from the first to the last that has something to see, in up to three runs: with a mask, without, with. So a schedule has
-room for everything whatever the batch, and the host learns nothing of it. Imports Triton.
+A block of which no pair is visible is not visited, one of which every pair is needs no mask. What is visited of a span is a run
+of blocks without a mask, and what lies before and behind it with one. There every pair is looked at, and what sees nothing is
+left out too, as long as a tile has room for runs (`GAPS`). So a schedule has room for everything whatever the batch, and the host
+learns nothing of it. Imports Triton.
 """
 
 import torch
@@ -12,10 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ring_hilbert.kernels import tables
+from ring_hilbert.kernels.steps import row_interval, row_key, sees, segment_of
 from ring_hilbert.kernels.tables import RUN_WIDTH, Schedule, Walk
 
 GROUP = 64  # blocks, or chunks, that a program looks at together
 NOWHERE = tl.constexpr(tables.ENDLESS)
+SPLITS = tl.constexpr(tables.GAPS)
 COPIED = tl.constexpr(128)  # cells of runs that are moved at once
 
 PLACE, COUNT = tl.constexpr(tables.TILE_PLACE), tl.constexpr(tables.TILE_COUNT)
@@ -62,17 +65,17 @@ def prune(
     runs = torch.empty((number, walk.runs, RUN_WIDTH), dtype=torch.int32, device=device)
     strides = tuple(x.stride(0) if len(x) > 1 else 0 for x in (low, high, key))
     facts = (low, high, key, strides[0], strides[2], walk.entries, walk.tiles.shape[0])
-    sizes = {"CHUNK": walk.chunk, "TRANSPOSED": transposed, "GROUP": GROUP, "num_warps": 4}
+    sizes = {"CHUNK": walk.chunk, "TRANSPOSED": transposed, "GROUP": GROUP, "num_warps": 1}
     if number and walk.longest:
         chunks_kernel[(triton.cdiv(walk.longest, walk.chunk * GROUP), lists, number)](
             walk.lists, walk.inner, extremes, *facts, lists, walk.chunks, INDEXED=walk.indexed, **sizes
         )
     if number and tiles:
         prune_kernel[(tiles, number)](
-            walk.tiles, walk.visits, walk.lists, walk.edges, walk.levels, walk.outer, extremes, steps, runs, *facts,
+            walk.tiles, walk.visits, walk.lists, walk.edges, walk.levels, walk.outer, walk.inner, extremes, steps, runs, *facts,
             lists, walk.chunks, walk.runs, walk.edges.shape[2], walk.tiles.shape[2],
             BLOCK_M=walk.block_outer, BLOCK_N=block_inner, SEGMENTS=walk.segments,
-            SPAN=triton.next_power_of_2(block_inner // walk.chunk + 1), **sizes,
+            INDEXED=walk.indexed, SPAN=triton.next_power_of_2(block_inner // walk.chunk + 1), **sizes,
         )  # fmt: skip
     order = steps.sum(2, dtype=torch.int32).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     outer, inner = (walk.outer, walk.inner) if rows is None else rows
@@ -149,12 +152,21 @@ def put_run(to, first, step, count, times, segment, ahead, hole, hole_ahead, SEG
         tl.store(to + RUN_HOLE_AHEAD, hole_ahead)
 
 
+@triton.jit
+def same_segment(outer, inner, length, ahead, TRANSPOSED: tl.constexpr):
+    """Which pairs lie in one segment: bool, queries by keys."""
+    mine, theirs = segment_of(outer, ahead, length), segment_of(inner, ahead, length)
+    if TRANSPOSED:
+        mine, theirs = theirs, mine
+    return mine[:, None] == theirs[None, :]
+
+
 @triton.jit(do_not_specialize=VARIES)
 def prune_kernel(
-    tiles, visits, lists, edges, levels, outer, extremes, steps, runs,
+    tiles, visits, lists, edges, levels, outer, inner, extremes, steps, runs,
     low, high, key, low_stride, key_stride, entries, num_tables,
     num_lists, num_chunks, num_runs, num_edges, tile_width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr, INDEXED: tl.constexpr, SPAN: tl.constexpr,
     CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, tables of the batch): the runs of every tile, and how many blocks they are."""
@@ -173,12 +185,16 @@ def prune_kernel(
     own_least, own_most, own_all_least, own_all_most = extremes_of(
         low, high, key, low_stride, key_stride, entry, rows, within < count, TRANSPOSED, 0
     )
+    if TRANSPOSED:
+        own_key = row_key(key, entry, key_stride, rows, within < count)
+    else:
+        own_interval = row_interval(low, high, entry, low_stride, rows, within < count)
     extremes += number.to(tl.int64) * num_chunks * EXTREMES
     runs += number.to(tl.int64) * num_runs * WIDTH
     full_to = runs + tl.load(tile + RUN) * WIDTH
     masked_from = full_to + tl.load(tile + ROOM) * WIDTH
     masked_cells = 0
-    full_steps, masked_steps = 0, 0
+    full_steps, masked_steps, gaps = 0, 0, 0
     first_visit = tl.load(tile + VISIT)
 
     for at in range(first_visit, first_visit + tl.load(tile + VISITS)):
@@ -194,7 +210,7 @@ def prune_kernel(
         start, stop = tl.load(level_edge + first_segment), tl.load(level_edge + last_segment + 1)
         straddles = first_segment != last_segment
         hole, hole_stop, hole_straddles = stop, stop, first_segment != first_segment
-        segment, ahead, left_out, left_out_ahead = NOWHERE, 0, 0, 0
+        segment, ahead, hole_length, hole_ahead = NOWHERE, 0, 0, 0
         if SEGMENTS:
             segment = tl.load(levels + level * LEVEL_WIDTH + LENGTH)
             ahead = tl.load(levels + level * LEVEL_WIDTH + AHEAD)
@@ -205,13 +221,15 @@ def prune_kernel(
             hole, hole_stop = tl.load(level_edge + first_hole), tl.load(level_edge + last_hole + 1)
             hole_straddles = first_hole != last_hole
             if SEGMENTS:
-                left_out = tl.load(levels + hole_level * LEVEL_WIDTH + LENGTH)
-                left_out_ahead = tl.load(levels + hole_level * LEVEL_WIDTH + AHEAD)
+                hole_length = tl.load(levels + hole_level * LEVEL_WIDTH + LENGTH)
+                hole_ahead = tl.load(levels + hole_level * LEVEL_WIDTH + AHEAD)
 
         for part in range(3 if SEGMENTS else 2):  # before the hole, behind it, and within it
             a = tl.where(part == 0, start, tl.where(part == 1, hole_stop, hole))
             b = tl.where(part == 0, hole, tl.where(part == 1, stop, tl.where(hole_straddles, hole_stop, hole)))
             compares = straddles | (part == 2)
+            length, move = tl.where(compares, segment, NOWHERE), tl.where(compares, ahead, 0)
+            left_out, left_out_move = tl.where(compares, hole_length, 0), tl.where(compares, hole_ahead, 0)
             if b > a:
                 blocks = (b - a + BLOCK_N - 1) // BLOCK_N
                 first, last, first_full, last_full = blocks, 0, blocks, blocks  # `last` ones are the ends
@@ -244,24 +262,44 @@ def prune_kernel(
                 none = first_full >= last  # without a mask
                 first_full = tl.where(none, last, first_full)
                 last_full = tl.where(none, last, tl.minimum(last_full, last))
-                if first < first_full:
-                    size = tl.minimum(first_full * BLOCK_N, b - a) - first * BLOCK_N
-                    put_run(masked_from + masked_cells, base + (a + first * BLOCK_N) * step, step, size, times,
-                            tl.where(compares, segment, NOWHERE), tl.where(compares, ahead, 0),
-                            tl.where(compares, left_out, 0), tl.where(compares, left_out_ahead, 0), SEGMENTS)  # fmt: skip
-                    masked_cells += WIDTH
-                    masked_steps += first_full - first
                 if first_full < last_full:
                     put_run(full_to, base + (a + first_full * BLOCK_N) * step, step, (last_full - first_full) * BLOCK_N, times,
                             NOWHERE, 0, 0, 0, SEGMENTS)  # fmt: skip
                     full_to += WIDTH
                     full_steps += last_full - first_full
-                if last_full < last:
-                    size = tl.minimum(last * BLOCK_N, b - a) - last_full * BLOCK_N
-                    put_run(masked_from + masked_cells, base + (a + last_full * BLOCK_N) * step, step, size, times,
-                            NOWHERE, 0, 0, 0, SEGMENTS)  # fmt: skip
-                    masked_cells += WIDTH
-                    masked_steps += last - last_full
+                for side in range(2):  # before what needs no mask, and behind it
+                    i = tl.where(side == 0, first, last_full)
+                    end = tl.where(side == 0, first_full, last)
+                    run, run_stop = i, i
+                    end = tl.where(i < end, end, -1)
+                    while i <= end:
+                        places = (a + i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int32)
+                        there = places < tl.where(i < end, b, a)
+                        theirs = base + places * step
+                        if INDEXED:
+                            theirs = tl.load(inner + theirs, mask=there, other=0)
+                        if TRANSPOSED:
+                            interval, keys = row_interval(low, high, entry, low_stride, theirs, there), own_key
+                        else:
+                            interval, keys = own_interval, row_key(key, entry, key_stride, theirs, there)
+                        visible = sees(interval, keys) & (keys > 0)[None, :]  # no key is 0, nor any interval [0, 0]
+                        if SEGMENTS:
+                            visible &= same_segment(rows, theirs, length, move, TRANSPOSED)
+                            inside = same_segment(rows, theirs, tl.maximum(left_out, 1), left_out_move, TRANSPOSED)
+                            visible &= (left_out == 0) | (inside == 0)
+                        some = tl.max(visible.to(tl.int32)) > 0
+                        # A run ends at what sees nothing, once something follows or nothing can.
+                        if (run < run_stop) & ((i == end) | (some & (run_stop < i) & (gaps < SPLITS))):
+                            size = tl.minimum(run_stop * BLOCK_N, b - a) - run * BLOCK_N
+                            put_run(masked_from + masked_cells, base + (a + run * BLOCK_N) * step, step, size, times,
+                                    length, move, left_out, left_out_move, SEGMENTS)  # fmt: skip
+                            masked_cells += WIDTH
+                            masked_steps += run_stop - run
+                            gaps += (i < end).to(tl.int32)
+                            run = run_stop
+                        run = tl.where(some & (run == run_stop), i, run)
+                        run_stop = tl.where(some, i + 1, run_stop)
+                        i += 1
 
     # Behind the last run there is one of the first row that does not end: a loop looks one run ahead.
     put_run(masked_from + masked_cells, 0, 0, NOWHERE, 1, NOWHERE, 0, 0, 0, SEGMENTS)

@@ -13,12 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+import torch
 from torch import Tensor
 
 ENDLESS: Final = 2**31 - 1  # the length of a segment that holds every row
 CHUNK: Final = 16
 EXTREMES: Final = 4  # numbers that a schedule is made from, of every chunk
 SPARE: Final = 256  # rows behind the last of a list, which a step may look at
+GAPS: Final = 16  # runs that a tile may have more because blocks between its first and its last of a span see nothing
 
 # A tile: its first place in `Walk.outer` and its rows (0: no tile); its kind's visits; its first run in a schedule, and how many
 # of its runs may have no mask; then, for every level, the first and the last segment that its rows lie in.
@@ -124,3 +127,11 @@ class Schedule:
         entries = len(self.steps) // len(self.walk.tiles)
         of_table = self.steps.sum((1, 2)).view(entries, -1)
         return int(of_table[:, tables.flatten()].sum())
+
+
+def sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """A table on a device, int32."""
+    assert not array.size or (array.max() <= ENDLESS and array.min() >= -ENDLESS - 1), (
+        "a table holds numbers of 32 bits"
+    )
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)

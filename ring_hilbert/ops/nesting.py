@@ -9,6 +9,7 @@ met once, in the innermost of them, where it counts `min(c, d) - j + 1` times fo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ class Chain:
     def unbroken(self) -> bool:
         """Whether the rows of every branch go on at their rate from one segment into the next."""
         return all(w is None or w % r == 0 for w, r in self.branches)
+
+    def progressions(self, most: int) -> bool:
+        """Whether the rows of every depth are at most so many arithmetic progressions."""
+        steps = [b // a for (_, a), (_, b) in itertools.pairwise(self.branches)]
+        return self.unbroken and all(step <= most + 1 for step in steps)
 
 
 def chains(pattern: DilatedPattern, num_kv_heads: int) -> list[Chain]:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ring_hilbert.kernels import tables
-from ring_hilbert.kernels.tables import CHUNK, ENDLESS, LIST_WIDTH, SPARE, TILE_SEGMENTS, VISIT_WIDTH, Walk
+from ring_hilbert.kernels.tables import CHUNK, ENDLESS, GAPS, LIST_WIDTH, SPARE, TILE_SEGMENTS, VISIT_WIDTH, Walk, sent
 from ring_hilbert.kernels.tiles import Tile
 from ring_hilbert.ops.core import RemoteVisit, Shard
-from ring_hilbert.ops.walk import sent
 
 Pairs = tuple[np.ndarray, np.ndarray]  # some outer rows, and the inner rows that all of them visit
 
@@ -62,7 +61,7 @@ def plan_lists(
             begin, end = np.searchsorted(kind, [number, number + 1])
             for at in range(begin, end, block_outer):
                 tiles.append([num_outer + at, min(block_outer, end - at), first, len(chosen), used, len(chosen), 0, 0])
-                used += 3 * len(chosen) + 1
+                used += 3 * len(chosen) + GAPS + 1
         num_outer += len(rows)
         runs = max(runs, used)
         made.append(np.array(tiles, np.int64).reshape(-1, TILE_SEGMENTS + 2))
@@ -108,17 +107,16 @@ class RemoteWalks:
     ) -> None:  # fmt: skip
         self.hops, self.places, self.shard, self.num_kv_heads, self.device = hops, places, shard, num_kv_heads, device
         self._walks: dict[Hashable, Walk] = {}
-        rows = np.full((num_kv_heads, shard.size), -1, np.int32)
+        seeing = np.zeros((num_kv_heads, shard.size), bool)
         for visit in (visit for visits in hops for visit in visits):
-            rows[np.array(visit.heads.indices)[:, None], visit.queries.indices()[0]] = 0
-        seeing = rows == 0
-        rows[seeing] = (np.cumsum(seeing, axis=1, dtype=np.int32) - 1)[seeing]
-        self.number = int(rows.max(initial=-1)) + 1
-        self.slots = torch.from_numpy(rows)[None].to(device)
+            seeing[np.array(visit.heads.indices)[:, None], visit.queries.indices()[0]] = True
+        self.number = int(np.count_nonzero(seeing, axis=1).max(initial=0))
+        sees = torch.from_numpy(seeing).to(device)
+        self.slots = torch.where(sees, sees.cumsum(1) - 1, -1).to(torch.int32)[None]
         self.staged: Tensor | None = None
         if len(hops) > 1:
-            head, row = np.nonzero(seeing)
-            self.staged = torch.from_numpy(np.stack((head, row, rows[head, row]))).to(device)
+            head, row = sees.nonzero().unbind(1)
+            self.staged = torch.stack((head, row, self.slots[0, head, row]))
 
     def walk(self, hop: int, tile: Tile, transposed: bool) -> Walk:
         """That of a hop, over its candidates."""

@@ -34,7 +34,7 @@ class Intervals(NamedTuple):
 
 
 def intervals(
-    positions: Tensor | None, documents: Tensor | None, causal: bool, place: Tensor | None = None
+    positions: Tensor | None, documents: Tensor | None, causal: bool, natural: Tensor | None = None
 ) -> Intervals:
     """The intervals of all rows of a sequence.
 
@@ -42,30 +42,28 @@ def intervals(
         positions: integers `[1 or B, S]`, any of 64 bits; None: the row index. Not looked at unless `causal`.
         documents: integers `[1 or B, S]`, -1 for padding; None: one document.
         causal: rows see no larger position.
-        place: int64 `[1 or B, S]`, distinct in every line: documents are ranked by the least place of their rows. It decides
-            which keys are neighbours, and so how few blocks of keys need a mask, never what is visible. Default: the row index.
+        natural: int64 `[1 or B, S]`, the rows in the order of their tokens: documents are ranked by the first of theirs. It decides
+            which keys are neighbours, and so how few blocks of keys need a mask, never what is visible. Default: as they stand.
 
     Returns:
         The intervals, on the device of the arguments, of which at least one of positions and documents must be given.
     """
     given = positions if positions is not None else documents
     assert given is not None
-    batch = max(len(x) for x in (positions, documents, place) if x is not None)
+    batch = max(len(x) for x in (positions, documents, natural) if x is not None)
     size, device = given.shape[-1], given.device
     index = torch.arange(size, device=device).expand(batch, size)
     position = index if positions is None else positions.expand(batch, size)
     if documents is None:
         number = torch.zeros_like(index)
     else:
-        number = _by_first_place(documents.expand(batch, size), index, place)
+        number = _by_first_row(documents.expand(batch, size), index, natural)
     order = position.argsort(dim=1, stable=True) if causal else index
     order = order.gather(1, number.gather(1, order).argsort(dim=1, stable=True))
     number, position = number.gather(1, order), position.gather(1, order)
 
     begins = changes(number)
-    low = torch.where(begins[:, :-1], index, 0).cummax(1).values
-    ends = begins | changes(position) if causal else begins
-    high = torch.where(ends[:, 1:], index, size).flip(1).cummin(1).values.flip(1)
+    low, high = first_before(begins), first_behind(begins | changes(position) if causal else begins) - 1
     padding = number == size
     columns = (
         (index + 1).masked_fill(padding, HIDDEN), (low + 1).masked_fill(padding, NOWHERE), (high + 1).masked_fill(padding, HIDDEN),
@@ -73,12 +71,11 @@ def intervals(
     return Intervals(*(torch.empty_like(x).scatter_(1, order, x).to(torch.int32) for x in columns))
 
 
-def _by_first_place(documents: Tensor, index: Tensor, place: Tensor | None) -> Tensor:
-    """The least place of the rows of each row's document, `S` for padding: int64 `[B, S]`."""
-    rows = index if place is None else place.expand_as(index).argsort(dim=1)  # in the order of places
+def _by_first_row(documents: Tensor, index: Tensor, natural: Tensor | None) -> Tensor:
+    """For each row the number, in natural order, of the first row of its document, `S` for padding: int64 `[B, S]`."""
+    rows = index if natural is None else natural.expand_as(index)
     ids, order = documents.gather(1, rows).sort(dim=1, stable=True)
-    first = torch.where(changes(ids)[:, :-1], index, 0).cummax(1).values
-    number = order.gather(1, first).masked_fill(ids == PADDING, index.shape[1])
+    number = order.gather(1, first_before(changes(ids))).masked_fill(ids == PADDING, index.shape[1])
     return torch.empty_like(index).scatter_(1, rows.gather(1, order), number)
 
 
@@ -86,6 +83,19 @@ def changes(values: Tensor) -> Tensor:
     """Before which of `values [B, S]` there is another value or the beginning, and the end: bool `[B, S + 1]`."""
     edge = torch.ones((len(values), 1), dtype=torch.bool, device=values.device)
     return torch.cat((edge[:, : values.shape[1]], values[:, 1:] != values[:, :-1], edge), dim=1)
+
+
+def first_before(edges: Tensor) -> Tensor:
+    """Where the run of equal values that each place is in begins: int64 `[B, S]`, from what `changes` returns."""
+    index = torch.arange(edges.shape[1] - 1, device=edges.device)
+    return torch.where(edges[:, :-1], index, 0).cummax(1).values
+
+
+def first_behind(edges: Tensor) -> Tensor:
+    """Where the next run begins: int64 `[B, S]`."""
+    size = edges.shape[1] - 1
+    index = torch.arange(1, size + 1, device=edges.device)
+    return torch.where(edges[:, 1:], index, size).flip(1).cummin(1).values.flip(1)
 
 
 class Visible:
@@ -129,11 +139,11 @@ class Visible:
     def _made(self, positions: Tensor | None, documents: Tensor | None) -> Intervals:
         given = positions if positions is not None else documents
         assert given is not None
-        place = None if self.order is None else self.places(given.device)
-        if positions is None and self.causal:
-            positions = place
+        natural = None if self.order is None else natural_rows(self.seq_len, self.order, given.device)
+        if positions is None and self.causal and self.order is not None:
+            positions = self.places(given.device)
         with torch.inference_mode(False):  # or they could not be refreshed outside of it
-            return intervals(positions, documents, self.causal, place)
+            return intervals(positions, documents, self.causal, natural)
 
     def refresh(self, positions: Tensor | None, documents: Tensor | None) -> None:
         """Take other positions and documents of the same shapes, in place: no host reads anything, so it may be captured.
@@ -230,6 +240,13 @@ def row_places(seq_len: int, order: TokenOrder | None, device: torch.device) -> 
     """The natural token index of every row of a sequence without padding, int64 `[1, S]`; not to be written to."""
     with torch.inference_mode(False):
         return torch.from_numpy(natural_places(np.arange(seq_len), seq_len, order)).to(device)[None]
+
+
+@lru_cache(maxsize=KEPT_PLACES)
+def natural_rows(seq_len: int, order: TokenOrder, device: torch.device) -> Tensor:
+    """The rows of a sequence without padding in the order of their tokens, int64 `[1, S]`; not to be written to."""
+    with torch.inference_mode(False):
+        return row_places(seq_len, order, device).argsort(dim=1)
 
 
 def reached(queries: Tensor, keys: Tensor, low: Tensor, high: Tensor, key: Tensor) -> Tensor:

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from ring_hilbert.kernels import tables
-from ring_hilbert.kernels.tables import CHUNK, ENDLESS, LIST_WIDTH, SPARE, TILE_SEGMENTS, VISIT_WIDTH, Walk
+from ring_hilbert.kernels.tables import CHUNK, ENDLESS, GAPS, LIST_WIDTH, SPARE, TILE_SEGMENTS, VISIT_WIDTH, Walk, sent
 from ring_hilbert.ops.nesting import Chain
+from ring_hilbert.ops.visible import changes, first_before, first_behind
 
 FAMILIES = 4  # rows of one depth are visited as at most so many arithmetic progressions, else through a list
-MOST_MORE = (
-    1.25  # pairs that tiles of one segment may cost, relative to tiles that lie in several, for masks without segments
-)
+MOST_MORE = 1.25  # pairs that tiles of one segment may cost, relative to those of several, for masks without segments
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class _RowWalk:
         self.unbroken = self.size == last - self.first + 1
         rises = places is None or bool((places.diff() > 0).all())
         self.hint = torch.arange(self.size, device=self.device) if rises or places is None else places.argsort()
-        self.indexed = not (self.unbroken and rises and all(_progressions(chain) for chain in chains))
+        self.indexed = not (self.unbroken and rises and all(x.progressions(FAMILIES) for x in chains))
 
         self.levels = [self._level(number, w, last) for number, chain in enumerate(chains) for w, _ in chain.branches]
         self.base = [0, *itertools.accumulate(len(chain.branches) for chain in chains)]  # the first level of a chain
@@ -203,27 +202,22 @@ class _RowWalk:
         visited = [
             [f for f, x in enumerate(self.levels) if f - self.base[x.chain] <= kind[x.chain]] for kind in self.kinds
         ]
-        ends = [
-            torch.stack([self.levels[f].segment for f in of]).diff(dim=1).ne(0).any(0).cumsum(0) if of else None
-            for of in visited
-        ]
-        everywhere = [torch.zeros_like(self.s) if x is None else torch.cat((x.new_zeros(1), x)) for x in ends]
         rows = self.counts.max(0, initial=0)
         by_length = [sorted(of, key=lambda f: -self.levels[f].number) for of in visited]
         half = [
             next((f for f in of if rows[i] >= self.block_outer // 2 * self.levels[f].number), of[-1]) if of else None
             for i, of in enumerate(by_length)
         ]
-        at_all = torch.stack(everywhere)
+
+        def segments(levels: Sequence[int | None]) -> Tensor:
+            return torch.stack([torch.zeros_like(self.s) if f is None else self.levels[f].segment for f in levels])
+
+        at_all = torch.stack([changes(segments(of or [None]))[:, :-1].any(0).cumsum(0) - 1 for of in visited])
         few = [1 if f is None else self.levels[f].number for f in half]
         all_ends = (at_all[:, -1] + 1).tolist()
         dear = self._cost(all_ends, visited) > MOST_MORE * self._cost(few, visited)
-        finest = torch.stack([self.levels[of[0]].segment if of else torch.zeros_like(self.s) for of in by_length])
-        if self.unbroken and dear:
-            return torch.stack(
-                [torch.zeros_like(self.s) if f is None else self.levels[f].segment for f in half]
-            ), finest
-        return at_all, finest
+        finest = segments([of[0] if of else None for of in by_length])
+        return segments(half) if self.unbroken and dear else at_all, finest
 
     def _cost(self, groups: list[int], visited: list[list[int]]) -> float:
         """About how many pairs are executed if tiles of every kind are cut into so many groups."""
@@ -251,10 +245,8 @@ class _RowWalk:
         if not self.size:
             return torch.zeros((self.number, 0, width), dtype=torch.int32, device=self.device), 0, False
         index = torch.arange(self.size, device=self.device).expand_as(order)
-        change = torch.ones((self.number, self.size + 1), dtype=torch.bool, device=self.device)
-        change[:, 1:-1] = groups[:, 1:] != groups[:, :-1]
-        start = torch.where(change[:, :-1], index, 0).cummax(1).values
-        stop = torch.where(change[:, 1:], index + 1, self.size).flip(1).cummin(1).values.flip(1)
+        edges = changes(groups)
+        start, stop = first_before(edges), first_behind(edges)
         kind = self.kind.gather(1, order)
         table, place = (((index - start) % block == 0) & (kind > 0)).nonzero().unbind(1)
         count = (stop[table, place] - place).clamp(max=block)
@@ -263,7 +255,7 @@ class _RowWalk:
         before = per_table.cumsum(0) - per_table
         slot = torch.arange(len(table), device=self.device) - before[table]
         full, masked = torch.tensor(room, device=self.device)[kind].unbind(1)
-        taken = full + masked + 1  # and one behind them, see `prune`
+        taken = full + masked + GAPS + 1  # and one behind them, see `prune`
         upto = taken.cumsum(0)
         first_run = upto - taken - torch.where(before[table] > 0, upto[before[table] - 1], 0)
         visit = torch.tensor(visits, device=self.device)[kind]
@@ -354,17 +346,3 @@ class _RowWalk:
                 places = np.clip(-(-(starts - first[:, None]) // rate), 0, records[:, tables.LIST_COUNT, None])
                 edges[:, column : column + level.number + 1] = self._sent(places)
             column += level.number + 1
-
-
-def sent(array: np.ndarray, device: torch.device) -> Tensor:
-    """A table on a device, int32."""
-    assert not array.size or (array.max() <= ENDLESS and array.min() >= -ENDLESS - 1), (
-        "a table holds numbers of 32 bits"
-    )
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
-
-
-def _progressions(chain: Chain) -> bool:
-    """Whether the rows of every depth are few arithmetic progressions."""
-    steps = [b // a for (_, a), (_, b) in itertools.pairwise(chain.branches)]
-    return chain.unbroken and all(step <= FAMILIES + 1 for step in steps)
