@@ -11,7 +11,8 @@ from ring_hilbert.ops.pattern import Branch, DilatedPattern
 from ring_hilbert.parallel.gathering import gather_rows
 from ring_hilbert.parallel.plan import Plan
 from ring_hilbert.parallel.planning import plan
-from ring_hilbert.parallel.prepare import Prepared, prepare
+from ring_hilbert.parallel.prepare import prepare
+from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.parallel.sharding import shard_batch
 
 __all__ = [

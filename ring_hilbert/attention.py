@@ -17,7 +17,8 @@ from ring_hilbert.parallel.agreement import Group, resolve_group
 from ring_hilbert.parallel.layout import check_layout
 from ring_hilbert.parallel.node import Call, agreed_fields, attend
 from ring_hilbert.parallel.plan import Shapes, check_strategy
-from ring_hilbert.parallel.prepare import Prepared, prepare_call
+from ring_hilbert.parallel.prepare import prepare_call
+from ring_hilbert.parallel.prepared import Prepared
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

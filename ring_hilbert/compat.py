@@ -21,7 +21,8 @@ from ring_hilbert.modules import MultiheadDilatedAttention
 from ring_hilbert.ops import reference
 from ring_hilbert.ops.order import TokenOrder, _lazy_clone
 from ring_hilbert.ops.pattern import DilatedPattern
-from ring_hilbert.parallel.prepare import Group, Prepared
+from ring_hilbert.parallel.agreement import Group
+from ring_hilbert.parallel.prepared import Prepared
 
 __all__ = [
     "CreatedMultiheadAttention",

@@ -11,7 +11,7 @@ from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
 from ring_hilbert.parallel.agreement import Group, resolve_group
 from ring_hilbert.parallel.heads import head_shares
-from ring_hilbert.parallel.prepare import Prepared
+from ring_hilbert.parallel.prepared import Prepared
 
 
 class MultiheadDilatedAttention(nn.Module):

@@ -27,7 +27,7 @@ from ring_hilbert.integrations.transformers_config import (
     settings_of,
 )
 from ring_hilbert.ops.order import TokenOrder
-from ring_hilbert.parallel.prepare import Prepared
+from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.parallel.sharding import prepare_tokens
 
 ROWS_ALONE = f"{NAME}_rows_alone"  # refuses what NAME refuses; every row sees itself: to find out what else mixes rows

@@ -182,9 +182,9 @@ class Crossings:
         edges = [0, *itertools.chain(*self.windows(reader)), self.layout.seq_len]
         return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
-    def toward(self, reader: int, owner: int) -> tuple[list[Reach], Windows]:
-        """The reaches of `reader` that hold rows of `owner`, and these."""
-        windows = self.windows(owner) if reader != owner else []
+    def toward(self, reader: int, *owners: int) -> tuple[list[Reach], Windows]:
+        """The reaches of `reader` that hold rows of others, `owners`, and these."""
+        windows = sorted(window for owner in owners if owner != reader for window in self.windows(owner))
         reaches = [r for r in self.reaches(reader) if any(r.start < b and a < r.stop for a, b in windows)]
         return reaches, windows
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_hilbert.parallel.prepare import Prepared
+from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.parallel.wire import all_rows, from_all
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.visits import Chunk
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -91,6 +92,11 @@ class Layout:
         """Of the whole sequence `[B, S]` the rows of `rank`, `[B, L_rank]`: a view where they are one run."""
         parts = [whole[:, chunk.start : chunk.stop] for chunk in self.chunks(rank)]
         return parts[0] if len(parts) == 1 else torch.cat([whole[:, :0], *parts], dim=1)
+
+    def tokens(self, rank: int, order: TokenOrder) -> Tensor:
+        """The token of every row of `rank`, of a sequence without padding in `order`: int64 `[L_rank]`."""
+        pieces = [order.permutation(self.seq_len, chunk.start, chunk.stop) for chunk in self.chunks(rank)]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *pieces])
 
     def assemble(self, pieces: Sequence[Tensor]) -> Tensor:
         """The whole sequence `[..., S]` from every rank's `[..., L_p]`."""

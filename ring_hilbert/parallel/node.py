@@ -22,7 +22,8 @@ from ring_hilbert.ops.triton_core import choose
 from ring_hilbert.parallel.execution import Execution
 from ring_hilbert.parallel.handles import held_by
 from ring_hilbert.parallel.plan import Shapes
-from ring_hilbert.parallel.prepare import Prepared, prepare
+from ring_hilbert.parallel.prepare import prepare
+from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.parallel.ulysses import Ulysses
 
 

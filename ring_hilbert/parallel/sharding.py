@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ring_hilbert.ops.order import TokenOrder
-from ring_hilbert.ops.visible import PADDING, Visible, changes, row_places
+from ring_hilbert.ops.visible import PADDING, Visible, changes, first_before, row_places
 from ring_hilbert.parallel.agreement import Group, gather, raise_disagreement, resolve_group
 from ring_hilbert.parallel.layout import Layout, check_layout
 from ring_hilbert.parallel.plan import check_strategy
-from ring_hilbert.parallel.prepare import Prepared
+from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.parallel.wire import all_rows, from_all
 
 IGNORED = -100  # the label of a row without a target
@@ -95,7 +95,8 @@ def shard_batch(
 
     documents = _documents(record) if documents is None else documents
     one_document = not packed or (documents.device.type == "cpu" and _one_document(documents))
-    record, documents = {key: _sent(x, there) for key, x in record.items()}, _sent(documents, there)
+    sent = {id(x): _sent(x, there) for x in (*record.values(), documents)}  # one tensor may be several of these
+    record, documents = {key: sent[id(x)] for key, x in record.items()}, sent[id(documents)]
     sums = list[Tensor]()  # by rank and key; they are compared where the host reads the device anyway
     if not presharded and process_group is not None:
         mine = torch.stack([_checksum(x) for x in record.values()])
@@ -202,10 +203,10 @@ def _documents(record: dict[str, Tensor]) -> Tensor:
     """Document ids `[B, S]`, -1 where either the ids or the mask say padding; without both, where position ids jump."""
     mask, positions = record.get("attention_mask"), record.get("position_ids")
     documents = record.get("document_ids", torch.zeros_like(record["input_ids"]))
-    if documents.numel() and documents.min() < PADDING:
-        raise ValueError(f"batch['document_ids'] must be >= 0, or -1 for padding, got {documents.min()}")
+    if documents.numel() and (least := _plain(documents).min()) < PADDING:
+        raise ValueError(f"batch['document_ids'] must be >= 0, or -1 for padding, got {least}")
     if mask is not None:
-        if not ((mask == 0) | (mask == 1)).all():
+        if not (_plain(mask) >> 1 == 0).all():
             raise ValueError(
                 f"batch['attention_mask'] must be 0 for padding, else 1, got values from {mask.min()} to {mask.max()}; which "
                 "document a token belongs to is said by document_ids"
@@ -237,8 +238,13 @@ def _check_positions(positions: np.ndarray, documents: np.ndarray) -> None:
 
 def _one_document(documents: Tensor) -> bool:
     """Whether all tokens of a batch are one document, and none is padding."""
-    first = documents[0, 0]
-    return bool(first == documents[-1, -1] != PADDING) and bool((documents == first).all())
+    ids = _plain(documents)
+    return bool(ids[0, 0] == ids[-1, -1] != PADDING) and bool((ids == ids[0, 0]).all())
+
+
+def _plain(x: Tensor) -> Any:
+    """A tensor of the host as an array: torch would wake a thread for every core, which takes longer than looking at it."""
+    return x.numpy() if x.device.type == "cpu" else x
 
 
 def _per_document(labels: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,8 +255,7 @@ def _per_document(labels: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
     ids, by_document = documents.sort(dim=1, stable=True)
     change = changes(ids)
     index = torch.arange(ids.shape[1], device=ids.device)
-    first = torch.where(change[:, :-1], index, 0).cummax(1).values  # where each document starts among the sorted tokens
-    place = torch.where(ids == PADDING, 0, index - first)
+    place = torch.where(ids == PADDING, 0, index - first_before(change))
     following = labels.gather(1, by_document).roll(-1, dims=1)
     target = following.masked_fill(change[:, 1:] | (ids == PADDING), IGNORED)
     target, place = (torch.empty_like(x).scatter_(1, by_document, x) for x in (target, place))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from ring_hilbert.ops.core import Incoming
 from ring_hilbert.ops.visible import HIDDEN, Intervals, Visible, reached
 from ring_hilbert.ops.visits import rows_in
-from ring_hilbert.parallel.crossings import KEPT, Block, Crossings, Windows
+from ring_hilbert.parallel.crossings import KEPT, Block, Crossings
 from ring_hilbert.parallel.remote import Hop, hops_of, payload
 
 
@@ -64,8 +64,7 @@ class Candidates:
 
     def _find(self) -> list[np.ndarray]:
         crossings, batch = self.crossings, self.crossings.batch_size
-        windows: Windows = sorted(window for owner in self.owners for window in crossings.windows(owner))
-        reaches = [r for r in crossings.reaches(self.reader) if any(r.start < b and a < r.stop for a, b in windows)]
+        reaches, windows = crossings.toward(self.reader, *self.owners)
         columns: list[list[np.ndarray]] = [[] for _ in range(5)]
         unit_of: dict[int, tuple[np.ndarray, int]] = {}  # by head: the rows of its units, and the first one's number
         self.groups = self.units = 0
@@ -128,14 +127,17 @@ class Shipment:
     flags: Tensor | None
     counts: dict[int, int] = field(default_factory=dict)
 
+    @cached_property
+    def place(self) -> Tensor | None:
+        """Where each candidate lies in what is packed, int64 `[n]`, -1 for one that does not travel; None: all do."""
+        return None if self.flags is None else torch.where(self.flags, self.flags.cumsum(0) - 1, -1)
+
     def chosen(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Of `values [n]` of the candidates those of the rows that travel."""
-        if self.flags is None:
+        if self.place is None:
             return list(values)
-        total = sum(self.counts.values())
-        at = torch.where(self.flags, self.flags.cumsum(0) - 1, total)
-        index = torch.arange(len(at), device=at.device)
-        index = torch.zeros(total + 1, dtype=torch.int64, device=at.device).scatter_(0, at, index)[:total]
+        total, index = sum(self.counts.values()), torch.arange(len(self.place), device=self.place.device)
+        index = index.new_zeros(total + 1).scatter_(0, self.place % (total + 1), index)[:total]  # -1 is behind the last
         return [x[index] for x in values]
 
 
@@ -207,11 +209,10 @@ class HopTravel:
     def incoming(self) -> Incoming:
         """What a core must know of what comes."""
         key = self.candidates.incoming.keys(self.seen)
-        flags = self.received.flags
-        if flags is None:
+        place = self.received.place
+        if place is None:
             return Incoming(key, None, key)
-        place = torch.where(flags, flags.cumsum(0) - 1, -1).to(torch.int32)
-        return Incoming(torch.where(flags, key, HIDDEN), place, self.received.chosen([key])[0])
+        return Incoming(key.masked_fill(place < 0, HIDDEN), place.to(torch.int32), self.received.chosen([key])[0])
 
     def send_index(self) -> list[tuple[Tensor, ...]]:
         """(batch entry, local row, kv head) of what goes to each rank of `sent`."""

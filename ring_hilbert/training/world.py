@@ -119,7 +119,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     launched = "WORLD_SIZE" in os.environ
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=TIMEOUT, **alone)
+    # With a device NCCL connects now, and makes the groups that follow out of this one, instead of each in the first step.
+    bound = {"device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(backend, timeout=TIMEOUT, **alone, **bound)
     leave = True
     try:
         yield
