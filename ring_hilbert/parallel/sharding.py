@@ -95,7 +95,8 @@ def shard_batch(
 
     documents = _documents(record) if documents is None else documents
     one_document = not packed or (documents.device.type == "cpu" and _one_document(documents))
-    sent = {id(x): _sent(x, there) for x in (*record.values(), documents)}  # one tensor may be several of these
+    different = {id(x): x for x in (*record.values(), documents)}  # one tensor may be several of these
+    sent = {name: _sent(x, there) for name, x in different.items()}
     record, documents = {key: sent[id(x)] for key, x in record.items()}, sent[id(documents)]
     sums = list[Tensor]()  # by rank and key; they are compared where the host reads the device anyway
     if not presharded and process_group is not None:
@@ -202,7 +203,7 @@ def _raise_difference(sums: np.ndarray, keys: Sequence[str]) -> None:
 def _documents(record: dict[str, Tensor]) -> Tensor:
     """Document ids `[B, S]`, -1 where either the ids or the mask say padding; without both, where position ids jump."""
     mask, positions = record.get("attention_mask"), record.get("position_ids")
-    documents = record.get("document_ids", torch.zeros_like(record["input_ids"]))
+    documents = record["document_ids"] if "document_ids" in record else torch.zeros_like(record["input_ids"])
     if documents.numel() and (least := _plain(documents).min()) < PADDING:
         raise ValueError(f"batch['document_ids'] must be >= 0, or -1 for padding, got {least}")
     if mask is not None:
