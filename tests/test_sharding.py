@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 import ring_hilbert as rh
+from ring_hilbert.parallel.prepared import FORGOTTEN_AFTER
 from tests.ranks import run_ranks, run_ranks_collect
 
 IDS = torch.arange(100, 126).view(2, 13)
@@ -186,8 +187,11 @@ def test_tensors_go_where_they_are_wanted() -> None:
     assert rh.shard_batch({"input_ids": IDS})["input_ids"].device == IDS.device
 
 
-def counted_ahead(rank: int, world_size: int, backend: str) -> tuple[bool, bool]:
-    """Whether a batch knows what travels once it is prepared, if a layer asked before; and gives what it gives otherwise."""
+def counted_ahead(rank: int, world_size: int, backend: str) -> tuple[bool, bool, bool]:
+    """Whether a batch knows what travels once it is prepared, if a layer asked before, and gives what it gives otherwise.
+
+    And whether a call that is not made any more is forgotten, so that nothing is counted for it.
+    """
     pattern, group = rh.DilatedPattern((8, 64), (1, 4), head_shift=1), dist.group.WORLD
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 9, (1, 64), generator=generator)
@@ -198,14 +202,33 @@ def counted_ahead(rank: int, world_size: int, backend: str) -> tuple[bool, bool]
     again = rh.shard_batch(batches[1], group)["ring_hilbert"]
     known = len(again._travels) == 1
     found = rh.dilated_attention(q, q, q, pattern, backend=backend, prepared=again)
-    return known and not again._travels, torch.equal(results[0], found)
+    known &= not again._travels
+    ahead = [len(rh.shard_batch(batches[0], group)["ring_hilbert"]._travels) for _ in range(FORGOTTEN_AFTER + 2)]
+    return known, torch.equal(results[0], found), ahead == [1] * FORGOTTEN_AFTER + [0, 0]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_travels_is_counted_when_a_batch_is_prepared(backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-    assert run_ranks(counted_ahead, 2, backend) == [(True, True), (True, True)]
+    assert run_ranks(counted_ahead, 2, backend) == [(True, True, True)] * 2
+
+
+def test_what_is_prepared_in_inference_mode_can_be_trained_on():
+    batch = {"input_ids": IDS, "document_ids": DOCUMENTS}
+    pattern, order = rh.DilatedPattern((4, 13), (1, 2)), rh.TokenOrder("hilbert", block=4)
+    q = torch.randn(len(IDS), IDS.shape[1], 2, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        out = rh.dilated_attention(q, q, q, pattern, prepared=prepared)
+        return torch.autograd.grad(out.square().sum(), q)[0]
+
+    with torch.inference_mode():
+        prepared = rh.shard_batch(batch, order=order)["ring_hilbert"]
+    first = gradient()
+    rows = prepared.rows.expand(len(DOCUMENTS), -1)
+    prepared.refresh(rows, DOCUMENTS.gather(1, rows))
+    assert torch.equal(first, gradient())
 
 
 def _keys_in_another_order(rank: int, world: int) -> list[torch.Tensor]:
