@@ -8,7 +8,9 @@
 #     bash launch/quickstart.sh [key.sub=value ...]        e.g. train.steps=20 log.dir=/tmp/try
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/environment.sh train
+extras=train
+if command -v nvidia-smi >/dev/null; then extras=train,gpu; fi
+. launch/environment.sh "$extras"
 
 read -r devices cores < <(python -c '
 import os, torch

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ring_hilbert.ops.order import TokenOrder
-from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.ops.pattern import DilatedPattern, LayerPattern
 from ring_hilbert.ops.triton_core import choose
 from ring_hilbert.parallel.agreement import Group, resolve_group
 from ring_hilbert.parallel.layout import check_layout
@@ -25,14 +25,16 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @overload
 def dilated_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, *, causal: bool | None = ..., order: TokenOrder | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern | LayerPattern, *, causal: bool | None = ...,
+    order: TokenOrder | None = ...,
     positions: Tensor | None = ..., document_ids: Tensor | None = ..., group: Group = ..., layout: str | None = ...,
     strategy: str | None = ..., backend: str = ..., scale: float | None = ..., save_remote: bool | None = ...,
     prepared: Prepared | None = ..., return_lse: Literal[False] = ..., name: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def dilated_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern, *, causal: bool | None = ..., order: TokenOrder | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern | LayerPattern, *, causal: bool | None = ...,
+    order: TokenOrder | None = ...,
     positions: Tensor | None = ..., document_ids: Tensor | None = ..., group: Group = ..., layout: str | None = ...,
     strategy: str | None = ..., backend: str = ..., scale: float | None = ..., save_remote: bool | None = ...,
     prepared: Prepared | None = ..., return_lse: Literal[True], name: str | None = ...,
@@ -41,7 +43,7 @@ def dilated_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: DilatedPattern,
+    pattern: DilatedPattern | LayerPattern,
     *,
     causal: bool | None = None,
     order: TokenOrder | None = None,
@@ -68,7 +70,8 @@ def dilated_attention(
     Args:
         q: `[B, S, H, D]`, the rows of this rank; fp16, bf16, fp32 or fp64.
         k, v: `[B, S, Hkv, D]`, `H % Hkv == 0`; query head `h` reads kv head `h // (H / Hkv)`.
-        pattern: segment lengths and dilation rates, in rows of the whole sequence.
+        pattern: segment lengths and dilation rates, in rows of the whole sequence; a `LayerPattern` for layers that are to be one
+            compiled graph.
         causal: hide keys with a larger position. Default True (or as `prepared` says).
         order: q, k, v, positions, document ids and results are in natural token order; the pattern acts on rows in this
             order. Without it rows are as given.
@@ -94,6 +97,9 @@ def dilated_attention(
         RuntimeError: for forward-mode derivatives, and for second ones.
     """
     _check_no_tangents(q, k, v)
+    if isinstance(pattern, LayerPattern) and not torch.compiler.is_compiling():
+        number = int(pattern.layer)
+        pattern, name = pattern.rule.of(number), name or f"layer {number}"
     chosen = {"causal": causal, "order": order, "layout": layout, "strategy": strategy, "save_remote": save_remote}
     facts = {"positions": positions, "document_ids": document_ids}
     error, shapes, factor = None, None, scale
@@ -101,7 +107,7 @@ def dilated_attention(
         q, k, v = (_autocast(x) for x in (q, k, v))
         shapes = _check_tensors(q, k, v)
         factor = shapes.head_dim**-0.5 if scale is None else float(scale)
-        if not isinstance(pattern, DilatedPattern):
+        if not isinstance(pattern, (DilatedPattern, LayerPattern)):
             raise ValueError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}")
         if backend != "auto" and not torch.compiler.is_compiling():  # there it is checked when it runs
             choose(backend, q.device, shapes.dtype, shapes.head_dim)
@@ -134,13 +140,18 @@ def dilated_attention(
 
     keep = prepared is not None and prepared.save_remote
     how = "exchange" if prepared is None else prepared.strategy
-    if prepared is not None and how == "auto" and not torch.compiler.is_compiling():
+    if (
+        prepared is not None
+        and how == "auto"
+        and isinstance(pattern, DilatedPattern)
+        and not torch.compiler.is_compiling()
+    ):
         how = prepared.strategy_for(pattern, shapes)
     call = Call.of(
         pattern, causal=causal, order=order, scale=factor, backend=backend, strategy=how, keep=keep, return_lse=return_lse,
         name=name,
     )  # fmt: skip
-    out, lse = attend(q, k, v, prepared, call)
+    out, lse = attend(q, k, v, prepared, call, pattern.layer if isinstance(pattern, LayerPattern) else None)
     return (out, lse) if return_lse else out
 
 

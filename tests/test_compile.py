@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -14,14 +16,17 @@ import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import ring_hilbert as rh
+from ring_hilbert.ops.pattern import LayerPattern, LayerRule, OwnPattern
 from ring_hilbert.parallel import node
+from ring_hilbert.parallel.execution import Execution
 from ring_hilbert.parallel.handles import held_by
 from tests.cases import Case
 from tests.ranks import run_ranks, run_ranks_collect
 from tests.test_modules import HILBERT, ROWS, assert_same, module, results, tokens
-from tests.test_transformers import tiny_model
+from tests.test_transformers import SETTINGS, tiny_model
 
 PATTERN = rh.DilatedPattern((16, 32, None), (1, 2, 5), segment_shift=3)
 
@@ -106,6 +111,94 @@ def test_a_whole_model_is_one_graph(checkpointing: str | None):
     assert counter.frame_count <= 2
 
 
+def nested(model: torch.nn.Module, nesting: str, counter: CompileCounterWithBackend) -> None:
+    """Compile the layers of `model`, each checkpointed: by Transformers, around the compiled code, or within it."""
+    policy = {"use_reentrant": False, "context_fn": rh.checkpoint_contexts}
+    if nesting == "transformers":
+        model.gradient_checkpointing_enable(policy)
+    for layer in model.model.layers:
+        function = layer.forward
+        if nesting == "within":
+            function = partial(checkpoint, function, **policy)
+        function = torch.compile(function, backend=counter)
+        layer.forward = partial(checkpoint, function, **policy) if nesting == "around" else function
+
+
+@pytest.mark.parametrize("nesting", ["transformers", "around", "within"])
+@pytest.mark.parametrize(
+    "layers", [4, pytest.param(16, marks=pytest.mark.full), pytest.param(40, marks=pytest.mark.full)]
+)
+def test_layers_are_one_graph(monkeypatch: pytest.MonkeyPatch, nesting: str, layers: int):
+    """With shifts of their own or dense, at ids that are copies or not; the operator runs once per layer and step."""
+    own = {"1": {"segment_shift": 5}, "2": {"dense": True}, "3": {"head_shift": 1}}
+    model = tiny_model(settings={**SETTINGS, "layers": own}, num_hidden_layers=layers).train()
+    plain, counter = copy.deepcopy(model), CompileCounterWithBackend("aot_eager")
+    nested(model, nesting, counter)
+    runs, forward = [], Execution.forward
+    monkeypatch.setattr(Execution, "forward", lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs))
+
+    def train(model: torch.nn.Module, number: int) -> dict[str, Tensor]:
+        ids = torch.randint(0, 50, (2, ROWS), generator=torch.Generator().manual_seed(number))
+        batch = {"input_ids": ids, "document_ids": documents(number).expand(2, -1)}
+        batch = rh.shard_batch(batch, order=rh.TokenOrder("hilbert", block=16))
+        if number > 1:
+            batch["position_ids"] = batch["position_ids"].clone()  # what .to("cuda") makes of it
+        labels = batch.pop("shift_labels").flatten()
+        logits = model(**batch, use_cache=False).logits.flatten(0, 1)
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        return {"out": logits.detach()} | {name: p.grad for name, p in model.named_parameters()}  # type: ignore[dict-item]
+
+    for number in range(4):
+        runs.clear()
+        got = train(model, number)
+        assert len(runs) == layers
+        assert_same(got, train(plain, number))
+    assert counter.frame_count == 2  # one of each kind of batch
+
+
+def test_adapted_layers_are_one_graph():
+    """LoRA: weights that are frozen, and adapters; the first layer's input needs no gradient, which is a graph of its own."""
+    model = tiny_model(num_hidden_layers=5).train().requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = _Adapted(layer.self_attn.q_proj)
+    plain, counter = copy.deepcopy(model), CompileCounterWithBackend("aot_eager")
+    nested(model, "transformers", counter)
+    batch = rh.shard_batch({"input_ids": torch.randint(0, 50, (2, ROWS))}, order=rh.TokenOrder("hilbert", block=16))
+    del batch["shift_labels"]
+    gradients = []
+    for each in (model, plain):
+        each(**batch, use_cache=False).logits.square().sum().backward()
+        gradients.append({name: p.grad for name, p in each.named_parameters() if p.requires_grad})
+    assert_same(*gradients)
+    assert len(gradients[0]) == 10 and counter.frame_count <= 2
+
+
+def test_renumbered_layers_are_not_taken_for_what_they_were():
+    model = tiny_model(num_hidden_layers=3)
+    ids = torch.randint(0, 50, (2, ROWS))
+    model = copy.deepcopy(model)
+    del model.model.layers[0]
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = number
+    fast, _ = compiled(model)
+    with pytest.raises(ValueError, match="layer 1 of the model has the layer_idx 0 by now"):
+        fast(ids, use_cache=False)
+    want = model(ids, use_cache=False).logits
+    torch.testing.assert_close(fast(ids, use_cache=False).logits, want)
+
+
+class _Adapted(torch.nn.Module):
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Parameter(torch.randn(2, base.in_features, dtype=base.weight.dtype))
+        self.up = torch.nn.Parameter(torch.randn(base.out_features, 2, dtype=base.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
 def test_a_model_without_prepared_takes_one_document_and_nothing_else():
     model = tiny_model()
     fast, _ = compiled(model)
@@ -160,13 +253,16 @@ def test_opcheck(dtype: torch.dtype, order: rh.TokenOrder | None):
     x = Case(PATTERN, 40, 2, 4, 2, 8).tensors(dtype)
     q, k, v = (x[name].transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for name in "qkv")
     call = node.Call.of(PATTERN, causal=True, order=order, scale=0.3, name="layer")
+    many = LayerPattern(LayerRule(PATTERN, 2, (OwnPattern(1, True, 0, 0), OwnPattern(3, False, 5, 7))), torch.tensor(3))
+    of_layer = node.Call.of(many, causal=True, order=order, scale=0.3, name=None)
     prepared = rh.prepare(40, document_ids=documents(1, 40), order=order)
     attention, backward = torch.ops.ring_hilbert.attention.default, torch.ops.ring_hilbert.attention_backward.default
-    for handle in (None, prepared.handle):
-        torch.library.opcheck(attention, (q, k, v, handle, *call), rtol=1e-2, atol=1e-2)
+    for data in ((None, None, call), (prepared.handle, None, call), (prepared.handle, many.layer, of_layer)):
+        *data, constants = data
+        torch.library.opcheck(attention, (q, k, v, *data, *constants), rtol=1e-2, atol=1e-2)
         with torch.no_grad():
-            saved = [q, k, v, *attention(q, k, v, handle, *call)[:3]]
-            torch.library.opcheck(backward, (x["dout"], saved, handle, 2, *call), rtol=1e-2, atol=1e-2)
+            saved = [q, k, v, *attention(q, k, v, *data, *constants)[:3]]
+            torch.library.opcheck(backward, (x["dout"], saved, *data, 2, *constants), rtol=1e-2, atol=1e-2)
 
 
 def test_what_is_kept_for_backward():

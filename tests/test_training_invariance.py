@@ -65,7 +65,7 @@ def train(
 
         def compare_and_update(learning_rate: float) -> float:
             if not errors:
-                gradients = engine.gradients()
+                gradients = {name: gradient.cpu() for name, gradient in engine.gradients().items()}
                 assert gradients.keys() == truth.keys()
                 errors.extend(((gradients[name] - true).norm() / true.norm()).item() for name, true in truth.items())
             return update(learning_rate)

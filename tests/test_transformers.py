@@ -22,8 +22,8 @@ SETTINGS = {
 def tiny_model(model_type: str = "llama", settings: dict | None = None, **changes):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        model_type, vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, **changes,
+        model_type, **{"num_hidden_layers": 2, **changes}, vocab_size=50, hidden_size=32, intermediate_size=48,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128,
     )  # fmt: skip
     config.ring_hilbert = SETTINGS if settings is None else settings
     return AutoModelForCausalLM.from_config(config).double().eval()

@@ -11,16 +11,20 @@ device in natural token order, and a 2-D attention mask or restarting position i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from wrapt import wrap_function_wrapper
 
 from ring_hilbert.attention import dilated_attention
 from ring_hilbert.integrations.transformers_config import (
     LOCAL_ROPE,
     NAME,
+    layer_rule,
     local_rope,
     order_of,
     pattern_of,
@@ -28,8 +32,10 @@ from ring_hilbert.integrations.transformers_config import (
 )
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.parallel.prepared import Prepared
+from ring_hilbert.ops.pattern import LayerPattern
 from ring_hilbert.parallel.sharding import prepare_tokens
 
+LAYER = "ring_hilbert_layer"  # the number of an attention layer as a tensor, which compiled code takes as data
 ROWS_ALONE = f"{NAME}_rows_alone"  # refuses what NAME refuses; every row sees itself: to find out what else mixes rows
 UNSUPPORTED = {
     "softcap": "config.attn_logit_softcapping = None",
@@ -53,6 +59,33 @@ def register(module: ModuleType) -> None:
     for name, forward in ((NAME, attention_forward), (ROWS_ALONE, rows_alone)):
         module.AttentionInterface.register(name, forward)
         AttentionMaskInterface.register(name, attention_mask)
+    wrap_function_wrapper(module.PreTrainedModel, "post_init", _number_layers)
+
+
+def _number_layers(
+    wrapped: Callable[..., None], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """What ends the making of a model: its attention layers get their numbers as data as well."""
+    wrapped(*args, **kwargs)
+    for module in model.modules():
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int) and getattr(getattr(module, "config", None), NAME, None) is not None:
+            _number(module)
+
+
+def _number(module: nn.Module) -> None:
+    number: Any = torch.tensor(module.layer_idx, device="cpu")
+    number.made_of, number.check = module.layer_idx, partial(_check_number, module)
+    setattr(module, LAYER, number)
+
+
+def _check_number(module: nn.Module, number: int) -> None:
+    """That a layer's number as data is still its number: layers may have been taken out."""
+    if module.layer_idx != number:
+        raise ValueError(
+            f"layer {number} of the model has the layer_idx {module.layer_idx} by now, and compiled code was given the number that "
+            "it was made with; after renumbering layers, run the model once without torch.compile"
+        )
 
 
 def attention_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
@@ -102,17 +135,21 @@ def attention_forward(
             f"attn_implementation='ring_hilbert' needs as many query rows as key rows, got {query.shape[2]} and {key.shape[2]}; "
             "decoding with a key-value cache is not supported: generate(use_cache=False)"
         )
-    config, layer = module.config, int(module.layer_idx)  # type: ignore[arg-type]
+    config, number = module.config, getattr(module, LAYER, None)
     settings, causal = settings_of(config), bool(getattr(module, "is_causal", True))
-    call = {
-        "pattern": pattern_of(config, layer), "scale": scaling, "backend": settings.get("backend", "auto"),
-        "name": f"layer {layer}",
-    }  # fmt: skip
+    call: dict[str, Any] = {"scale": scaling, "backend": settings.get("backend", "auto")}
+    if number is not None and torch.compiler.is_compiling():
+        call["pattern"] = LayerPattern(layer_rule(config), number)
+    else:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        call |= {"pattern": pattern_of(config, layer), "name": f"layer {layer}"}
+        if number is not None and not torch.compiler.is_compiling() and number.made_of != layer:
+            _number(module)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if ring_hilbert is not None:
         _check_sharded(ring_hilbert, attention_mask, causal, config)
         v = _only_if(_has_its_positions(ring_hilbert, position_ids), WRONG_POSITIONS, v)
-        if not torch.compiler.is_compiling():  # there the flag would be one more thing to recompile for
+        if not torch.compiler.is_compiling():  # compiled code neither reads nor writes what changes within a batch
             ring_hilbert.position_ids_checked = True
         return dilated_attention(q, k, v, **call, prepared=ring_hilbert), None
 
@@ -177,7 +214,7 @@ def _check_sharded(prepared: Prepared, mask: Tensor | None, causal: bool, config
 def _has_its_positions(prepared: Prepared, position_ids: Tensor | None) -> Tensor | bool:
     """Whether the model was given the position ids of the sharded rows; a tensor where their values must be compared."""
     expected = prepared.position_ids
-    if position_ids is expected or (prepared.position_ids_checked and not torch.compiler.is_compiling()):
+    if position_ids is expected or (not torch.compiler.is_compiling() and prepared.position_ids_checked):
         return True
     if expected is not None:
         return position_ids is not None and (position_ids == expected).all()

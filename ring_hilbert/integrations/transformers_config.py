@@ -17,14 +17,13 @@ from typing import Any
 from wrapt import wrap_function_wrapper
 
 from ring_hilbert.ops.order import TokenOrder
-from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.ops.pattern import DilatedPattern, LayerRule, OwnPattern
 
 NAME = "ring_hilbert"
 SAVED_NAME = "_attn_implementation"  # the key that every Transformers 5 reads from config.json
 PATTERN_KEYS = ("segment_lengths", "dilation_rates", "offset_rule", "head_shift", "segment_shift")
 KEYS = (*PATTERN_KEYS, "order", "layers", "strategy", "backend", "layout")
 LAYER_KEYS = ("dense", "head_shift", "segment_shift")
-DENSE = DilatedPattern((None,), (1,))
 LOCAL_ROPE = (
     "rope_type {!r} takes its frequencies from the longest position that a rank holds, so that the ranks of a sequence would "
     "rotate by different angles; use yarn, linear or llama3 in config.rope_parameters"
@@ -52,26 +51,40 @@ def settings_of(config: Any) -> Mapping[str, Any]:
 
 
 def pattern_of(config: Any, layer: int) -> DilatedPattern:
-    """The pattern of layer number `layer`.
+    """The pattern of layer number `layer`."""
+    return layer_rule(config).of(layer)
+
+
+def layer_rule(config: Any) -> LayerRule:
+    """The patterns of all layers.
 
     `head_shift: auto` is `layer * Hkv`, so that every residue is some layer's where `r > Hkv`. `layers` maps layer numbers (as
     text) to `{"dense": true}` or to a `head_shift` or `segment_shift` of their own.
     """
     settings = settings_of(config)
-    own = settings.get("layers", {}).get(str(layer), {})
-    unknown = set(own) - set(LAYER_KEYS)
-    if unknown:
-        raise ValueError(
-            f"config.ring_hilbert['layers']['{layer}'] has unknown keys {sorted(unknown)}; it may have {LAYER_KEYS}"
-        )
-    if own.get("dense"):
-        return DENSE
     fields = {key: settings[key] for key in PATTERN_KEYS if key in settings}
-    fields |= {key: value for key, value in own.items() if key != "dense" and value is not None}
-    if fields.get("head_shift") == "auto":
+    layers, head_shift = settings.get("layers", {}), fields.get("head_shift", 0)
+    rotates, step = head_shift == "auto", 0
+    if rotates or any(own.get("head_shift") == "auto" for own in layers.values()):
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        fields["head_shift"] = layer * kv_heads if fields.get("offset_rule", "modulo") == "modulo" else 0
-    return DilatedPattern(**fields)
+        step = kv_heads if fields.get("offset_rule", "modulo") == "modulo" else 0
+    first = DilatedPattern(**(fields | {"head_shift": 0} if rotates else fields))
+    different = []
+    for key, own in layers.items():
+        if not str(key).isdecimal():
+            raise ValueError(f"config.ring_hilbert['layers'] has the key {key!r}; its keys are numbers of layers")
+        unknown = set(own) - set(LAYER_KEYS)
+        if unknown:
+            raise ValueError(
+                f"config.ring_hilbert['layers']['{key}'] has unknown keys {sorted(unknown)}; it may have {LAYER_KEYS}"
+            )
+        number, dense = int(key), bool(own.get("dense"))
+        own_head, own_segment = own.get("head_shift"), own.get("segment_shift")
+        own_head = head_shift if own_head is None else own_head
+        own_head = step * number if own_head == "auto" else own_head
+        own_segment = first.segment_shift if own_segment is None else own_segment
+        different.append(OwnPattern(number, dense, own_head, own_segment))
+    return LayerRule(first, step if rotates else 0, tuple(different))
 
 
 def order_of(config: Any) -> TokenOrder | None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
+from torch import Tensor
+
 OffsetRule = Literal["modulo", "block"]
 
 
@@ -141,5 +143,47 @@ class DilatedPattern:
         return [Residue(self.offset(branch, heads.start, num_kv_heads), heads) for heads in strided]
 
 
+class OwnPattern(NamedTuple):
+    """A layer that differs from the rule: by its shifts, or by plain dense attention."""
+
+    layer: int
+    dense: bool
+    head_shift: int
+    segment_shift: int
+
+
+class LayerRule(NamedTuple):
+    """The patterns of all layers of a model.
+
+    Attributes:
+        first: of layer 0 by the rule.
+        head_step: what the rule adds to `head_shift` from layer to layer.
+        own: the layers with other patterns.
+    """
+
+    first: DilatedPattern
+    head_step: int = 0
+    own: tuple[OwnPattern, ...] = ()
+
+    def of(self, layer: int) -> DilatedPattern:
+        """The pattern of a layer."""
+        for own in self.own:
+            if own.layer == layer:
+                if own.dense:
+                    return DENSE
+                return replace(self.first, head_shift=own.head_shift, segment_shift=own.segment_shift)
+        return replace(self.first, head_shift=self.first.head_shift + self.head_step * layer)
+
+
+class LayerPattern(NamedTuple):
+    """The pattern of a layer whose number, int64 `[]` on the CPU, is data: all layers can be one compiled graph."""
+
+    rule: LayerRule
+    layer: Tensor
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+DENSE = DilatedPattern((None,), (1,))

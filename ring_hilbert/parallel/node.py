@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one autograd node: `ring_hilbert::attention`, an opaque operator for autograd, torch.compile and checkpointing.
 
-What a compiled graph knows of a call is q, k, v, a `Call` (constants) and the *handle* of the batch's `Prepared`, an integer in
-a tensor on the CPU. Everything that differs between batches is behind the handle and looked up when the operator runs, so
-that a new batch recompiles nothing, and a handle is read without waiting for a device. What the node keeps for backward is
-q, k, v, out, lse, lse_error, and the handle, which keeps the facts alive.
+What a compiled graph knows of a call is q, k, v, a `Call` (constants), the number of the layer and the *handle* of the batch's
+`Prepared`, each an integer in a tensor on the CPU. Everything that differs between batches is behind the handle, what differs
+between layers follows from their number, and both are looked up when the operator runs, so that a new batch recompiles nothing and
+all layers are one graph; they are read without waiting for a device. What the node keeps for backward is q, k, v, out, lse,
+lse_error, and the handle, which keeps the facts alive.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ring_hilbert.ops.order import TokenOrder
-from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.ops.pattern import DilatedPattern, LayerPattern, LayerRule, OwnPattern
 from ring_hilbert.ops.triton_core import choose
 from ring_hilbert.parallel.execution import Execution
 from ring_hilbert.parallel.handles import held_by
@@ -33,6 +34,7 @@ class Call(NamedTuple):
     Attributes:
         segment_lengths, dilation_rates, offset_rule: of the pattern; a segment length of 0 is the whole sequence.
         shifts: `(head_shift, segment_shift)` of the pattern.
+        head_step, own: what `LayerRule` says of the other layers, the latter four integers each; 0 and empty without one.
         heads: `(first, total)` of the pattern, or empty.
         causal: without a handle, whether keys at later rows (with an order, later tokens) are hidden.
         curve, sides: without a handle, the token order: no curve is no order, one side a block, more a grid.
@@ -48,6 +50,8 @@ class Call(NamedTuple):
     dilation_rates: list[int]
     offset_rule: str
     shifts: list[int]
+    head_step: int
+    own: list[int]
     heads: list[int]
     causal: bool
     curve: str
@@ -62,7 +66,7 @@ class Call(NamedTuple):
     @classmethod
     def of(
         cls,
-        pattern: DilatedPattern,
+        pattern: DilatedPattern | LayerPattern,
         *,
         causal: bool,
         order: TokenOrder | None,
@@ -74,6 +78,10 @@ class Call(NamedTuple):
         return_lse: bool = True,
     ) -> Call:
         """The call with `pattern`; torch.compile traces through this."""
+        head_step, own = 0, []
+        if isinstance(pattern, LayerPattern):
+            pattern, head_step, own_patterns = pattern.rule
+            own = [int(number) for each in own_patterns for number in each]
         lengths = [0 if length is None else length for length in pattern.segment_lengths]
         curve: str = ""
         sides: list[int] = []
@@ -81,15 +89,32 @@ class Call(NamedTuple):
             curve, sides = order.curve, list(order.grid or (order.block or 0,))
         return cls(
             lengths, list(pattern.dilation_rates), pattern.offset_rule, [pattern.head_shift, pattern.segment_shift],
-            list(pattern.heads or ()), causal, curve, sides, scale, backend, strategy, keep, return_lse, name or "",
+            head_step, own, list(pattern.heads or ()), causal, curve, sides, scale, backend, strategy, keep, return_lse, name or "",
         )  # fmt: skip
 
     @property
     def pattern(self) -> DilatedPattern:
-        """The pattern that `of` was given."""
+        """The pattern that `of` was given, of layer 0 if it was one of many."""
         return _pattern(
             tuple(self.segment_lengths), tuple(self.dilation_rates), self.offset_rule, *self.shifts, tuple(self.heads)
         )
+
+    def at(self, layer: Tensor | None) -> Call:
+        """The call of one layer of those that this is the call of."""
+        if layer is None:
+            return self
+        number = int(layer)
+        check = getattr(layer, "check", None)  # of whoever made the tensor; lost where hooks made a copy for backward
+        if check is not None:
+            check(number)
+        fields = [self.own[i : i + 4] for i in range(0, len(self.own), 4)]
+        own = tuple(OwnPattern(which, bool(dense), *shifts) for which, dense, *shifts in fields)
+        one = LayerRule(self.pattern, self.head_step, own).of(number)
+        return self._replace(
+            segment_lengths=[w or 0 for w in one.segment_lengths], dilation_rates=list(one.dilation_rates),
+            offset_rule=one.offset_rule, shifts=[one.head_shift, one.segment_shift], heads=list(one.heads or ()),
+            head_step=0, own=[], name=self.name or f"layer {number}",
+        )  # fmt: skip
 
     @property
     def keeps_all(self) -> bool:
@@ -116,7 +141,7 @@ def _default_facts(rows: int, causal: bool, curve: str, sides: tuple[int, ...]) 
     return prepare(rows, causal=causal, order=order)
 
 
-def agreed_fields(pattern: DilatedPattern, scale: float | None, shapes: Shapes | None) -> dict[str, Any]:
+def agreed_fields(pattern: DilatedPattern | LayerPattern, scale: float | None, shapes: Shapes | None) -> dict[str, Any]:
     """What all ranks must say alike of a call, by the names that errors use."""
     fields: dict[str, Any] = {"pattern": pattern, "scale": scale}
     if shapes is not None:
@@ -127,20 +152,25 @@ def agreed_fields(pattern: DilatedPattern, scale: float | None, shapes: Shapes |
     return fields
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared | None, call: Call) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, prepared: Prepared | None, call: Call, layer: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`out [B, S, H, D]` and `lse [B, H, S]` of checked `q [B, S, H, D]`, `k, v [B, S, Hkv, D]`, rows as the caller has them.
+
+    `layer`: which one, int64 `[]` on the CPU, of the layers that this is the call of.
 
     Raises:
         ValueError: on every rank, if a rank's q does not fit `prepared` or a rank's call is another one.
         RuntimeError: backward ran after every trace of the batch was gone (see `Prepared.handle`).
     """
-    out, lse, *_ = _forward(q, k, v, None if prepared is None else prepared.handle, *call)
+    out, lse, *_ = _forward(q, k, v, None if prepared is None else prepared.handle, layer, *call)
     return out, lse.detach()
 
 
 _CALL = (
-    "SymInt[] segment_lengths, SymInt[] dilation_rates, str offset_rule, SymInt[] shifts, SymInt[] heads, bool causal, "
-    "str curve, SymInt[] sides, float scale, str backend, str strategy, bool keep, bool return_lse, str name"
+    "SymInt[] segment_lengths, SymInt[] dilation_rates, str offset_rule, SymInt[] shifts, SymInt head_step, SymInt[] own, "
+    "SymInt[] heads, bool causal, str curve, SymInt[] sides, float scale, str backend, str strategy, bool keep, bool return_lse, "
+    "str name"
 )
 _OPTIONS: dict[str, Any] = {
     "mutates_args": (),
@@ -161,14 +191,14 @@ def _as_given(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tupl
 
 @torch.library.custom_op(
     "ring_hilbert::attention",
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? handle, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? handle, Tensor? layer, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
     **_OPTIONS,
 )
 @_as_given
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, *args: Any
+    q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, layer: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Call(*args)
+    call = Call(*args).at(layer)
     prepared = call.default_facts(q.shape[1]) if handle is None else held_by(handle)
     batch, _, heads, dim = q.shape
     shapes = Shapes(batch, heads, k.shape[2], dim, q.dtype)
@@ -189,14 +219,14 @@ def _forward(
 
 @torch.library.custom_op(
     "ring_hilbert::attention_backward",
-    schema=f"(Tensor dout, Tensor[] saved, Tensor? handle, SymInt kv_heads, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dout, Tensor[] saved, Tensor? handle, Tensor? layer, SymInt kv_heads, {_CALL}) -> (Tensor, Tensor, Tensor)",
     **_OPTIONS,
 )
 @_as_given
 def _backward(
-    dout: Tensor, saved: list[Tensor], handle: Tensor | None, kv_heads: int, *args: Any
+    dout: Tensor, saved: list[Tensor], handle: Tensor | None, layer: Tensor | None, kv_heads: int, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call, (batch, rows, heads, dim) = Call(*args), dout.shape
+    call, (batch, rows, heads, dim) = Call(*args).at(layer), dout.shape
     prepared = call.default_facts(rows) if handle is None else held_by(handle)
     execution = _execution(call, prepared, Shapes(batch, heads, kv_heads, dim, dout.dtype), dout.device)
     permutation = prepared.permutation(dout.device)
@@ -218,7 +248,7 @@ def _execution(call: Call, prepared: Prepared, shapes: Shapes, device: torch.dev
 
 @_forward.register_fake
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, *args: Any
+    q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, layer: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype)
@@ -229,7 +259,7 @@ def _forward_fake(
 
 @_backward.register_fake
 def _backward_fake(
-    dout: Tensor, saved: list[Tensor], handle: Tensor | None, kv_heads: int, *rest: Any
+    dout: Tensor, saved: list[Tensor], handle: Tensor | None, layer: Tensor | None, kv_heads: int, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows, _, dim = dout.shape
     kv_shape = (batch, rows, kv_heads, dim)
@@ -237,24 +267,24 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    q, k, v, handle, *ctx.call = inputs
+    q, k, v, handle, layer, *ctx.call = inputs
     call, ctx.kv_heads = Call(*ctx.call), k.shape[2]
     out, lse, lse_error, kept = output
     tensors = [kept] if call.keeps_all else [q, k, v, out, lse, lse_error, *([kept] if call.keep else [])]
-    ctx.save_for_backward(*tensors, handle)
+    ctx.save_for_backward(*tensors, handle, layer)
     # What hooks on saved tensors make of the handle need not keep the batch alive. A tensor that is being traced has none.
     ctx.prepared = getattr(handle, "held", None)
     ctx.refreshed = None if ctx.prepared is None else ctx.prepared.visible.refreshed
 
 
 def _gradients(ctx: Any, dout: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, handle = ctx.saved_tensors
+    *saved, handle, layer = ctx.saved_tensors
     if ctx.prepared is not None and ctx.prepared.visible.refreshed != ctx.refreshed:
         raise RuntimeError(
             "refresh() was called between forward and backward, which would see other documents and positions"
         )
-    gradients = _backward(dout, saved, handle, ctx.kv_heads, *ctx.call)
-    return *gradients, *[None] * (1 + len(ctx.call))
+    gradients = _backward(dout, saved, handle, layer, ctx.kv_heads, *ctx.call)
+    return *gradients, *[None] * (2 + len(ctx.call))
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:

@@ -200,6 +200,8 @@ class TrainConfig(Section):
     micro_batch: int = Field(default=1, ge=1)
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # bf16 computes in it, on float32 weights; fp64 is for tests
     seed: int = Field(default=0, ge=0)
+    # elementwise work: Liger's kernels, compiled layers, or neither; auto: of these on a GPU the first that can be
+    fused: Literal["auto", "liger", "compile", "none"] = "auto"
     probe: bool = True  # compare a gradient with the true one before a run over ranks
     checkpoint_activations: bool = True
     offload_activations: bool = False  # the inputs of checkpointed layers wait in the host's memory

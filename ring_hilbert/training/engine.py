@@ -83,6 +83,6 @@ def make_engine(config: RunConfig, hf_config: PretrainedConfig, world: World) ->
     """
     with world.together():
         weights = initial_weights(config, hf_config)
-        skeleton = build_skeleton(config, hf_config)
+        skeleton = build_skeleton(config, hf_config, world.device)
     kind = DeepSpeedEngine if config.engine == "deepspeed" else TorchEngine
     return kind(skeleton, weights, config, world)

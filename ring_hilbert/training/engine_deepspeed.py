@@ -38,7 +38,7 @@ class DeepSpeedEngine:
         self.stage = settings["zero_optimization"]["stage"]
         self.clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
         if self.stage == 3:
-            model = LossModel(for_training(_partitioned(deepspeed, weights, settings), config))
+            model = LossModel(for_training(_partitioned(deepspeed, weights, settings), config, world.device))
         else:
             skeleton.to_empty(device="cpu")
             skeleton.tie_weights()

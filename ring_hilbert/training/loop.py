@@ -151,6 +151,7 @@ class Run:
                 metrics.say(f"resumed from step {resumed_from} in {config.checkpoint.dir}")
             for change in self.checkpoints.changes:
                 metrics.say(f"accepted by checkpoint.changed_data: {change}")
+            metrics.say(f"train.fused: {self.engine.model.fused}")
             if planning is not None and (plan := planning.result()) is not None:
                 metrics.say(f"memory plan: {plan}")
             watch, first = Watch(config, self.world), self.progress.step + 1

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +20,26 @@ class LossHead(nn.Module):
     """The output layer of a language model and its cross-entropy, in one.
 
     A module of its own, with the output layer's parameters, so that engines that shard them gather them around it.
+
+    Args:
+        output: the layer.
+        fused: whether the passes over a chunk's logits are compiled into two, or run one after another.
     """
 
-    def __init__(self, output: nn.Linear) -> None:
+    def __init__(self, output: nn.Linear, fused: bool = False) -> None:
         super().__init__()
         self.weight, self.bias = output.weight, output.bias
+        self._rows = torch.compile(_row_losses) if fused else _row_losses
 
     def forward(self, hidden: Tensor, labels: Tensor, after: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Cross-entropy (nats) of every row: `hidden [B, S, E]`, `labels [B, S]` int64 -> `[B, S]`, 0 where IGNORED.
 
-        float32, float64 for float64. Backward computes a chunk's logits again and sums the gradient of the weights in the
-        same dtype. `after`: what else the model does to rows of logits `[n, V]`, which may be written to; nothing if None.
+        float32, float64 for float64. Gradients are made along with the losses while a chunk's logits are at hand, those of the
+        weights summed in the same dtype; where backward then weights rows differently, they are made again. `after`: what else the
+        model does to rows of logits `[n, V]`, which may be written to; nothing if None.
         """
-        return _LinearLoss.apply(hidden, self.weight, self.bias, labels, after)
+        chunk = _Chunk(after, self._rows, self._rows is _row_losses)
+        return _LinearLoss.apply(hidden, self.weight, self.bias, labels, chunk, torch.is_grad_enabled())
 
 
 def count_targets(labels: Tensor) -> Tensor:
@@ -40,8 +47,27 @@ def count_targets(labels: Tensor) -> Tensor:
     return (labels != IGNORED).sum()
 
 
+class _Chunk(NamedTuple):
+    """What is done to a chunk's logits; `in_place`: `rows` writes its results over them."""
+
+    after: Callable[[Tensor], Tensor] | None
+    rows: Callable[..., tuple[Tensor, Tensor | None]]
+    in_place: bool
+
+    def __call__(self, product: Tensor, labels: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+        """Losses of rows whose output layer gave `product [n, V]`, and in `dtype` the gradient of their sum unless it is None."""
+        if self.after is None or dtype is None:
+            logits = product if self.after is None else self.after(product)
+            return self.rows(logits, labels, dtype, logits if self.in_place else None)
+        with torch.enable_grad():
+            logits = self.after(product.requires_grad_().clone())  # `after` may write to the one, we to the other
+        losses, dlogits = self.rows(logits.detach(), labels, product.dtype)
+        (dproduct,) = torch.autograd.grad(logits, product, dlogits)
+        return losses, dproduct.to(dtype)
+
+
 class _LinearLoss(torch.autograd.Function):
-    """Cross-entropy of `after(hidden @ weight.T + bias)` by rows; keeps a logarithm per row for backward."""
+    """Cross-entropy of `after(hidden @ weight.T + bias)` by rows."""
 
     @staticmethod
     def forward(
@@ -50,68 +76,94 @@ class _LinearLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        after: Callable[[Tensor], Tensor] | None,
+        chunk: _Chunk,
+        differentiable: bool,
     ) -> Tensor:
-        result = hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        hidden, labels, losses = hidden.flatten(0, -2), labels.flatten(), result.view(-1)
-        totals = torch.empty_like(losses)  # log sum exp of a row's logits
-        for rows in _chunks(hidden, weight):
-            logits = _logits(hidden[rows], weight, bias, losses.dtype)
-            logits = logits if after is None else after(logits)
-            wanted = logits.gather(-1, labels[rows].clamp_min(0)[:, None]).squeeze(-1)
-            most = logits.amax(-1, keepdim=True)
-            totals[rows] = logits.sub_(most).exp_().sum(-1).log_().add_(most.squeeze(-1))  # in place: logits are large
-            losses[rows] = totals[rows] - wanted
-        ctx.save_for_backward(hidden, weight, bias, labels, totals)
-        ctx.after = after
-        losses.masked_fill_(labels == IGNORED, 0)
-        return result
+        inputs = hidden.flatten(0, -2), weight, bias, labels.flatten()
+        losses, *gradients = _sum_chunks(*inputs, chunk, differentiable and any(ctx.needs_input_grad))
+        ctx.save_for_backward(*inputs, *gradients)
+        ctx.chunk = chunk
+        return losses.view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, totals = ctx.saved_tensors
-        shape, upstream = (*upstream.shape, hidden.shape[-1]), upstream.flatten().masked_fill(labels == IGNORED, 0)
-        dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=totals.dtype)
-        dbias = None if bias is None else torch.zeros_like(bias, dtype=totals.dtype)
-        for rows in _chunks(hidden, weight):
-            dlogits = logits = product = _logits(hidden[rows], weight, bias, totals.dtype)
-            if ctx.after is not None:
-                with torch.enable_grad():
-                    logits = ctx.after(
-                        product.requires_grad_().clone()
-                    )  # `after` may write to the one, we to the other
-                dlogits = logits.detach().clone()
-            dlogits.sub_(totals[rows, None]).exp_()
-            dlogits.scatter_add_(-1, labels[rows].clamp_min(0)[:, None], torch.full_like(dlogits[:, :1], -1))
-            dlogits *= upstream[rows, None]
-            if ctx.after is not None:
-                (dlogits,) = torch.autograd.grad(logits, product, dlogits)
-            rounded = dlogits.to(hidden.dtype)
-            torch.mm(rounded, weight, out=dhidden[rows])
-            dweight += _product(rounded.T, hidden[rows], dweight.dtype)
-            if dbias is not None:
-                dbias += dlogits.sum(0)
-        return (
-            dhidden.view(shape),
-            dweight.to(weight.dtype),
-            None if dbias is None else dbias.to(bias.dtype),
-            None,
-            None,
+        hidden, weight, bias, labels, *gradients = ctx.saved_tensors
+        shape, scale = (*upstream.shape, hidden.shape[-1]), upstream.flatten()[:1].sum()
+        if any(upstream.stride()):  # not one number for all rows
+            _, *gradients = _sum_chunks(hidden, weight, bias, labels, ctx.chunk, True, upstream.flatten())
+            scale = torch.ones_like(scale)
+        like = (hidden, weight, bias)
+        dhidden, dweight, dbias = (
+            None if g is None else (g * scale).to(x.dtype) for g, x in zip(gradients, like, strict=True)
         )
+        return dhidden.view(shape), dweight, dbias, None, None, None
+
+
+def _sum_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    chunk: _Chunk,
+    differentiable: bool,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Losses of all rows `[n]`; of their sum, weighted by `upstream [n]`, the gradients of hidden, weight and bias, or None."""
+    losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    dhidden = dweight = dbias = None
+    if differentiable:
+        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=losses.dtype)
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=losses.dtype)
+    for rows in _chunks(hidden, weight):
+        product = _logits(hidden[rows], weight, bias, losses.dtype)
+        losses[rows], dlogits = chunk(product, labels[rows], hidden.dtype if differentiable else None)
+        if dlogits is None:
+            continue
+        if upstream is not None:
+            dlogits = (dlogits * upstream[rows, None]).to(hidden.dtype)
+        torch.mm(dlogits, weight, out=dhidden[rows])
+        _add_product(dweight, dlogits.T, hidden[rows])
+        if dbias is not None:
+            dbias += dlogits.sum(0, dtype=dbias.dtype)
+    return losses, dhidden, dweight, dbias
+
+
+def _row_losses(
+    logits: Tensor, labels: Tensor, dtype: torch.dtype | None, scratch: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of rows `[n]`, 0 where IGNORED, and in `dtype` the gradient of their sum `[n, V]`, unless that is None.
+
+    `scratch`: `logits`, to be written over, as they are large; None where nothing between the passes is kept, in compiled code.
+    """
+    real, at = labels != IGNORED, labels.clamp_min(0)[:, None]
+    wanted, most = logits.gather(-1, at), logits.amax(-1, keepdim=True)
+    powers = torch.exp(torch.sub(logits, most, out=scratch), out=scratch)
+    total = powers.sum(-1, keepdim=True)
+    losses = torch.where(real, (total.log() + most - wanted).squeeze(-1), 0)
+    if dtype is None:
+        return losses, None
+    total = total.masked_fill(~real[:, None], torch.inf)
+    gradient = torch.div(powers, total, out=scratch).to(dtype)
+    return losses, gradient.scatter_(-1, at, ((wanted - most).exp() / total - real[:, None].to(total.dtype)).to(dtype))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`[rows, V]`, not rounded to the dtype of the weights: in bfloat16 a logit of 10 would be off by 0.03."""
-    logits = _product(hidden, weight.T, dtype)
+    if hidden.dtype == dtype:
+        logits = hidden @ weight.T
+    elif hidden.is_cuda:
+        logits = torch.mm(hidden, weight.T, out_dtype=dtype)
+    else:
+        logits = hidden.to(dtype) @ weight.T.to(dtype)
     return logits if bias is None else logits.add_(bias)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`a @ b` in `dtype`, at least as wide as theirs."""
-    if a.dtype == dtype:
-        return a @ b
-    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, summed in the dtype of `total`, at least as wide as theirs."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:

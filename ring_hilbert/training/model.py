@@ -21,6 +21,7 @@ from ring_hilbert.integrations.transformers import ROWS_ALONE
 from ring_hilbert.integrations.transformers_config import LOCAL_ROPE, NAME, local_rope
 from ring_hilbert.training.check import check_head, check_rows
 from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.fused import Fused, fuse
 from ring_hilbert.training.head import OwnHead
 from ring_hilbert.training.loss import LossHead
 from ring_hilbert.training.tokens import load_tokenizer
@@ -74,20 +75,28 @@ def vocab_size(hf_config: PretrainedConfig) -> int:
     return hf_config.get_text_config(decoder=True).vocab_size
 
 
-def build_skeleton(config: RunConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
-    """The model without values, on the meta device, in training mode: `Weights` fills it. `check_model` accepts it."""
+def build_skeleton(
+    config: RunConfig, hf_config: PretrainedConfig, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The model without values, on the meta device, in training mode: `Weights` fills it. `check_model` accepts it.
+
+    `device`: where it will compute, None if nowhere.
+    """
     with torch.device("meta"):
-        return for_training(make_model(hf_config), config)
+        model = make_model(hf_config)
+    return for_training(model, config, device)
 
 
-def for_training(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
-    """`model` in training mode, with the activation checkpointing and the tiled MLP of `config`.
+def for_training(model: PreTrainedModel, config: RunConfig, device: torch.device | None) -> PreTrainedModel:
+    """`model` in training mode, with the fused parts, the activation checkpointing and the tiled MLP of `config`.
 
     Raises:
-        ValueError: the layers have no `mlp` to tile.
+        ValueError: the layers have no `mlp` to tile, or `fuse` refuses.
     """
     train = config.train
     model.train()
+    if device is not None:
+        model.fused = fuse(model, config, device)
     if train.checkpoint_activations:
         # The name of Transformers 5.2x; gradient_checkpointing_enable is the older one, deprecated there.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -180,13 +189,14 @@ def initial_weights(config: RunConfig, hf_config: PretrainedConfig) -> Weights:
 class LossModel(torch.nn.Module):
     """A language model up to its loss per token: what an engine trains.
 
-    `model` is the Transformers model; `head` its output layer again, with the loss.
+    `model` is the Transformers model; `head` its output layer again, with the loss. `fused`: what was done to its elementwise work.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.head = LossHead(model.get_output_embeddings())
+        self.fused: Fused | None = getattr(model, "fused", None)
+        self.head = LossHead(model.get_output_embeddings(), self.fused is not None and self.fused.kind != "none")
         self.own_head = OwnHead(model)
 
     def forward(self, *, shift_labels: torch.Tensor, **batch: Any) -> torch.Tensor:
