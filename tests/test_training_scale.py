@@ -73,7 +73,7 @@ def test_memory_plan(tmp_path: Path) -> None:
 
 
 DEEP = {
-    "model__config__num_hidden_layers": 6, "model__config__hidden_size": 64, "model__config__intermediate_size": 512,
+    "model__config__num_hidden_layers": 4, "model__config__hidden_size": 64, "model__config__intermediate_size": 512,
     "data__seq_len": 16384, "train__global_batch_tokens": 16384, "train__checkpoint_activations": True,
 }  # fmt: skip
 
@@ -93,20 +93,14 @@ def test_the_memory_decides_what_is_recomputed(tmp_path: Path) -> None:
     everything, selective, least = total(recompute="none"), total(recompute="selective"), total(recompute="all")
     assert least < selective < everything
     assert taken(everything / 0.85 + 1) == ("none", 0, 1)
-    assert taken(selective / 0.85 + 1) == ("selective", 0, 1)
     kind, layers, tiles = taken((least + selective) / 1.7)
-    assert kind == "selective" and 1 <= layers <= 5 and tiles == 1
+    assert kind == "selective" and 1 <= layers <= 3 and tiles == 1
     assert taken(least / 0.95 + 1) == ("all", 0, 1)
     assert taken(0.9 * least, log__memory_plan=True)[2] > 1
     assert taken(everything / 0.95 + 1, train__recompute="all", train__mlp_tiles=2) == ("all", 0, 2)
     assert taken(2 * everything, train__memory_gib=(least / 0.95 + 1) / GIB) == ("all", 0, 1)
     refused = fit(tiny_config(tmp_path, **DEEP, train__mlp_tiles=1), int(0.97 * least), cuda=True).refusal
-    assert (
-        refused is not None
-        and "train.mlp_tiles=2" in refused
-        and "more time" in refused
-        and "parallel.sp=2 on 2" in refused
-    )
+    assert refused is not None and "train.mlp_tiles=8 (1." in refused and "more time" in refused
     assert "train.mlp_tiles=8" in advice(settled(config))
     assert "The nearest: " in str(fit(config, 2**20, cuda=True).refusal)
 

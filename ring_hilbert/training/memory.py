@@ -52,7 +52,9 @@ CONTEXT = GIB * 13 // 10  # the same in training
 COMMUNICATOR = GIB // 2  # of NCCL, each; a guess on the safe side
 SAMPLE = 2**16  # rows whose walks are made, where a rank has more
 SLACK = 0.02  # of what is allocated: what lies idle between its pieces
-ALIKE = {"recompute": "all", "recompute_layers": 0, "offload_activations": False, "mlp_tiles": 1}  # for attention
+ALIKE = {  # for what attention holds
+    "checkpoint_activations": True, "recompute": "all", "recompute_layers": 0, "offload_activations": False, "mlp_tiles": 1,
+}  # fmt: skip
 _ATTENTION = torch.ops.ring_hilbert.attention.default, torch.ops.ring_hilbert.attention_backward.default
 
 
