@@ -211,7 +211,7 @@ def _dry_run(chosen: argparse.Namespace) -> int:
     from ring_hilbert.parallel.choice import Speeds
     from ring_hilbert.training.config import load_stages
     from ring_hilbert.training.engine import check_engine
-    from ring_hilbert.training.memory import plan_memory
+    from ring_hilbert.training.fitting import fit
 
     for name, config in load_stages(chosen.config, chosen.overrides).items():
         check_engine(config)
@@ -226,7 +226,10 @@ def _dry_run(chosen: argparse.Namespace) -> int:
         )
         question, speeds = planning.question_of(config), Speeds(300e12, 50e9)
         print(planning.report(question, planning.answer(question, speeds), speeds, [speeds.link]))
-        print(f"\nmemory: {plan_memory(config)}\n")
+        fitted = fit(config, None, cuda=True)
+        if fitted.refusal:
+            raise ValueError(fitted.refusal)
+        print(f"\nmemory: {fitted.taken(config)}\n")
     return 0
 
 

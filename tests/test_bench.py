@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,18 @@ def test_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "train.precision=bf16" in capsys.readouterr().out
 
 
+def test_peers_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On one rank the dense peer and one dense branch are the same model: the same loss."""
+    config = tiny_config(tmp_path, attention={"segment_lengths": [None], "dilation_rates": [1]})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    chosen = argparse.Namespace(train=path, train_lengths=[512], set=[], eager=True, repeats=1)
+    theirs, ours = peers.rows(chosen, CPU, None)
+    assert "context_parallel" in theirs["contender"] and float(ours["forward_backward_ms"]) > 0
+    losses = re.findall(r"first loss ([0-9.]+)", capsys.readouterr().out)
+    assert len(losses) == 2 and float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
+
+
 def test_training(tmp_path: Path) -> None:
     """What a rank held is what was planned, about; a record per vocabulary and length."""
     path = tmp_path / "run.yaml"
@@ -360,5 +373,7 @@ def test_training(tmp_path: Path) -> None:
     (record,) = training.rows(chosen, CPU, None)
     assert float(record["peak_gib"]) == pytest.approx(float(record["planned_gib"]), rel=0.1)
     assert float(record["tokens_per_second"]) > 0 and 0 < float(record["mfu"]) < 1
+    assert float(record["first_seconds"]) > 0 < float(record["products_seconds"])
+    assert record["taken"] == "train.recompute=all train.recompute_layers=0 train.mlp_tiles=1"
     training.draw(tmp_path / "memory.png", [record])
     assert (tmp_path / "memory.png").stat().st_size > 1000

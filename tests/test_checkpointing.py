@@ -5,22 +5,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ring_hilbert as rh
+from ring_hilbert.checkpointing import selective_contexts
+from ring_hilbert.training.model import for_training, make_model, model_config
 from tests.ranks import run_ranks
 from tests.test_modules import HILBERT, ROWS, module, tokens
+from tests.tiny_run import tiny_config
 
 LAYERS = 3
 WAYS: dict[str, Callable] = {
     "none": lambda block, x: block(x),
     "plain": partial(checkpoint, use_reentrant=False),
     "policy": partial(checkpoint, use_reentrant=False, context_fn=rh.checkpoint_contexts),
+    "selective": partial(checkpoint, use_reentrant=False, context_fn=selective_contexts),
 }
 
 
@@ -68,3 +75,39 @@ def test_the_policy_exchanges_nothing_in_recomputation(compiled: bool):
             assert backward == LAYERS * (3 if way == "plain" else 2), way
             for gradient, expected in zip(gradients, results["none"][2], strict=True):
                 torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12, msg=way)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "recomputed"),
+    [
+        ({"recompute": "all"}, 2 * 6),  # of two layers; none asks for the down projection again
+        ({"recompute": "selective"}, 2 * 4),  # output and up projections are there
+        ({"recompute": "selective", "recompute_layers": 1}, 6 + 4),
+        ({"recompute": "none", "recompute_layers": 1}, 6),
+        ({"recompute": "none"}, 0),
+        ({"recompute": "all", "mlp_tiles": 3}, 2 * (4 + 3 * 2)),  # gate and up of every piece once
+        ({"recompute": "none", "mlp_tiles": 3}, 2 * 3 * 2),
+    ],
+    ids=str,
+)
+def test_products_that_are_computed_again(tmp_path: Path, settings: dict[str, Any], recomputed: int):
+    train = {f"train__{key}": value for key, value in settings.items()}
+    config = tiny_config(tmp_path, **{"train__checkpoint_activations": True, **train})
+    model = for_training(make_model(model_config(config)), config)
+    batch = rh.shard_batch({"input_ids": torch.zeros(1, 256, dtype=torch.long)})
+    del batch["shift_labels"]
+    hidden = model.base_model(**batch, use_cache=False).last_hidden_state
+    with Products() as products:
+        hidden.sum().backward()
+    gradients = 2 * 7 * 2 if "mlp_tiles" not in settings else 2 * (4 * 2 + 3 * 3 * 2)
+    assert products.count - gradients == recomputed

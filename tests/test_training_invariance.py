@@ -197,6 +197,28 @@ def test_what_saves_memory_changes_nothing(tmp_path: Path, truth: Gradients, one
     check(run_ranks(train, 2, config, truth), one_rank, 1e-10)
 
 
+RECOMPUTING = [
+    {"train__recompute": "all"},
+    {"train__recompute": "selective"},
+    {"train__recompute": "selective", "train__recompute_layers": 1},
+    {"train__recompute": "none", "train__recompute_layers": 1},
+    {"train__recompute": "none"},
+]
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("deepspeed", marks=[needs_deepspeed, pytest.mark.full])])
+def test_what_is_recomputed_changes_no_bit(tmp_path: Path, truth: Gradients, engine: str) -> None:
+    """Losses, gradients and the losses after an update, over two ranks."""
+    common = {
+        "parallel__sp": 2,
+        "train__checkpoint_activations": True,
+        **(zero({"stage": 3}) if engine == "deepspeed" else {}),
+    }
+    configs = [tiny_config(tmp_path, **common, **changes) for changes in RECOMPUTING]
+    for ranks in run_ranks(train_own_heads, 2, configs, [truth] * len(configs), timeout=200):
+        assert all(found == ranks[0] for found in ranks)
+
+
 @needs_deepspeed
 def test_what_saves_memory_in_zero_3(tmp_path: Path, truth: Gradients, one_rank: dict[str, list[float]]) -> None:
     config = tiny_config(tmp_path, **zero({"stage": 3}), parallel__sp=2, **SAVING)
@@ -215,6 +237,26 @@ def test_deepspeed_engine(tmp_path: Path, truth: Gradients, one_rank: dict[str, 
     results = run_ranks(train_each, 4, configs, truth, timeout=280)
     for each in zip(*results, strict=True):
         check(list(each), one_rank, 1e-5)
+
+
+def whole_state(rank: int, world_size: int, config: RunConfig) -> Gradients:
+    with deepspeed_rank(rank) if config.engine == "deepspeed" else nullcontext(), open_world(config.parallel) as world:
+        engine = make_engine(config, model_config(config), world)
+        try:
+            return {name: value.clone() for name, value in engine.whole_state().items()}
+        finally:
+            engine.close()
+
+
+@needs_deepspeed
+def test_deepspeed_in_bf16_starts_with_float32_weights(tmp_path: Path) -> None:
+    """Those of the torch engine to the bit, in pieces of uneven size too: it would start with weights rounded to bfloat16."""
+    odd = {"train__precision": "bf16", "model__config__intermediate_size": 63, "parallel__sp": 2}
+    expected = run_ranks(whole_state, 2, tiny_config(tmp_path, **odd))[0]
+    for stage in (1, 2, 3):
+        found = run_ranks(whole_state, 2, tiny_config(tmp_path, **odd, **zero({"stage": stage})), timeout=100)[0]
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), (stage, name)
 
 
 def test_bf16_keeps_float32_weights(tmp_path: Path, truth: Gradients, one_rank: dict[str, list[float]]) -> None:

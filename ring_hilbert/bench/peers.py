@@ -3,6 +3,10 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m ring_hilbert.cli bench peers
 
+With --train, a whole model in training instead, against PyTorch's own `context_parallel`, on GPUs (see `peers_training.py`):
+
+    torchrun --nproc-per-node 4 -m ring_hilbert.cli bench peers --train configs/llama_1b_1m.yaml --train-lengths 131072 262144
+
 The same rows, dense and causal, on both; and a dilated pattern here against dense attention there, which has no dilation.
 Contenders take turns; medians of the slowest rank are kept. Bytes are what a rank receives in forward and backward, counted
 at the collectives, at the rank with most.
@@ -15,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ring_hilbert as rh
+from ring_hilbert.bench import peers_training
+from ring_hilbert.training.config import load_config
+from ring_hilbert.training.model import model_config
 
 DILATED = rh.DilatedPattern((1024, 4096, 16384, None), (1, 4, 16, 64))
 DENSE = rh.DilatedPattern((None,), (1,))
@@ -36,6 +44,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=int, default=64, metavar="D", help="default 64")
     parser.add_argument("--buckets", type=int, nargs="+", default=[512, 1024], metavar="N", help="of the peer")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that are timed; medians are kept; default 5")
+    training = parser.add_argument_group("a model in training")
+    training.add_argument("--train", metavar="FILE", help="the YAML file of a run")
+    training.add_argument("--train-lengths", type=int, nargs="+", default=[131072], metavar="S", help="default: 131072")
+    training.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="replaces values of the file")
+    training.add_argument("--eager", action="store_true", help="do not compile the peer's layers")
 
 
 def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:
@@ -44,6 +57,9 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
     Raises:
         ValueError: without torchrun, without the peer, or if a contender's dense attention is another one.
     """
+    if chosen.train is not None:
+        yield from _training(chosen, device, 1 if group is None else dist.get_world_size(group))
+        return
     if group is None:
         raise ValueError("bench peers compares ranks: torchrun --nproc-per-node 4 -m ring_hilbert.cli bench peers")
     try:
@@ -76,6 +92,30 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
                     "problem": name, "contender": contender, "ranks": world, "length": length, "heads": chosen.heads,
                     "head_dim": chosen.head_dim, "dtype": "float32", "causal": True,
                 } | found  # fmt: skip
+
+
+def _training(chosen: argparse.Namespace, device: torch.device, ranks: int) -> Iterator[dict[str, Any]]:
+    if device.type == "cpu" and ranks > 1:
+        raise ValueError(
+            "bench peers --train: PyTorch's context_parallel has no attention for the CPU; run it on GPUs, or on one rank"
+        )
+    for length in chosen.train_lengths:
+        overrides = [f"data.seq_len={length}", f"train.global_batch_tokens={length}", f"parallel.sp={ranks}"]
+        overrides += ["parallel.dp_shard=1", "parallel.dp_replicate=1", "train.micro_batch=1"]
+        config = load_config(chosen.train, overrides + chosen.set)
+        text = model_config(config).get_text_config(decoder=True)
+        for found in peers_training.rows(config, device, chosen.repeats, not chosen.eager):
+            took, peak = found["seconds"], found["peak_gib"]
+            told = "out of memory"
+            if took is not None:
+                told = f"{length / took:,.0f} tokens/s, {peak:.2f} GiB, first loss {found['loss']:.6f}"
+            print(f"{found['contender']}: {length:,} tokens, {told}")
+            yield {
+                "problem": f"training {Path(chosen.train).stem}", "contender": found["contender"], "ranks": ranks, "length": length,
+                "heads": text.num_attention_heads, "head_dim": text.hidden_size // text.num_attention_heads,
+                "dtype": config.train.precision, "causal": True, "forward_ms": "",
+                "forward_backward_ms": "" if took is None else f"{1e3 * took:.1f}", "received_mib": "",
+            }  # fmt: skip
 
 
 def _same(*contenders: Attend, leaves: list[Tensor]) -> None:

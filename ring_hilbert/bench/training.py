@@ -3,8 +3,8 @@
 
 Steps of the trainer's own engine on random tokens, for the model and pattern of a run's configuration: one sequence per step, of
 each of the lengths asked for, alone or under torchrun with all ranks in one sequence. Memory is the peak that PyTorch's allocator
-handed out while the engine was made and two steps warmed up; the steps after those are timed. A length that does not fit is a row
-without figures.
+handed out while the engine was made and two steps warmed up; the steps after those are timed, and one more is profiled for where
+its seconds go. What the settings leave to "auto" is in the row (`taken`). A length that does not fit is a row without figures.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from ring_hilbert.bench.timing import peak_bytes
 from ring_hilbert.bench.timing import seconds as timed
 from ring_hilbert.integrations.transformers_config import order_of
 from ring_hilbert.training.batches import Batches
+from ring_hilbert.training.breakdown import PARTS
 from ring_hilbert.training.config import RunConfig, load_config
 from ring_hilbert.training.engine import make_engine
-from ring_hilbert.training.memory import Planning
+from ring_hilbert.training.fitting import planned, settled
 from ring_hilbert.training.model import build_skeleton, model_config
-from ring_hilbert.training.speed import multiplying_parameters, peak_flops, step_flops
+from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops
 from ring_hilbert.training.step import accumulate
 from ring_hilbert.training.world import World, open_world
 
@@ -61,17 +62,25 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
     for vocab in chosen.vocab or [None]:
         for length in chosen.lengths:
             config = _config(chosen, length, vocab, ranks)
-            planning = Planning(config)
             record: dict[str, Any] = {
                 "config": Path(chosen.config).stem, "settings": " ".join(chosen.set), "ranks": ranks, "tokens": length,
                 "tokens_per_rank": -(-length // ranks), "documents": chosen.documents, "vocab": model_config(config).vocab_size,
                 "parameters": None, "planned_gib": None, "peak_gib": None, "seconds": None, "tokens_per_second": None, "mfu": None,
-                "loss": None,
+                "loss": None, "taken": None, "device_gib": None, "first_seconds": None, "second_seconds": None,
+                **dict.fromkeys(f"{part}_seconds" for part in PARTS),
             }  # fmt: skip
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                record |= _one(config, device, chosen.steps, chosen.documents)
-            if (planned := planning.result()) is not None:
-                record |= {"parameters": planned.model_parameters, "planned_gib": f"{planned.total / 2**30:.3f}"}
+            with open_world(config.parallel) as world:
+                with planned(config, world) as fitted:
+                    fit = world.from_main(fitted)
+                if fit is not None:
+                    config = fit.settle(config)
+                    record |= {
+                        "parameters": fit.plan.model_parameters, "planned_gib": f"{fit.plan.allocated / 2**30:.3f}",
+                        "taken": " ".join(f"train.{key}={value}" for key, value in fit.train.items()),
+                    }  # fmt: skip
+                if fit is None or not fit.refusal:
+                    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                        record |= _one(settled(config), world, device, chosen.steps, chosen.documents)
             gc.collect()
             torch.cuda.empty_cache()
             if group is None or dist.get_rank(group) == 0:
@@ -81,37 +90,48 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
 def _config(chosen: argparse.Namespace, length: int, vocab: int | None, ranks: int) -> RunConfig:
     overrides = [f"data.seq_len={length}", f"train.global_batch_tokens={length}"]
     overrides += [f"parallel.sp={ranks}", "parallel.dp_shard=1", "parallel.dp_replicate=1", "train.micro_batch=1"]
+    overrides += ["log.memory_plan=true"]
     return load_config(
         chosen.config, overrides + ([] if vocab is None else [f"model.config.vocab_size={vocab}"]) + chosen.set
     )
 
 
-def _one(config: RunConfig, device: torch.device, steps: int, documents: int) -> dict[str, Any]:
+def _one(config: RunConfig, world: World, device: torch.device, steps: int, documents: int) -> dict[str, Any]:
     hf_config = model_config(config)
-    with open_world(config.parallel) as world:
-        engine, loss = None, 0.0
+    engine, loss, warm = None, 0.0, list[float]()
 
-        def step(number: int) -> None:
-            nonlocal loss
-            first = number * config.sequences_per_step
-            loss, _ = accumulate(engine, batches.of(first, first + config.sequences_per_step), world)
-            engine.step(config.optim.lr)
+    def step(number: int) -> None:
+        nonlocal loss
+        first = number * config.sequences_per_step
+        loss, _ = accumulate(engine, batches.of(first, first + config.sequences_per_step), world)
+        engine.step(config.optim.lr)
 
-        def warm_up() -> None:
-            nonlocal engine
-            engine = make_engine(config, hf_config, world)
-            step(0)
-            step(1)
+    def warm_up() -> None:
+        nonlocal engine
+        engine = make_engine(config, hf_config, world)
+        warm.extend(timed(lambda number=number: step(number), device) for number in range(2))
 
-        data = _Random(config, hf_config.vocab_size, documents)
-        batches = Batches(data, config, order_of(hf_config), world)
-        peak = world.gather(peak_bytes(warm_up, device)).max().item()
-        seconds = statistics.median(timed(lambda number=number: step(number), device) for number in range(2, 2 + steps))
-        return {
-            "peak_gib": f"{peak / 2**30:.3f}", "seconds": f"{seconds:.3f}",
-            "tokens_per_second": f"{config.data.seq_len / seconds:.0f}", "mfu": _mfu(config, hf_config, world, seconds),
-            "loss": f"{loss:.4f}",
-        }  # fmt: skip
+    data = _Random(config, hf_config.vocab_size, documents)
+    batches = Batches(data, config, order_of(hf_config), world)
+    peak = world.gather(peak_bytes(warm_up, device)).max().item()
+    seconds = statistics.median(timed(lambda number=number: step(number), device) for number in range(2, 2 + steps))
+    watch = Watch(config.model_copy(update={"log": config.log.model_copy(update={"breakdown_every": 1})}), world)
+    with watch.step(1):
+        step(2 + steps)
+    return {
+        "peak_gib": f"{peak / 2**30:.3f}", "seconds": f"{seconds:.3f}",
+        "tokens_per_second": f"{config.data.seq_len / seconds:.0f}", "mfu": _mfu(config, hf_config, world, seconds),
+        "loss": f"{loss:.4f}", "device_gib": _used(device), "first_seconds": f"{warm[0]:.3f}",
+        "second_seconds": f"{warm[1]:.3f}", **{f"{part}_seconds": f"{x:.3f}" for part, x in watch.breakdown.items()},
+    }  # fmt: skip
+
+
+def _used(device: torch.device) -> str | None:
+    """GiB of the device that are taken now, contexts and what the allocator keeps included."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{(total - free) / 2**30:.3f}"
 
 
 def _mfu(config: RunConfig, hf_config: Any, world: World, seconds: float) -> str | None:
@@ -147,6 +167,10 @@ def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
             f"{r['tokens_per_rank']:>16,}{r['vocab']:>9,}{r['planned_gib']!s:>13}{r['peak_gib'] or 'no':>10}"
             f"{r['tokens_per_second'] or '':>11}{r['mfu'] or '':>8}"
         )
+        if r["seconds"]:
+            parts = ", ".join(f"{part.replace('_', ' ')} {r[f'{part}_seconds']}" for part in PARTS)
+            steps = f"first step {r['first_seconds']}, second {r['second_seconds']}, median {r['seconds']}"
+            print(f"{'':>16} seconds: {steps}; {parts}")
     if chosen.plot is not None:
         draw(chosen.plot, records)
         print(f"drawn: {chosen.plot}")

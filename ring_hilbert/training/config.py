@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -193,7 +193,14 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """`global_batch_tokens` per step over all ranks; `micro_batch` sequences go through the model at once."""
+    """`global_batch_tokens` per step over all ranks; `micro_batch` sequences go through the model at once.
+
+    `recompute`: what backward computes again of a layer instead of keeping it: all but attention; all but attention and some
+    matrix products (selective, see `ring_hilbert.checkpointing`); or nothing. The first `recompute_layers` layers recompute all in
+    any case. `mlp_tiles`: pieces of a rank's rows that go through a layer's MLP one after another. "auto": the fastest that the
+    memory plan finds room for, on GPUs and with `log.memory_plan`; elsewhere all, and 1. `memory_gib`: what a rank may fill of its
+    GPU; null: all that is free on it when the run starts.
+    """
 
     steps: int = Field(ge=1)
     global_batch_tokens: int = Field(ge=1)
@@ -203,14 +210,39 @@ class TrainConfig(Section):
     # elementwise work: Liger's kernels, compiled layers, or neither; auto: of these on a GPU the first that can be
     fused: Literal["auto", "liger", "compile", "none"] = "auto"
     probe: bool = True  # compare a gradient with the true one before a run over ranks
-    checkpoint_activations: bool = True
+    checkpoint_activations: bool = True  # false: the older word for recompute: none
+    recompute: Literal["all", "selective", "none", "auto"] = "auto"
+    recompute_layers: int = Field(default=0, ge=0)
     offload_activations: bool = False  # the inputs of checkpointed layers wait in the host's memory
-    mlp_tiles: int = Field(default=1, ge=1)  # pieces of a rank's rows that go through a layer's MLP one after another
+    mlp_tiles: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    memory_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @property
+    def recomputes(self) -> Literal["all", "selective", "none", "auto"]:
+        """`recompute`, or what `checkpoint_activations` says instead."""
+        return self.recompute if self.checkpoint_activations else "none"
 
     @model_validator(mode="after")
-    def _offload(self) -> TrainConfig:
-        if self.offload_activations and not self.checkpoint_activations:
-            raise ValueError("offload_activations needs checkpoint_activations: it moves what these keep")
+    def _recompute(self) -> TrainConfig:
+        if not self.checkpoint_activations and self.recompute not in ("none", "auto"):
+            raise ValueError(
+                f"recompute: {self.recompute} with checkpoint_activations: false, which is recompute: none; leave out one of them"
+            )
+        if self.offload_activations and self.recomputes not in ("all", "auto"):
+            raise ValueError(
+                "offload_activations moves the inputs of layers that recompute all, but recompute is "
+                f"{self.recomputes}{'' if self.checkpoint_activations else ' (checkpoint_activations: false)'}; use recompute: all"
+            )
+        if self.recompute_layers and self.recomputes not in ("selective", "none"):
+            raise ValueError(
+                f"recompute_layers leaves the layers after the first {self.recompute_layers} to recompute: selective or none, but "
+                f"that is {self.recomputes}; leave out one of them"
+            )
+        if self.recomputes == "selective" and self.mlp_tiles not in (1, "auto"):
+            raise ValueError(
+                f"mlp_tiles: {self.mlp_tiles} computes every piece again, so that what recompute: selective keeps would be of no "
+                "use; take mlp_tiles: 1, or recompute: all"
+            )
         return self
 
 
@@ -259,9 +291,9 @@ class LogConfig(Section):
     """Where metrics, plots and TensorBoard events go, and what is looked at.
 
     `wandb`: the project of Weights & Biases to log to as well, if it is installed. `breakdown_every`: how often a step is
-    profiled for the seconds in attention and exchange. `profile`: first and last step of which a trace is written.
-    `peak_tflops`: of one rank, for the MFU where the device's name does not say it. `memory_plan`: say before the first step how
-    much memory a rank will need.
+    profiled for the seconds of its parts (`ring_hilbert.training.breakdown`). `profile`: first and last step of which a trace is
+    written. `peak_tflops`: of one rank, for the MFU where the device's name does not say it. `memory_plan`: plan before the first
+    step how much memory a rank will need, and refuse a run that does not fit its GPU.
     """
 
     dir: str
@@ -325,7 +357,7 @@ class RunConfig(Section):
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes it must agree on: all that decides the sequence of losses.
 
-        Left out: how the work is spread and executed (parallel, engine, micro_batch, checkpoint_activations, strategy,
+        Left out: how the work is spread and executed (parallel, engine, micro_batch, recompute, strategy,
         backend, layout), how long it goes on (steps), how often it is evaluated, and where files are. What the data hold is for a
         checkpoint to say (`content.contents`), wherever they lie and however they are read.
         """

@@ -83,7 +83,7 @@ def _take_kernels(model: PreTrainedModel, config: RunConfig, device: torch.devic
 
 def _take_compiler(model: PreTrainedModel, config: RunConfig, device: torch.device) -> str:
     """Compile the decoder layers; returns how many."""
-    if config.train.offload_activations or config.train.mlp_tiles > 1:
+    if config.train.offload_activations or config.train.mlp_tiles not in ("auto", 1):
         raise ValueError("compiled layers would not wait on the host nor go by tiles (offload_activations, mlp_tiles)")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError("with ZeRO-3 parameters come one by one, by hooks that compiled code does not run")

@@ -20,7 +20,7 @@ from ring_hilbert.training.data import PackedDataset, open_dataset
 from ring_hilbert.training.engine import Engine, check_engine, make_engine
 from ring_hilbert.training.evaluate import Evaluation, count_tokens, evaluate
 from ring_hilbert.training.export import export_model
-from ring_hilbert.training.memory import Planning
+from ring_hilbert.training.fitting import Fitted, out_of_memory, planned, settled
 from ring_hilbert.training.metrics import Metrics, check_log, peak_memory, read_metrics
 from ring_hilbert.training.model import build_skeleton, check_model, model_config, vocab_size
 from ring_hilbert.training.plots import plot_loss, plot_loss_by_position
@@ -29,7 +29,7 @@ from ring_hilbert.training.schedule import learning_rate, with_decay_steps
 from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops
 from ring_hilbert.training.step import accumulate
-from ring_hilbert.training.world import World, open_world, process_group, rank_device, release_memory
+from ring_hilbert.training.world import RankError, World, open_world, process_group, rank_device, release_memory
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def pretrain(config: RunConfig) -> Summary:
     Nothing is written before the whole configuration, the data and the checkpoint have been found in order.
 
     Raises:
-        ValueError: the configuration cannot be run; on every rank, naming the rank that found it.
+        ValueError: the configuration cannot be run, or does not fit the devices; on every rank, naming the rank that found it.
+            A device was out of memory: on that rank.
         FloatingPointError: the gradient was not finite in optim.max_skipped steps in a row.
     """
     check_engine(config)
@@ -63,23 +64,28 @@ def pretrain(config: RunConfig) -> Summary:
             train_set, eval_set = _open_data(config, hf_config)
         checkpoints = Checkpoints(config, world, train_set.documents | ({} if eval_set is None else eval_set.documents))
         found = checkpoints.latest()
-        planning = Planning(config) if world.is_main and config.log.memory_plan else None
-        if config.train.probe and world.size > 1:
-            probe(config, hf_config, world)
-        release_memory(world.device)  # of the probe, and of a stage before
-        engine = make_engine(config, hf_config, world)
-        seed_rank(config, world, 0)
-        run = Run(config, world, engine, checkpoints, train_set, eval_set, hf_config)
-        try:
-            if found is not None:
-                run.progress = checkpoints.load(found, engine)
-            elif config.checkpoint.init is not None:
-                checkpoints.start_from(Path(config.checkpoint.init), engine)
-            return run.go(None if found is None else run.progress.step, planning)
-        finally:
-            engine.close()
-            if planning is not None:
-                planning.close()
+        release_memory(world.device)  # of a stage before
+        with planned(config, world) as fitted:
+            if config.train.probe and world.size > 1:
+                probe(settled(config), hf_config, world)
+                release_memory(world.device)
+            fit = world.from_main(fitted)
+        if fit is not None and fit.refusal:
+            raise RankError(fit.refusal)
+        plan = _said(config, fit)
+        config = settled(config) if fit is None else fit.settle(config)
+        with out_of_memory(config, fit):
+            engine = make_engine(config, hf_config, world)
+            seed_rank(config, world, 0)
+            run = Run(config, world, engine, checkpoints, train_set, eval_set, hf_config)
+            try:
+                if found is not None:
+                    run.progress = checkpoints.load(found, engine)
+                elif config.checkpoint.init is not None:
+                    checkpoints.start_from(Path(config.checkpoint.init), engine)
+                return run.go(None if found is None else run.progress.step, plan)
+            finally:
+                engine.close()
 
 
 def pretrain_stages(stages: dict[str, RunConfig]) -> Summary | None:
@@ -99,6 +105,12 @@ def pretrain_stages(stages: dict[str, RunConfig]) -> Summary | None:
             if summary.model is None:
                 break
     return summary
+
+
+def _said(config: RunConfig, fit: Fitted | None) -> str | None:
+    if fit is not None:
+        return fit.taken(config)
+    return "there is none; it could not be made, or took too long" if config.log.memory_plan else None
 
 
 def _open_data(config: RunConfig, hf_config: PretrainedConfig) -> tuple[PackedDataset, PackedDataset | None]:
@@ -140,8 +152,11 @@ class Run:
         if self.peak_flops is not None:
             self.flops = step_flops(config, hf_config, multiplying_parameters(build_skeleton(config, hf_config)))
 
-    def go(self, resumed_from: int | None, planning: Planning | None) -> Summary:
-        """Train the steps that are left, then evaluate, export and draw; or leave after a checkpoint when told to stop."""
+    def go(self, resumed_from: int | None, plan: str | None = None) -> Summary:
+        """Train the steps that are left, then evaluate, export and draw; or leave after a checkpoint when told to stop.
+
+        `plan`: what to say of the memory.
+        """
         config = self.config
         self.world.from_main(self._make_folders)
         with StopSignals() as signals, Metrics(config, self.world, resumed_from) as metrics:
@@ -152,7 +167,7 @@ class Run:
             for change in self.checkpoints.changes:
                 metrics.say(f"accepted by checkpoint.changed_data: {change}")
             metrics.say(f"train.fused: {self.engine.model.fused}")
-            if planning is not None and (plan := planning.result()) is not None:
+            if plan is not None:
                 metrics.say(f"memory plan: {plan}")
             watch, first = Watch(config, self.world), self.progress.step + 1
             while self.progress.step < config.train.steps:
@@ -214,7 +229,8 @@ class Run:
         config, start = self.config, time.perf_counter()
         with watch.step(self.progress.step + 1):
             loss, norm, rate = self.train_step()
-        ranks = self.world.gather(time.perf_counter() - start, self.computing, signals.received is not None)
+            took = time.perf_counter() - start  # without what the profiler does afterwards
+        ranks = self.world.gather(took, self.computing, signals.received is not None)
         seconds = ranks[:, 0].max().item()
         speed = config.train.global_batch_tokens / seconds
         values = {
@@ -224,9 +240,7 @@ class Run:
         }  # fmt: skip
         if self.peak_flops is not None:
             values["mfu"] = self.flops / seconds / self.peak_flops
-        if watch.breakdown:
-            values |= watch.breakdown
-            values["seconds_rest"] = seconds - sum(watch.breakdown.values())
+        values |= {f"seconds_{part}": value for part, value in watch.breakdown.items()}
         metrics.write("train", self.progress.step, **values)
         metrics.advance(loss, speed)
         return bool(ranks[:, 2].any())

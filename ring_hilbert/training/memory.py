@@ -2,49 +2,69 @@
 """How much memory a rank will need, found by going through a whole step of the run without computing or allocating anything.
 
 The torch engine, the model, its checkpointing and its loss are those of the run, on fake tensors and a process group that sends
-nothing; PyTorch's memory tracker adds up what lives. What the attention holds of other ranks' rows comes from its plan.
+nothing; a dispatch mode adds up what lives. What the attention holds inside, of other ranks' rows and for its kernels, comes from
+its plan and its walks; what the driver and NCCL take, from measurements.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
+import weakref
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed._tools.common_utils import get_untyped_storages
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of, pattern_of
-from ring_hilbert.kernels.tiles import tiles_for
+from ring_hilbert.kernels.tables import Walk
+from ring_hilbert.kernels.tiles import PASSES, Tile, plan_tile, tiles_for
 from ring_hilbert.ops.core import Shard
 from ring_hilbert.ops.nesting import chains
+from ring_hilbert.ops.triton_core import unsupported
 from ring_hilbert.ops.walk import plan_rows
+from ring_hilbert.parallel.execution import remote_walks
 from ring_hilbert.parallel.layout import Layout
+from ring_hilbert.parallel.plan import Plan
 from ring_hilbert.parallel.planning import plan
 from ring_hilbert.parallel.sharding import shard_batch
-from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.config import ParallelConfig, RunConfig
 from ring_hilbert.training.engine_deepspeed import deepspeed_settings
 from ring_hilbert.training.engine_torch import TorchEngine
 from ring_hilbert.training.model import build_skeleton, check_model, model_config
+from ring_hilbert.training.weights import decoder_layers
 from ring_hilbert.training.world import lay_world
 
 GIB = 2**30
 HOPPER = 90  # the compute capability that walks are planned for: the plan's process sees no device
-PATIENCE = 300.0  # seconds; the other ranks wait meanwhile
+STARTED = (
+    GIB * 6 // 10
+)  # what a process takes of a GPU outside PyTorch's allocator, measured on an H100: before any kernel
+CONTEXT = GIB * 13 // 10  # the same in training
+COMMUNICATOR = GIB // 2  # of NCCL, each; a guess on the safe side
+SAMPLE = 2**16  # rows whose walks are made, where a rank has more
+SLACK = 0.02  # of what is allocated: what lies idle between its pieces
+ALIKE = {  # for what attention holds
+    "checkpoint_activations": True, "recompute": "all", "recompute_layers": 0, "offload_activations": False, "mlp_tiles": 1,
+}  # fmt: skip
+_ATTENTION = torch.ops.ring_hilbert.attention.default, torch.ops.ring_hilbert.attention_backward.default
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of the rank that needs most, at the peak of a step.
 
-    `exchange` is what the attention of a layer has from other ranks; `temporary` what lives shorter than a layer; `walks` the
-    tables of the Triton kernels, those of all layers and what one launch makes of them.
+    `gradients` are those of earlier micro-steps; `activations` what forward leaves for backward; `temporary` all else that lives at
+    the peak, gradients as they come included; `exchange` what the attention then has inside, of other ranks' rows and for its
+    kernels; `walks` the static tables of these; `contexts` what the driver and NCCL take; `slack` what the allocator cannot use.
     """
 
     model_parameters: int  # how many there are, over all ranks
@@ -55,10 +75,17 @@ class MemoryPlan:
     temporary: int
     exchange: int
     walks: int
+    contexts: int
+    slack: int
+
+    @property
+    def allocated(self) -> int:
+        """The peak of PyTorch's allocator."""
+        return self.total - self.contexts - self.slack
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """The peak on the device."""
         return sum(asdict(self).values()) - self.model_parameters
 
     def __str__(self) -> str:
@@ -68,8 +95,8 @@ class MemoryPlan:
         return f"{self.total / GIB:.2f} GiB per rank at the peak of a step ({named}); {count}"
 
 
-def plan_memory(config: RunConfig) -> MemoryPlan:
-    """The plan of a run, from a process without a process group (it makes one that sends nothing, and closes it).
+def plan_memory(config: RunConfig, *, cuda: bool) -> MemoryPlan:
+    """The plan of a run on GPUs or CPUs, from a process without a process group (it makes one that sends nothing, and closes it).
 
     With `engine: deepspeed` activations are those of the torch engine, and states what its ZeRO stage keeps.
 
@@ -84,89 +111,205 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _simulate(config, hf_config)
+            return _simulate(config, hf_config, cuda)
     finally:
         dist.destroy_process_group()
 
 
-def _simulate(config: RunConfig, hf_config: PretrainedConfig) -> MemoryPlan:
+def _simulate(config: RunConfig, hf_config: PretrainedConfig, cuda: bool) -> MemoryPlan:
     control = dist.group.WORLD
     assert control is not None
     world = lay_world(torch.device("cpu"), config.parallel, control)
     rows = max(Layout.even(config.data.seq_len, config.parallel.sp, config.attention.layout).lengths)
     batch = shard_batch({"input_ids": torch.zeros(config.train.micro_batch, rows, dtype=torch.int64)})
     prepared = batch.pop("ring_hilbert")
+    alike = config.train.model_copy(update=ALIKE)
+    walks, inside = _attention(config.model_copy(update={"train": alike}).model_dump_json(), cuda)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         engine = TorchEngine(build_skeleton(config, hf_config), None, config, world)
-        for parameter in engine.model.parameters():
+        parameters = list(engine.model.parameters())
+        for group in engine.optimizer.param_groups:
+            group["foreach"] = cuda  # as it would be by default
+        for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         engine.optimizer.step()  # makes its state
-        engine.optimizer.zero_grad()
+        if config.sequences_per_step == config.train.micro_batch * config.parallel.dp:
+            engine.optimizer.zero_grad()
         fakes = {key: mode.from_tensor(value) for key, value in batch.items()}
         prepared.position_ids = fakes["position_ids"]
-        tracker = MemTracker()
-        tracker.track_external(engine.model, engine.optimizer)
-        with tracker:
-            engine.backward(engine.model(**fakes, ring_hilbert=prepared).sum())
-        found = {
-            kind.name: value
-            for kind, value in tracker.get_tracker_snapshot("peak")[world.device].items()
-            if kind != "Total"
-        }
-        count = sum(parameter.numel() for parameter in engine.model.parameters())
-    activations = found["ACT"]
+        held = _Held(dict(zip(_ATTENTION, inside, strict=True)))
+        states = [
+            held.count(tensors)
+            for tensors in (
+                [*parameters, *engine.model.buffers()],
+                [parameter.grad for parameter in parameters],
+                list(engine.optimizer.state.values()),
+            )
+        ]
+        with held:
+            loss = engine.model(**fakes, ring_hilbert=prepared).sum()
+            activations = held.now - sum(states)
+            engine.backward(loss)
+            del loss
+            engine.optimizer.step()
+        temporary, exchange = held.most - sum(states) - activations, held.most_inside - held.most
+        count = sum(parameter.numel() for parameter in parameters)
+        layers = len(decoder_layers(engine.model))
     if config.train.offload_activations:
-        # Here the host is the same device, so that what waits there was counted: all layers' inputs but two in transit.
-        text = hf_config.get_text_config(decoder=True)
-        size = 2 if config.train.precision == "bf16" else 4
-        activations -= max(0, text.num_hidden_layers - 2) * config.train.micro_batch * rows * text.hidden_size * size
-    states = found["PARAM"], found["GRAD"], found["OPT"]
+        # Here the host is the same device, so that what waits there was counted: layers' inputs but two in transit.
+        width = hf_config.get_text_config(decoder=True).hidden_size * (2 if config.train.precision == "bf16" else 4)
+        activations -= max(0, layers - 2) * config.train.micro_batch * rows * width
     if config.engine == "deepspeed":
         states = _zero_states(config, count)
-    rest = found["TEMP"] + found["BUFFER"] + found["OTH"]
-    return MemoryPlan(count, *states, activations, rest, _from_others(config, hf_config), _walks(config, hf_config))
+    allocated = sum(states) + activations + temporary + exchange + walks
+    contexts = CONTEXT + communicators(config.parallel) if cuda else 0
+    slack = int(SLACK * allocated) if cuda else 0
+    return MemoryPlan(count, *states, activations, temporary, exchange, walks, contexts, slack)
 
 
-def _zero_states(config: RunConfig, count: int) -> tuple[int, int, int]:
+def communicators(parallel: ParallelConfig) -> int:
+    """Bytes that NCCL takes: of all ranks, of the shards of parameters, of a sequence's rows."""
+    return COMMUNICATOR * (2 + (parallel.sp > 1)) if parallel.world_size > 1 else 0
+
+
+class _Held(TorchDispatchMode):
+    """Bytes of the storages that live, and the most there were, as operators run on fake tensors.
+
+    `inside`: what some operators hold beyond their arguments and results; `most_inside` counts it, `most` does not.
+    """
+
+    def __init__(self, inside: Mapping[Any, int]) -> None:
+        super().__init__()
+        self.inside = inside
+        self.now = self.most = self.most_inside = 0
+        self._sizes: dict[int, tuple[int, weakref.ref[Any]]] = {}
+
+    def count(self, tensors: Any) -> int:
+        """Take up what is made already, a nest of tensors; returns how much is new."""
+        before = self.now
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                for storage in get_untyped_storages(tensor):
+                    self._take(storage)
+        return self.now - before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count(result)
+        self._most(self.inside.get(func, 0))
+        return result
+
+    def __enter__(self) -> _Held:
+        self._resize, held = torch.UntypedStorage.resize_, self
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:  # how FSDP lets go of gathered parameters
+            result = held._resize(storage, size)
+            if id(storage) in held._sizes:
+                held._gone(id(storage))
+                held._take(storage)
+            held._most(0)
+            return result
+
+        torch.UntypedStorage.resize_ = resize_
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
+
+    def _take(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes(), weakref.ref(storage, lambda _: self._gone(key))
+            self.now += storage.nbytes()
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)[0]
+
+    def _most(self, inside: int) -> None:
+        self.most, self.most_inside = max(self.most, self.now), max(self.most_inside, self.now + inside)
+
+
+def _zero_states(config: RunConfig, count: int) -> list[int]:
     """Bytes of parameters, of gradients (float32), and of AdamW with the float32 copy that ZeRO updates, on a rank's device."""
     zero, ranks = deepspeed_settings(config)["zero_optimization"], config.parallel.world_size
     stage, width = zero["stage"], 2 if config.train.precision == "bf16" else 4
     parameters = 0 if "offload_param" in zero else width * count // (ranks if stage == 3 else 1)
     gradients = 4 * count // (ranks if stage >= 2 else 1)
     optimizer = 0 if "offload_optimizer" in zero else (12 * count // ranks if stage else 8 * count)
-    return parameters, gradients, optimizer
+    return [parameters, gradients, optimizer]
 
 
-def _from_others(config: RunConfig, hf_config: PretrainedConfig) -> int:
-    """The most that the attention of any layer holds on any rank beyond its own rows."""
-    text, ranks = hf_config.get_text_config(decoder=True), config.parallel.sp
+@lru_cache(maxsize=16)
+def _attention(config_json: str, cuda: bool) -> tuple[int, tuple[int, int]]:
+    """Bytes of all layers' walks, and the most that a layer's attention holds inside, in forward and in backward.
+
+    Of the rank that receives most. On CPUs there are no walks, and what is held inside is what other ranks send.
+    """
+    config = RunConfig.model_validate_json(config_json)
+    text, ranks = model_config(config).get_text_config(decoder=True), config.parallel.sp
     heads, kv_heads, dim, dtype = _attention_sizes(config, text)
-    most = 0
+    triton = cuda and config.attention.backend != "torch" and unsupported(torch.device("cuda"), dtype, dim) is None
+    walks, forward, backward, alike = 0, 0, 0, dict[Any, tuple[int, int]]()
     for pattern in {pattern_of(text, layer) for layer in range(text.num_hidden_layers)}:
         made = plan(
             pattern, config.data.seq_len, ranks, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, dtype=dtype,
             batch_size=config.train.micro_batch, layout=config.attention.layout, order=order_of(text),
             strategy=config.attention.strategy,
         )  # fmt: skip
-        most = max(most, *(made.remote_bytes(rank) for rank in range(ranks)))
-    return most
+        rank = max(range(ranks), key=made.remote_bytes)
+        remote, shared, sums = made.remote_bytes(rank), 0, 0
+        if triton and made.strategy != "ulysses":
+            key = pattern.branches, pattern.segment_shift  # another head_shift: other values in tables of the same size
+            if key not in alike:
+                alike[key] = _tables(made, rank)
+            walks += alike[key][0]
+            shared, sums = alike[key][1], _sums(made, rank)
+        forward, backward = max(forward, remote + shared), max(backward, remote + shared + sums)
+    return walks, (forward, backward)
 
 
-def _walks(config: RunConfig, hf_config: PretrainedConfig) -> int:
-    """The static walks of all layers on the first rank, and a schedule: one is made here, the others are as large."""
-    text = hf_config.get_text_config(decoder=True)
-    _, kv_heads, dim, dtype = _attention_sizes(config, text)
-    if torch.version.cuda is None or config.attention.backend == "torch":
-        return 0
-    rows = Layout.even(config.data.seq_len, config.parallel.sp, config.attention.layout)
-    shard = Shard(rows.chunks(0), rows.seq_len, order_of(text))
-    patterns = [chains(pattern_of(text, layer), kv_heads) for layer in range(text.num_hidden_layers)]
-    different = {tuple(of): of for of in patterns}
-    tile = tiles_for("forward", HOPPER, dim, dtype)[0]
-    on_host = (torch.from_numpy(x) for x in (shard.rows(), shard.places()))
-    shift = pattern_of(text, 0).segment_shift
-    walk = plan_rows(next(iter(different.values())), shift, *on_host, block_outer=tile.block_outer)
-    return len(different) * walk.nbytes + walk.schedule_nbytes
+def _tables(made: Plan, rank: int) -> tuple[int, int]:
+    """Bytes of a layer's walks, and of what a launch makes of them: its schedule, and rows that several launches work on."""
+    shapes, order, cpu = made.shapes, made.visible.order, torch.device("cpu")
+    chunks = made.layout.chunks(rank)
+    shard = Shard(chunks, made.layout.seq_len, order)
+    rows, places = (torch.from_numpy(x[:SAMPLE]) for x in (shard.rows(), shard.places()))
+    parts = chains(made.pattern, shapes.num_kv_heads)
+    local, remote = dict[tuple[int, int], Walk](), dict[tuple[int, int, bool, int], Walk]()
+    received = remote_walks(made.crossings, rank, made.strategy == "ring", shard, cpu) if made.hops(rank) else None
+    for pass_ in PASSES:
+        tiles = tiles_for(pass_, HOPPER, shapes.head_dim, shapes.dtype)
+
+        def plan_local(tile: Tile) -> Walk:
+            key = tile.block_outer, tile.chunk
+            if key not in local:
+                local[key] = plan_rows(
+                    parts, made.pattern.segment_shift, rows, places, block_outer=key[0], chunk=key[1]
+                )
+            return local[key]
+
+        plan_tile(tiles, plan_local)
+        for hop, visits in enumerate(received.hops if received is not None else ()):
+            if received is not None and visits:
+                key = tiles[0].block_outer, tiles[0].chunk, pass_ == "dkdv", hop
+                remote[key] = received.walk(hop, tiles[0], key[2])
+    scale = max(1, shard.size / SAMPLE)  # tables grow with rows
+    walks = int(scale * sum(walk.nbytes for walk in local.values())) + sum(walk.nbytes for walk in remote.values())
+    schedule = int(scale * max(walk.schedule_nbytes for walk in local.values()))
+    if received is None:
+        return walks, schedule
+    walks += received.slots.nbytes + (0 if received.staged is None else received.staged.nbytes)
+    staging = 4 * shapes.batch_size * received.number * shapes.num_heads * (shapes.head_dim + 2)
+    return walks, schedule + staging
+
+
+def _sums(made: Plan, rank: int) -> int:
+    """Bytes that backward sums in: lse and delta of every row and head, dK and dV in float32 where other ranks add to them."""
+    batch, heads, kv_heads, dim, _ = made.shapes
+    wide = 2 * kv_heads * dim if made.layout.world_size > 1 else 0
+    return 4 * batch * made.layout.lengths[rank] * (2 * heads + wide)
 
 
 def _attention_sizes(config: RunConfig, text: PretrainedConfig) -> tuple[int, int, int, torch.dtype]:
@@ -175,40 +318,3 @@ def _attention_sizes(config: RunConfig, text: PretrainedConfig) -> tuple[int, in
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return heads, kv_heads, dim, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
-class Planning:
-    """The plan of a run, made by another process while this one gets ready."""
-
-    def __init__(self, config: RunConfig) -> None:
-        environment = {
-            key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-        }
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ring_hilbert.training.memory"], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        assert self.process.stdin is not None
-        self.process.stdin.write(config.model_dump_json())
-        self.process.stdin.close()
-        self.process.stdin = None
-
-    def result(self) -> MemoryPlan | None:
-        """Wait for the plan; None if it cannot be made, or takes too long."""
-        try:
-            answer, _ = self.process.communicate(timeout=PATIENCE)
-            return TypeAdapter(MemoryPlan).validate_json(answer.splitlines()[-1]) if answer else None
-        except (subprocess.TimeoutExpired, ValidationError):
-            self.close()
-            return None
-
-    def close(self) -> None:
-        """End the other process."""
-        self.process.kill()
-        self.process.wait()
-
-
-if __name__ == "__main__":
-    made = plan_memory(RunConfig.model_validate_json(sys.stdin.read()))
-    sys.stdout.write(TypeAdapter(MemoryPlan).dump_json(made).decode())

@@ -7,18 +7,20 @@ import dataclasses
 import difflib
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ring_hilbert.checkpointing import checkpoint_contexts
+from ring_hilbert.checkpointing import checkpoint_contexts, selective_contexts
 from ring_hilbert.integrations.transformers import ROWS_ALONE
 from ring_hilbert.integrations.transformers_config import LOCAL_ROPE, NAME, local_rope
+from ring_hilbert.training.breakdown import marked_loss
 from ring_hilbert.training.check import check_head, check_rows
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.fused import Fused, fuse
@@ -97,14 +99,18 @@ def for_training(model: PreTrainedModel, config: RunConfig, device: torch.device
     model.train()
     if device is not None:
         model.fused = fuse(model, config, device)
-    if train.checkpoint_activations:
+    if train.recomputes != "none" or train.recompute_layers:
         # The name of Transformers 5.2x; gradient_checkpointing_enable is the older one, deprecated there.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
-    for layer in decoder_layers(model):
+    for number, layer in enumerate(decoder_layers(model)):
+        if train.recomputes == "none" and number >= train.recompute_layers:
+            layer.gradient_checkpointing = False
+        elif train.recomputes == "selective" and number >= train.recompute_layers:
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=selective_contexts)
         if train.offload_activations:
             layer._gradient_checkpointing_func = _offloaded(layer._gradient_checkpointing_func)
-        if train.mlp_tiles > 1:
+        if train.mlp_tiles != "auto" and train.mlp_tiles > 1:
             if not isinstance(getattr(layer, "mlp", None), torch.nn.Module):
                 raise ValueError(f"train.mlp_tiles: {type(layer).__name__} has no mlp; use 1")
             layer.mlp.forward = _tiled(layer.mlp.forward, train.mlp_tiles)
@@ -128,10 +134,58 @@ def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], tiles: int) -> Calla
     """
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
-        pieces = hidden.tensor_split(tiles, dim=1)
-        return torch.cat([checkpoint(forward, piece, use_reentrant=False) for piece in pieces], dim=1)
+        kept = _Kept(hidden, tiles)
+        return torch.cat(
+            [kept.checkpoint(forward, *piece) for piece in enumerate(hidden.tensor_split(tiles, dim=1))], dim=1
+        )
 
     return run
+
+
+class _Kept:
+    """Pieces of a tensor `[B, S, E]`, each the input of a checkpoint, that are kept as one, before the first is computed.
+
+    A checkpoint around them stops computing again at the last thing that is kept inside: here at the tensor, before any piece,
+    where inputs kept one by one would let it compute all pieces but the last, and each once more when backward comes to it.
+    """
+
+    def __init__(self, tensor: torch.Tensor, tiles: int) -> None:
+        self.tiles = tiles
+        self.held = _Keep.apply(tensor)
+        self.again: tuple[torch.Tensor, ...] | None = None  # the pieces as backward finds them
+
+    def checkpoint(
+        self, forward: Callable[[torch.Tensor], torch.Tensor], number: int, piece: torch.Tensor
+    ) -> torch.Tensor:
+        """`forward` of a piece. Nothing here may hold on to it."""
+        shape, node = piece.shape, self.held.grad_fn
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor | None:
+            return None if node is not None and tensor.shape == shape else tensor
+
+        def unpack(packed: torch.Tensor | None) -> torch.Tensor:
+            if packed is not None:
+                return packed
+            if self.again is None:  # what is saved can be asked for once
+                (tensor,) = node.saved_tensors
+                self.again = tensor.tensor_split(self.tiles, dim=1)
+            return self.again[number]
+
+        with saved_tensors_hooks(pack, unpack):
+            return checkpoint(forward, piece, use_reentrant=False)
+
+
+class _Keep(torch.autograd.Function):
+    """Saves a tensor, for whoever asks its node."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tensor)
+        return tensor.new_empty(0)
+
+    @staticmethod
+    def backward(_ctx: Any, _gradient: torch.Tensor) -> None:
+        raise AssertionError("nothing is computed from it")
 
 
 def check_model(hf_config: PretrainedConfig) -> None:
@@ -203,7 +257,8 @@ class LossModel(torch.nn.Module):
         """What `shard_batch` returns -> cross-entropy of every row `[B, S_local]`, as `LossHead`."""
         hidden = self.model.base_model(**batch, use_cache=False).last_hidden_state
         features, after = self.own_head.features(hidden)
-        return self.head(features, shift_labels, after)
+        with marked_loss():
+            return self.head(features, shift_labels, after)
 
 
 def _refuse_unknown(hf_config: PretrainedConfig, keys: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of, pattern_of
 from ring_hilbert.parallel.planning import plan
+from ring_hilbert.training.breakdown import breakdown
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.world import World
 
@@ -68,35 +70,20 @@ class Watch:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step `number` (from 1). Afterwards `breakdown` has the seconds by part, if this step was measured."""
+        """Around step `number` (from 1). Afterwards `breakdown` has its seconds by part, if it was measured."""
         log, self.breakdown = self.config.log, {}
         traced = log.profile is not None and log.profile[0] <= number <= log.profile[1]
         if not traced and (log.breakdown_every is None or number % log.breakdown_every):
             yield
             return
-        cuda = self.world.device.type == "cuda"
+        cuda, start = self.world.device.type == "cuda", time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
             yield
-        self.breakdown = _breakdown(profiler, cuda)
+            if cuda:
+                torch.cuda.synchronize(self.world.device)
+            seconds = time.perf_counter() - start
+        self.breakdown = breakdown(profiler.events() or [], seconds, cuda=cuda)
         if traced:
             folder = Path(log.dir) / "trace"
             folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(folder / f"step_{number}_rank_{self.world.rank}.json"))
-
-
-def _breakdown(profiler: profile, cuda: bool) -> dict[str, float]:
-    """Seconds of this rank in the operator's partial attentions, and with rows of other ranks on their way.
-
-    The latter is on the CPU the time that attention waited, with CUDA the time that transfers took, hidden or not.
-    """
-    events = profiler.key_averages()
-    ours = [event for event in events if event.key.startswith("ring_hilbert: ")]
-    attention = [event for event in ours if "local" in event.key or "remote" in event.key]
-    if cuda:
-        exchange = sum(event.device_time_total for event in events if "SendRecv" in event.key)
-        return {
-            "seconds_attention": sum(e.device_time_total for e in attention) / 1e6,
-            "seconds_exchange": exchange / 1e6,
-        }
-    waiting = sum(event.cpu_time_total for event in ours if "wait" in event.key)
-    return {"seconds_attention": sum(e.cpu_time_total for e in attention) / 1e6, "seconds_exchange": waiting / 1e6}
