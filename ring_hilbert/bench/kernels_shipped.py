@@ -80,8 +80,8 @@ def pairs_of(shape: Shape, seen: Visible, device: torch.device) -> int:
     total = 0
     for w, r in shape.pattern.branches:
         assert shape.pattern.head_shift == 0 and shape.pattern.offset_rule == "modulo"
-        size = shape.length if w is None else min(w, shape.length)
-        begin = -(shape.pattern.segment_shift % size) if w is not None else 0
+        size = w or shape.length + r  # of a segment
+        begin = -(shape.pattern.segment_shift % (w or r))
         for start in range(begin, shape.length, size):
             rows = torch.arange(start, start + size, r, device=device)
             rows = rows[(rows >= 0) & (rows < shape.length)]
