@@ -7,6 +7,7 @@ import argparse
 import csv
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ring_hilbert.bench import (
     contenders,
     curves,
     flex,
+    kernels_shipped,
     longnet,
     overlap,
     peers,
@@ -30,6 +32,8 @@ from ring_hilbert.bench import (
     training,
 )
 from ring_hilbert.cli import main
+from ring_hilbert.ops.visible import Visible
+from ring_hilbert.training.config import load_config
 from tests.ranks import run_ranks
 from tests.tiny_run import tiny_config, write_texts
 
@@ -377,3 +381,31 @@ def test_training(tmp_path: Path) -> None:
     assert record["taken"] == "train.recompute=all train.recompute_layers=0 train.mlp_tiles=1"
     training.draw(tmp_path / "memory.png", [record])
     assert (tmp_path / "memory.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["llama_1b_1m", "llama_8b_1m", "continue_1m"])
+def test_shapes_of_the_kernels_are_those_of_the_configurations(name: str):
+    config = load_config(Path(__file__).parents[1] / f"configs/{name}.yaml")
+    shape = next(shape for shape in kernels_shipped.SHAPES if shape.name == name)
+    lengths, rates = zip(*shape.pattern.branches, strict=True)
+    assert (list(lengths), list(rates)) == (config.attention.segment_lengths, config.attention.dilation_rates)
+    assert config.attention.order is not None and shape.order is not None
+    assert (shape.order.curve, shape.order.block) == (config.attention.order.curve, config.attention.order.block)
+    if (model := config.model.config) is not None:
+        heads = model["num_attention_heads"], model["num_key_value_heads"], model["head_dim"]
+        assert (shape.heads, shape.kv_heads, shape.head_dim) == heads
+
+
+def test_pairs_of_a_shape_are_those_of_the_plan_and_of_its_documents():
+    pattern = rh.DilatedPattern((64, 256, None), (1, 4, 16), segment_shift=24)
+    shape = kernels_shipped.Shape("small", pattern, rh.TokenOrder("hilbert", block=64), 1000, 2, 1, 64)
+    cpu = torch.device("cpu")
+    seen = Visible(shape.length, True, order=shape.order)
+    plan = shape.problem(cpu).plan(pattern, shape.order)
+    assert kernels_shipped.pairs_of(shape, seen, cpu) * 2 * 4 * 64 == plan.attention_flops(0)
+    documents = kernels_shipped.document_ids(shape.length, 20)
+    assert documents.unique().tolist() == list(range(20))
+    seen = Visible(shape.length, True, order=None, documents=documents)
+    dense = replace(shape, pattern=rh.DilatedPattern((None,), (1,)), order=None)
+    sizes = documents[0].bincount()
+    assert kernels_shipped.pairs_of(dense, seen, cpu) == int((sizes * (sizes + 1) // 2).sum())

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ring_hilbert as rh
-from ring_hilbert.bench import kernels, kernels_aot
+from ring_hilbert.bench import kernels, kernels_aot, kernels_shipped
 from ring_hilbert.bench.contenders import Problem
 from ring_hilbert.kernels import tiles
 from ring_hilbert.kernels.tiles import Tile
@@ -325,6 +325,23 @@ def test_bench_kernels_times_what_it_says():
     tile, schedule = kernels._core(problem, "raster").schedule("forward")
     share = schedule.blocks() * tile.block_outer * tile.block_inner / pairs
     assert float(records["ring_hilbert raster", "forward"]["executed_share"]) == pytest.approx(share, rel=1e-2)
+
+
+@on_the_cpu
+def test_bench_kernels_of_shipped_shapes(monkeypatch: pytest.MonkeyPatch):
+    order = rh.TokenOrder("hilbert", block=32)
+    one = kernels_shipped.Shape("ladder", LADDER, order, 128, 2, 1, 64, longnet=True)
+    monkeypatch.setattr(kernels_shipped, "SHAPES", (one, replace(one, documents=5, longnet=False)))
+    monkeypatch.setattr(kernels_shipped, "DENSE_ROWS", 64)
+    records = list(kernels_shipped.rows(argparse.Namespace(repeats=1), DEVICE))
+    assert [(r["contender"].split(",")[0], r["documents"]) for r in records[::2]] == [
+        ("ring_hilbert", 1), ("cudnn", 1), ("longnet", 1), ("ring_hilbert", 5), ("cudnn", 5),
+    ]  # fmt: skip
+    pairs = one.problem(DEVICE).plan(LADDER, order).attention_flops(0) / 4 / 64
+    assert float(records[0]["tflops"]) == pytest.approx(4 * 64 * pairs / float(records[0]["ms"]) / 1e9, rel=2e-3)
+    assert not any(r["cudnn_healthy"] for r in records)
+    shares = [r["of_one_document"] for r in records]
+    assert float(shares[6]) > 0 and float(shares[7]) > 0 and not any(shares[:6]) and not any(shares[8:])
 
 
 def compile_rows(*arguments: str) -> list[dict[str, str]]:

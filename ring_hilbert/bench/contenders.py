@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ring_hilbert as rh
 from ring_hilbert.bench import longnet
+from ring_hilbert.ops.triton_core import TritonCore
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 DENSE = rh.DilatedPattern((None,), (1,))
@@ -171,3 +172,29 @@ def contenders(
             yield make()
         except (Unsupported, RuntimeError) as reason:  # RuntimeError: out of memory, or not compiled
             yield f"{name} left out: {str(reason).splitlines()[0]}"
+
+
+def core_passes(
+    core: TritonCore, x: dict[str, Tensor], scale: float
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Forward and backward of the kernels alone, on rows at hand: `x` is what `Problem.tensors` returns."""
+    q, k, v = x["q"], x["k"], x["v"]
+
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        return core.finish(core.begin(q, k, v, scale))
+
+    result = forward()
+    return forward, lambda: core.begin_backward(x["dout"], q, k, v, *result, scale, k.dtype, 1.0)
+
+
+def autograd_passes(
+    contender: Contender, inputs: list[Tensor], dout: Tensor
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Forward and backward of a contender: `inputs` are q, k and v, which require gradients."""
+
+    def forward() -> object:
+        with torch.no_grad():
+            return contender.attend(*inputs)
+
+    out = contender.attend(*inputs)
+    return forward, lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)

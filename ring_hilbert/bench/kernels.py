@@ -22,12 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import ring_hilbert as rh
-from ring_hilbert.bench import kernels_aot
-from ring_hilbert.bench.contenders import DENSE, Contender, Problem, Unsupported, dense, programmable, published
+from ring_hilbert.bench import kernels_aot, kernels_shipped
+from ring_hilbert.bench.contenders import (
+    DENSE,
+    Contender,
+    Problem,
+    Unsupported,
+    autograd_passes,
+    core_passes,
+    dense,
+    programmable,
+    published,
+)
+from ring_hilbert.bench.kernels_shipped import FLOPS
 from ring_hilbert.bench.timing import interleaved
 from ring_hilbert.kernels.tiles import PASSES, Pass, Tile, device_tiles
 from ring_hilbert.ops.core import Shard
@@ -37,7 +47,6 @@ from ring_hilbert.ops.visits import Chunk
 
 Record = dict[str, Any]
 DILATED_ROWS = 131072  # of one head at every dilation: so many that clearing the rows between them is little beside it
-FLOPS = {"forward": 4, "backward": 10}  # per pair and column of the head
 PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4}  # matrix products that a pass computes of a block
 CANDIDATES = {
     "forward": [
@@ -87,12 +96,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--tune", action="store_true", help="time the kernels with every tile of a list, and nothing else")
     add("--aot", action="store_true", help="compile for compute capabilities 8.0, 9.0 and 10.0, and run nothing")
+    add(
+        "--shipped", action="store_true", help="the shapes of the shipped configurations, 131072 rows, and nothing else"
+    )
     add("--plot", type=Path, metavar="FILE", help="draw TFLOP/s against length: .png or .svg")
 
 
 def file(chosen: argparse.Namespace) -> str:
     """The name of the CSV."""
-    return "kernels_aot" if chosen.aot else "kernels_tune" if chosen.tune else "kernels"
+    for name in ("aot", "tune", "shipped"):
+        if getattr(chosen, name):
+            return f"kernels_{name}"
+    return "kernels"
 
 
 def rows(chosen: argparse.Namespace, device: torch.device, _group: object = None) -> Iterable[Record]:
@@ -108,6 +123,8 @@ def rows(chosen: argparse.Namespace, device: torch.device, _group: object = None
         choose("triton", device, dtype, head_dim)
     if device.type != "cuda":
         raise ValueError("bench kernels times kernels on a CUDA device; --aot compiles them without one")
+    if chosen.shipped:
+        return kernels_shipped.rows(chosen, device)
     problems = _problems(chosen, dtype, device)
     return (row for problem, name in problems for row in (_tune if chosen.tune else _measure)(problem, name, chosen))
 
@@ -171,14 +188,14 @@ def _measure(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterato
     executed: dict[tuple[str, str], float] = {}
     for curve in chosen.order if problem.causal else ["raster"]:
         core, label = _core(problem, curve), f"ring_hilbert {curve}"
-        calls[label, "forward"], calls[label, "backward"] = _passes(core, x, problem.head_dim**-0.5)
+        calls[label, "forward"], calls[label, "backward"] = core_passes(core, x, problem.head_dim**-0.5)
         pairs[label] = problem.plan(problem.pattern).attention_flops(0) / (4 * problem.head_dim)
         executed[label, "forward"] = _executed(core, problem, "forward")
         executed[label, "backward"] = (_executed(core, problem, "dq") + _executed(core, problem, "dkdv")) / 2
     for label, length, contender in _baselines(problem, chosen.dense_limit, chosen.without):
         inputs = [x[key][:, :length].clone().requires_grad_() for key in "qkv"]
         try:
-            passes = _autograd(contender, inputs, x["dout"][:, :length])
+            passes = autograd_passes(contender, inputs, x["dout"][:, :length])
             for call in passes:
                 call()  # compiles
         except RuntimeError as failure:
@@ -241,27 +258,6 @@ def _tune(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterator[R
                 continue
             rate = _executed(core, problem, pass_) * PRODUCTS[pass_] * 2 * problem.head_dim / t.median / 1e9
             yield row | {"ms": f"{t.median:.4f}", "executed_tflops": f"{rate:.1f}", "note": ""}
-
-
-def _passes(core: TritonCore, x: dict[str, Tensor], scale: float) -> tuple[Callable[[], object], Callable[[], object]]:
-    q, k, v = x["q"], x["k"], x["v"]
-
-    def forward() -> tuple[Tensor, Tensor, Tensor]:
-        return core.finish(core.begin(q, k, v, scale))
-
-    result = forward()
-    return forward, lambda: core.begin_backward(x["dout"], q, k, v, *result, scale, k.dtype, 1.0)
-
-
-def _autograd(
-    contender: Contender, inputs: list[Tensor], dout: Tensor
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    def forward() -> object:
-        with torch.no_grad():
-            return contender.attend(*inputs)
-
-    out = contender.attend(*inputs)
-    return forward, lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
 
 def _baselines(problem: Problem, limit: int, without: list[str]) -> Iterator[tuple[str, int, Contender]]:

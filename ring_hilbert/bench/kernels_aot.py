@@ -93,6 +93,9 @@ def compiled(
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
+    Source = ASTSource
+    if tiles[0].gluon:
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
     tile, walk = plan_tile(tiles, variant.walk)
     assert walk.segments == variant.segments and walk.indexed == variant.indexed
     kernel, arguments, options = _arguments(variant, pass_, tile, walk, head_dim, dtype)
@@ -104,7 +107,7 @@ def compiled(
     )
     options = {"debug": False, **options}
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
-    result = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
+    result = triton.compile(Source(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
     registers, stack = _resources(result.asm["cubin"])
     ptx = result.asm["ptx"]
     waits = [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)]
@@ -127,6 +130,9 @@ def _arguments(
     """The kernel and the arguments that `launch` gives it."""
     from ring_hilbert.kernels import backward, forward, launch
 
+    if tile.gluon:
+        from ring_hilbert.kernels import hopper_backward as backward
+        from ring_hilbert.kernels import hopper_forward as forward
     kernel = {"forward": forward.forward_kernel, "dq": backward.dq_kernel, "dkdv": backward.dkdv_kernel}[pass_]
     if not hasattr(kernel, "_pack_args"):
         raise ValueError("kernels are interpreted in this process; unset TRITON_INTERPRET")

@@ -31,8 +31,8 @@ from ring_hilbert.integrations.transformers_config import (
     settings_of,
 )
 from ring_hilbert.ops.order import TokenOrder
-from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.ops.pattern import LayerPattern
+from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.parallel.sharding import prepare_tokens
 
 LAYER = "ring_hilbert_layer"  # the number of an attention layer as a tensor, which compiled code takes as data

@@ -87,16 +87,25 @@ def forward(
             and "pass on".
         precision: of fp32 products, "ieee" or "tf32".
     """
-    q, k, v, positive = _operands(q, k, v, scale)
+    q, k, v, positive = _operands(q, k, v, scale, tile)
     slots, maximum, total, values = staging if staging is not None else (schedule.steps, q, q, q)
-    lse_error = output.lse if output.lse_error is None else output.lse_error
-    forward_kernel[_grid(schedule, q, q.shape[2])](
-        q, k, v, output.out, output.lse, lse_error, slots, maximum, total, values,
+    sizes = {
+        "BLOCK_M": tile.block_outer,
+        "BLOCK_N": tile.block_inner,
+        "STAGED": 0 if staging is None else STAGES[stage],
+    }
+    results: tuple[Tensor, ...] = output.out, output.lse
+    if tile.gluon:
+        from ring_hilbert.kernels.hopper_forward import forward_kernel as kernel
+    else:
+        kernel = forward_kernel
+        results += (output.lse if output.lse_error is None else output.lse_error,)
+        sizes["LSE_ERROR"] = output.lse_error is not None
+    kernel[_grid(schedule, q, q.shape[2], members(tile, q, k))](
+        q, k, v, *results, slots, maximum, total, values,
         _strides(q), _strides(k), _strides(v), _strides(output.out), _row_strides(output.lse), _slot_strides(staging),
         (0, 0, 0) if staging is None else _row_strides(maximum), _strides(values),
-        *_tables(schedule), _in_twos(positive),
-        BLOCK_M=tile.block_outer, BLOCK_N=tile.block_inner, LSE_ERROR=output.lse_error is not None,
-        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, schedule, tile, precision),
+        *_tables(schedule), _in_twos(positive), **sizes, **_options(q, k, schedule, tile, precision, members(tile, q, k)),
     )  # fmt: skip
 
 
@@ -168,14 +177,18 @@ def dq(
     precision: str = "ieee",
 ) -> None:
     """Write the schedule's rows of `gradient [B, S, H, D]`, in its dtype; arguments as in `forward`."""
-    q, k, v, positive = _operands(q, k, v, scale)
+    q, k, v, positive = _operands(q, k, v, scale, tile)
+    terms = terms._replace(dout=_rows_of(terms.dout, tile))
     slots, _, _, values = staging if staging is not None else (schedule.steps, q, q, q)
-    dq_kernel[_grid(schedule, q, q.shape[2])](
+    kernel = dq_kernel
+    if tile.gluon:
+        from ring_hilbert.kernels.hopper_backward import dq_kernel as kernel
+    kernel[_grid(schedule, q, q.shape[2], members(tile, q, k))](
         q, k, v, *terms, gradient, slots, values,
         _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2), _strides(gradient),
         _slot_strides(staging), _strides(values), *_tables(schedule), scale, _in_twos(positive),
         BLOCK_M=tile.block_outer, BLOCK_N=tile.block_inner,
-        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, schedule, tile, precision),
+        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, schedule, tile, precision, members(tile, q, k)),
     )  # fmt: skip
 
 
@@ -192,8 +205,12 @@ def dkdv(
     precision: str = "ieee",
 ) -> None:
     """Write the schedule's rows of `gradients`, of k's shape, in their dtype; the schedule's outer rows are k's."""
-    q, k, v, positive = _operands(q, k, v, scale)
-    dkdv_kernel[_grid(schedule, q, k.shape[2])](
+    q, k, v, positive = _operands(q, k, v, scale, tile)
+    terms = terms._replace(dout=_rows_of(terms.dout, tile))
+    kernel = dkdv_kernel
+    if tile.gluon:
+        from ring_hilbert.kernels.hopper_backward import dkdv_kernel as kernel
+    kernel[_grid(schedule, q, k.shape[2])](
         q, k, v, *terms, *gradients,
         _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2),
         _strides(gradients[0]), _strides(gradients[1]), *_tables(schedule), positive, _in_twos(positive),
@@ -201,10 +218,24 @@ def dkdv(
     )  # fmt: skip
 
 
-def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Operands as the kernels take them: rows contiguous, the scale not negative."""
-    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+def members(tile: Tile, q: Tensor, k: Tensor) -> int:
+    """Heads of a group whose rows a program takes together, so that they share keys and values."""
+    return 2 if tile.gluon and (q.shape[2] // k.shape[2]) % 2 == 0 else 1
+
+
+def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: Tile) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Operands as the kernels take them, the scale not negative."""
+    q, k, v = (_rows_of(x, tile) for x in (q, k, v))
     return (q, k, v, scale) if scale >= 0 else (-q, k, v, -scale)
+
+
+def _rows_of(x: Tensor, tile: Tile) -> Tensor:
+    """`x [B, S, H, D]` with contiguous rows; for copies of 16 bytes at offsets of 32 bits also at multiples of 16 elements."""
+    whole = x.stride(-1) == 1 or x.shape[-1] == 1
+    if tile.gluon:
+        whole &= not any(stride % 16 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0
+        whole &= x.shape[1] * x.stride(1) < 8 * 2**32
+    return x if whole else x.contiguous()
 
 
 def _in_twos(scale: float) -> tuple[float, float]:
@@ -214,18 +245,24 @@ def _in_twos(scale: float) -> tuple[float, float]:
     return high, exact - high
 
 
-def _grid(schedule: Schedule, q: Tensor, heads: int) -> tuple[int, int, int]:
-    return schedule.walk.tiles.shape[1], heads, q.shape[0]
+def _grid(schedule: Schedule, q: Tensor, heads: int, members: int = 1) -> tuple[int, int, int]:
+    return schedule.walk.tiles.shape[1], heads // members, q.shape[0]
 
 
-def _options(q: Tensor, k: Tensor, schedule: Schedule, tile: Tile, precision: str) -> dict[str, Any]:
+def _options(
+    q: Tensor, k: Tensor, schedule: Schedule, tile: Tile, precision: str, members: int | None = None
+) -> dict[str, Any]:
     walk = schedule.walk
     limit = {"maxnreg": tile.registers} if tile.registers and torch.version.hip is None else {}
     assert (tile.block_outer, tile.block_inner) == (walk.block_outer, schedule.block_inner)
+    shared = {"GROUP": q.shape[2] // k.shape[2], "D": q.shape[3], "INDEXED": walk.indexed}
+    if tile.gluon:
+        assert not walk.segments
+        more = {} if members is None else {"MEMBERS": members}
+        return {**shared, **more, "num_warps": tile.warps * (members or 1), **limit}
     return {
-        "GROUP": q.shape[2] // k.shape[2], "D": q.shape[3], "BLOCK_D": padded_head_dim(q.shape[3]),
-        "SEGMENTS": walk.segments, "INDEXED": walk.indexed, "PRECISION": precision, "num_warps": tile.warps,
-        "num_stages": tile.stages, **limit,
+        **shared, "BLOCK_D": padded_head_dim(q.shape[3]), "SEGMENTS": walk.segments, "PRECISION": precision,
+        "num_warps": tile.warps, "num_stages": tile.stages, **limit,
     }  # fmt: skip
 
 

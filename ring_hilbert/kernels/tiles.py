@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -18,6 +20,7 @@ class Tile(NamedTuple):
     """Rows of a tile (queries in forward and dQ, keys in dK and dV), rows of a step, warps, pipeline stages.
 
     `registers`: at most so many per thread, where a few more would leave room for one tile less at a time; 0: as it comes.
+    `gluon`: by the kernels for compute capability 9.0, whose pipeline has a length of its own; `warps` are those of one head.
     """
 
     block_outer: int
@@ -25,6 +28,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     registers: int = 0
+    gluon: bool = False
 
     @property
     def chunk(self) -> int:
@@ -52,7 +56,29 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
     (0, 128, 4): ((Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),)),
     (0, 256, 4): ((Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),)),
 }  # fmt: skip
+# Of compute capability 9.0, where the head dim is exactly this one. Walks whose masks compare segments take the Triton kernels.
+HOPPER: dict[tuple[int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
+    (64, 2): (
+        (*(Tile(64, 64, 4, 4, 128, gluon=True),) * 2, Tile(64, 64, 4, 3, 168)),
+        (*(Tile(64, 64, 4, 4, 128, gluon=True),) * 2, Tile(64, 64, 4, 3, 168)),
+        (*(Tile(64, 64, 4, 4, gluon=True),) * 2, Tile(64, 32, 4, 3)),
+    ),
+    (128, 2): (
+        (*(Tile(64, 64, 4, 4, gluon=True),) * 2, Tile(128, 64, 8, 3)),
+        (*(Tile(64, 64, 4, 4, gluon=True),) * 2, Tile(128, 64, 8, 3)),
+        (*(Tile(64, 32, 4, 4, gluon=True),) * 2, Tile(128, 16, 8, 3)),
+    ),
+}
 INTERPRETER = Tile(32, 32, 1, 1)  # wherever there is no GPU
+
+
+@lru_cache
+def has_gluon() -> bool:
+    """Whether Triton comes with Gluon, in which the kernels for compute capability 9.0 are written."""
+    try:
+        return find_spec("triton.experimental.gluon") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -67,6 +93,8 @@ def demand(walk: Walk) -> int:
 
 def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The tiles, by demand, of a pass at a compute capability (90: 9.0); ValueError if the table has none."""
+    if capability // 10 == 9 and (head_dim, dtype.itemsize) in HOPPER and has_gluon():
+        return HOPPER[head_dim, dtype.itemsize][PASSES.index(pass_)]
     for (least, dim, size), tiles in TILES.items():
         if capability >= least and padded_head_dim(head_dim) <= dim and dtype.itemsize == size:
             return tiles[PASSES.index(pass_)]

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The patterns, orders and heads of the shipped configurations, and their parts, against dense cuDNN attention in the same run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ring_hilbert as rh
+from ring_hilbert.bench.contenders import DENSE, Contender, Problem, autograd_passes, core_passes, dense, published
+from ring_hilbert.bench.timing import Times, interleaved
+from ring_hilbert.ops.core import Shard
+from ring_hilbert.ops.triton_core import TritonCore
+from ring_hilbert.ops.visible import Visible
+from ring_hilbert.ops.visits import Chunk
+
+FLOPS = {"forward": 4, "backward": 10}  # per pair and column of the head
+ROWS, DENSE_ROWS = 131072, 16384
+FLOOR = "cudnn, 16384 rows"
+# TFLOP/s, forward and backward, that cuDNN makes on an H100 in good health, by head dim: what is below is no denominator.
+HEALTHY = {64: (440.0, 400.0), 128: (560.0, 500.0)}
+STEEP = rh.DilatedPattern((4096, 16384, 65536, 262144, None), (1, 4, 16, 64, 256))
+DOUBLING = rh.DilatedPattern(tuple(2048 << i for i in range(5)), tuple(1 << i for i in range(5)))
+BY_4096 = rh.TokenOrder("hilbert", block=4096)
+DOCUMENTS, SIGMA, SEED = 200, 1.2, 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is timed; `longnet`: the published algorithm too. `name` is that of a configuration, or says what it is a part of."""
+
+    name: str
+    pattern: rh.DilatedPattern
+    order: rh.TokenOrder | None
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    documents: int = 1
+    longnet: bool = False
+
+    def problem(self, device: torch.device) -> Problem:
+        """In bf16, causal."""
+        shape = self.length, True, torch.bfloat16, device, 1, self.heads, self.kv_heads, self.head_dim
+        return Problem(self.pattern, *shape)
+
+
+SHAPES = (
+    Shape("llama_1b_1m", STEEP, BY_4096, ROWS, 32, 8, 64, longnet=True),
+    Shape("llama_1b_1m", STEEP, None, ROWS, 32, 8, 64),
+    Shape("llama_1b_1m", STEEP, BY_4096, ROWS, 32, 8, 64, documents=DOCUMENTS),
+    Shape("llama_8b_1m", STEEP, BY_4096, ROWS, 32, 8, 128),
+    Shape(
+        "continue_1m", rh.DilatedPattern((4096, 16384, 65536, None), (1, 4, 16, 64), segment_shift=2048), BY_4096, ROWS, 32, 8, 64,
+    ),
+    Shape("llama_1b_1m, half the heads of 128", STEEP, BY_4096, ROWS, 16, 4, 128),
+    Shape("llama_1b_1m, half the heads of 128", STEEP, None, ROWS, 16, 4, 128),
+    Shape("doubling", DOUBLING, None, ROWS, 16, 4, 128, longnet=True),
+    Shape("doubling", DOUBLING, None, DENSE_ROWS, 16, 4, 128),
+    Shape("dense", DENSE, None, DENSE_ROWS, 16, 4, 128),
+    Shape("local branch", rh.DilatedPattern((4096,), (1,)), None, ROWS, 32, 8, 64),
+)  # fmt: skip
+
+
+def document_ids(length: int, number: int) -> Tensor:
+    """`number` documents of lognormal lengths, int64 `[1, length]`."""
+    sizes = torch.randn(number, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64).mul(SIGMA).exp()
+    ends = (sizes.cumsum(0) / sizes.sum() * length).round().long()
+    return torch.searchsorted(ends, torch.arange(length), right=True)[None]
+
+
+def pairs_of(shape: Shape, seen: Visible, device: torch.device) -> int:
+    """Pairs of a head, summed over branches: every branch's own rows by the intervals."""
+    key, low, high = (x[0] for x in seen.on(device))
+    total = 0
+    for w, r in shape.pattern.branches:
+        assert shape.pattern.head_shift == 0 and shape.pattern.offset_rule == "modulo"
+        size = w or shape.length + r  # of a segment
+        begin = -(shape.pattern.segment_shift % (w or r))
+        for start in range(begin, shape.length, size):
+            rows = torch.arange(start, start + size, r, device=device)
+            rows = rows[(rows >= 0) & (rows < shape.length)]
+            keys = key[rows].sort().values.contiguous()
+            first = torch.searchsorted(keys, low[rows].contiguous())
+            total += int((torch.searchsorted(keys, high[rows].contiguous(), right=True) - first).clamp(min=0).sum())
+    return total
+
+
+def rows(chosen: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """A record for every shape, contender and pass, of `chosen.repeats` rounds.
+
+    `of_cudnn`: TFLOP/s of branch pairs over those of dense cuDNN attention with the same heads; `of_one_document`: time per pair
+    over that of the same shape with one document.
+    """
+    one: dict[tuple[object, ...], float] = {}  # milliseconds of a pair of one document
+    for shape in SHAPES:
+        for record in _measure(shape, chosen.repeats, device):
+            if record["contender"] == "ring_hilbert":
+                each = float(record["ms"]) / record["pairs"]
+                least = one.setdefault((shape.name, shape.order, record["pass"]), each)
+                record["of_one_document"] = f"{each / least:.3f}" if shape.documents > 1 else ""
+            yield record
+
+
+def _measure(shape: Shape, repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    problem = shape.problem(device)
+    x = {name: value.detach() for name, value in problem.tensors().items()}
+    ids = None if shape.documents == 1 else document_ids(shape.length, shape.documents).to(device)
+    seen = Visible(shape.length, True, order=shape.order, documents=ids)
+    shard = Shard((Chunk(0, shape.length, 0),), shape.length, shape.order)
+    core = TritonCore(shape.pattern, shape.kv_heads, shard, seen.on(device), shape.head_dim, problem.dtype, device)
+    count = pairs_of(shape, seen, device) * shape.heads
+    contenders: dict[str, tuple[tuple[Callable[[], object], Callable[[], object]], float]] = {
+        "ring_hilbert": (core_passes(core, x, shape.head_dim**-0.5), count)
+    }
+
+    def add(name: str, contender: Contender, length: int) -> None:
+        inputs = [x[key][:, :length].clone().requires_grad_() for key in "qkv"]
+        pairs = contender.flops / (4 * shape.head_dim)
+        contenders[name] = autograd_passes(contender, inputs, x["dout"][:, :length]), pairs
+
+    add(FLOOR, dense(replace(problem, length=DENSE_ROWS), DENSE_ROWS), DENSE_ROWS)
+    if shape.longnet:  # segments longer than the sequence are the sequence
+        lengths = tuple(min(w or shape.length, shape.length) for w, _ in shape.pattern.branches)
+        clipped = replace(shape.pattern, segment_lengths=lengths)
+        add("longnet", published(replace(problem, pattern=clipped)), shape.length)
+    calls = {
+        f"{name}, {pass_}": call
+        for name, (passes, _) in contenders.items()
+        for pass_, call in zip(FLOPS, passes, strict=True)
+    }
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    times: dict[str, Times] = interleaved(calls, repeats, device, lambda _: None)
+
+    def rate(name: str, pass_: str) -> float:
+        return contenders[name][1] * FLOPS[pass_] * shape.head_dim / times[f"{name}, {pass_}"].median / 1e9
+
+    dense_rates = {pass_: rate(FLOOR, pass_) for pass_ in FLOPS}
+    healthy = all(r >= least for r, least in zip(dense_rates.values(), HEALTHY[shape.head_dim], strict=True))
+    for name, (_, pairs) in contenders.items():
+        for pass_ in FLOPS:
+            t = times[f"{name}, {pass_}"]
+            yield {
+                "shape": shape.name, "order": "raster" if shape.order is None else f"{shape.order.curve}/{shape.order.block}",
+                "length": shape.length, "heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim,
+                "documents": shape.documents, "sigma": SIGMA if shape.documents > 1 else "",
+                "seed": SEED if shape.documents > 1 else "", "contender": name, "pass": pass_, "pairs": int(pairs),
+                "ms": f"{t.median:.4f}", "ms_min": f"{t.least:.4f}", "ms_max": f"{t.most:.4f}",
+                "tflops": f"{rate(name, pass_):.4g}", "of_cudnn": f"{rate(name, pass_) / dense_rates[pass_]:.3f}",
+                "cudnn_healthy": healthy, "of_one_document": "",
+            }  # fmt: skip

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward for compute capability 9.0, in Gluon: the walk of `forward.py`, with copies and matrix products in flight.
+
+The softmax of a step runs beside the product of the one before with its values (FlashAttention-3, arXiv 2407.08608, section 3.2).
+A tile may hold its rows of several query heads of a kv head: these share keys and values.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ring_hilbert.kernels.hopper_steps import (
+    AHEAD,
+    FLAT,
+    STAGES,
+    copied,
+    in_order,
+    next_step,
+    operand,
+    outer_cells,
+    outer_rows,
+    products,
+    row_cells,
+    send,
+    send_rows,
+    step_rows,
+    step_weight,
+    tile_of,
+    vectors,
+)
+from ring_hilbert.kernels.steps import VARIES
+
+
+@gluon.jit
+def summed(x):
+    """`x [M, N]` added up over the columns of each thread: `[M, 4]`, so that no thread waits for another."""
+    columns: gl.constexpr = x.shape[1] // 8
+    return gl.sum(gl.sum(gl.reshape(x, [x.shape[0], columns, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def send_keys(k, v, key, k_stride, v_stride, rows, flat, columns, k_ring, v_ring, key_ring, step, full):
+    """Send for the keys and values of a step, and, from step `full` on, for what decides who sees them."""
+    to = step % STAGES
+    send_rows(k_ring.index(to), k, rows, k_stride, columns)
+    send_rows(v_ring.index(to), v, rows, v_stride, columns)
+    if step >= full:
+        send(key_ring.index(to), key + flat, flat >= 0)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def attend(
+    values, maximum, total, p, at, rows, flat, weights, step, queries, k_ring, v_ring, key_ring, k, v, key, k_stride, v_stride,
+    index, columns, full, number, low, high, scale2, BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Merge `number` blocks of keys into the running softmax; `p` of the last one is not in `values` yet.
+
+    `at`, with `rows` and `flat`, is where the walk stands that sends for rows, `AHEAD` of `step`.
+    """
+    M: gl.constexpr = queries.shape[0]
+    SCORES: gl.constexpr = products(BLOCK_N, gl.num_warps())
+    VALUES: gl.constexpr = products(queries.shape[1], gl.num_warps())
+    ROWS: gl.constexpr = gl.SliceLayout(1, copied(queries.shape[1], gl.num_warps()))
+    zeros = gl.zeros([M, BLOCK_N], gl.float32, SCORES)
+    for _ in range(number):
+        async_copy.wait_group(AHEAD - 1)
+        fence_async_shared()
+        send_keys(k, v, key, k_stride, v_stride, rows, flat, columns, k_ring, v_ring, key_ring, step + AHEAD, full)
+        here = step % STAGES
+        scores = warpgroup_mma(queries, k_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        values = warpgroup_mma(p, v_ring.index(gl.maximum(step - 1, 0) % STAGES), values, is_async=True)
+        weight = weights[0]
+        weights = weights[1:] + (step_weight(at),)
+        at = next_step(at, BLOCK_N)
+        rows = step_rows(at, index, BLOCK_N, INDEXED, ROWS)
+        flat = step_rows(at, index, BLOCK_N, INDEXED, vectors(gl.num_warps()))
+        scores = warpgroup_mma_wait(1, [scores])
+        if MASKED:
+            keys = gl.expand_dims(key_ring.index(here).load(gl.SliceLayout(0, SCORES)), 0)
+            visible = (keys >= gl.expand_dims(low, 1)) & (keys <= gl.expand_dims(high, 1))
+            scores = gl.where(visible, scores, float("-inf"))
+        higher = gl.maximum(maximum, gl.max(scores, 1) * scale2)
+        finite = higher
+        if MASKED:
+            finite = gl.where(higher == float("-inf"), 0.0, higher)
+        exact = gl.exp2(scores * scale2 - gl.expand_dims(finite - weight, 1))
+        decay = gl.exp2(maximum - finite)
+        maximum = higher
+        total = total * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout)), 1) + summed(
+            exact
+        )
+        exact = gl.convert_layout(exact.to(queries.dtype), gl.DotOperandLayout(0, VALUES, 2), assert_trivial=True)
+        step = in_order(step)
+        values, p = warpgroup_mma_wait(0, [values, exact])
+        values = values * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, VALUES), assert_trivial=True), 1)
+        step += 1
+    return values, maximum, total, p, at, rows, flat, weights, step
+
+
+@gluon.jit
+def slot_of(slots, slot_strides, row_strides, batch, head, row, member):
+    """The places of staged rows, -1 of others, and where what is known of them lies."""
+    slot = gl.load(slots + row.to(gl.int64) * slot_strides[1], mask=row >= 0, other=-1)
+    return slot, row_cells(row_strides, batch, head, slot, member)
+
+
+@gluon.jit(do_not_specialize=VARIES)
+def forward_kernel(
+    q, k, v, out, lse, slots, s_maximum, s_total, s_values,
+    q_strides, k_strides, v_strides, out_strides, lse_strides, slot_strides, row_strides, values_strides,
+    tables, order, tiles, steps, runs, outer, index, low, high, key,
+    table_strides, num_tiles, tile_width, num_runs, interval_strides, scale2,
+    GROUP: gl.constexpr, MEMBERS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    INDEXED: gl.constexpr, STAGED: gl.constexpr,
+):  # fmt: skip
+    """Grid `(tiles, H / MEMBERS, B)`; else as the Triton kernel. A program has its rows of MEMBERS heads, one after the other."""
+    M: gl.constexpr = BLOCK_M * MEMBERS
+    WARPS: gl.constexpr = gl.num_warps()
+    SCORES: gl.constexpr = products(BLOCK_N, WARPS)
+    VALUES: gl.constexpr = products(D, WARPS)
+    COPIED: gl.constexpr = copied(D, WARPS)
+    dtype: gl.constexpr = k.dtype.element_ty
+    batch, head = gl.program_id(2).to(gl.int64), gl.program_id(1) * MEMBERS
+    kv_head = head // GROUP
+    count, place, at, full, masked = tile_of(
+        tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head
+    )
+    if count == 0:
+        return
+    k += batch * k_strides[0] + kv_head * k_strides[2]
+    v += batch * v_strides[0] + kv_head * v_strides[2]
+    key += batch * interval_strides[1]
+
+    queries = gl.allocate_shared_memory(dtype, [M, D], operand(M, D, dtype))
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], operand(BLOCK_N, D, dtype))
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], operand(BLOCK_N, D, dtype))
+    key_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N], FLAT)
+    columns = gl.arange(0, D, gl.SliceLayout(0, COPIED))
+    own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))
+    send(queries, outer_cells(q, q_strides, batch, head, own, members, columns), gl.expand_dims(own >= 0, 1))
+    weights = ()
+    for i in gl.static_range(AHEAD):
+        rows = step_rows(at, index, BLOCK_N, INDEXED, gl.SliceLayout(1, COPIED))
+        flat = step_rows(at, index, BLOCK_N, INDEXED, vectors(WARPS))
+        send_keys(k, v, key, k_strides[1], v_strides[1], rows, flat, columns, k_ring, v_ring, key_ring, i, full)
+        weights = weights + (step_weight(at),)
+        at = next_step(at, BLOCK_N)
+    rows = step_rows(at, index, BLOCK_N, INDEXED, gl.SliceLayout(1, COPIED))
+    flat = step_rows(at, index, BLOCK_N, INDEXED, vectors(WARPS))
+
+    row, member = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, SCORES))
+    zeros = gl.zeros([M, BLOCK_N], gl.float32, SCORES)
+    p = gl.convert_layout(zeros.to(dtype), gl.DotOperandLayout(0, VALUES, 2))
+    maximum = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    total = summed(zeros)
+    values = gl.zeros([M, D], gl.float32, VALUES)
+    if STAGED:
+        slots += batch * slot_strides[0] + kv_head * slot_strides[2]
+    if STAGED >= 2:
+        slot, s_row = slot_of(slots, slot_strides, row_strides, batch, head, row, member)
+        maximum = gl.load(s_maximum + s_row, mask=slot >= 0, other=float("-inf"))
+        before = gl.convert_layout(
+            gl.load(s_total + s_row, mask=slot >= 0, other=0.0), gl.SliceLayout(1, total.type.layout)
+        )
+        first = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, total.type.layout)), 0) == 0
+        total = gl.where(first, gl.expand_dims(before, 1), total)
+        slot = gl.convert_layout(slot, gl.SliceLayout(1, COPIED))
+        s_cells = outer_cells(s_values, values_strides, batch, head, slot, members, columns)
+        values = gl.convert_layout(gl.load(s_cells, mask=gl.expand_dims(slot >= 0, 1), other=0.0), VALUES)
+
+    step = 0
+    nowhere = gl.zeros([M], gl.int32, gl.SliceLayout(1, SCORES))
+    values, maximum, total, p, at, rows, flat, weights, step = attend(
+        values, maximum, total, p, at, rows, flat, weights, step, queries, k_ring, v_ring, key_ring, k, v, key,
+        k_strides[1], v_strides[1], index, columns, full, full, nowhere, nowhere, scale2[0], BLOCK_N, INDEXED, False,
+    )  # fmt: skip
+    first = gl.load(low + batch * interval_strides[0] + row, mask=row >= 0, other=0)
+    last = gl.load(high + batch * interval_strides[0] + row, mask=row >= 0, other=0)
+    values, maximum, total, p, at, rows, flat, weights, step = attend(
+        values, maximum, total, p, at, rows, flat, weights, step, queries, k_ring, v_ring, key_ring, k, v, key,
+        k_strides[1], v_strides[1], index, columns, full, masked, first, last, scale2[0], BLOCK_N, INDEXED, True,
+    )  # fmt: skip
+    async_copy.wait_group(0)
+    fence_async_shared()
+    values = warpgroup_mma(p, v_ring.index(gl.maximum(step - 1, 0) % STAGES), values)
+
+    # Looked up once more, to keep nothing of it in registers over the loops.
+    own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))
+    row, member = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, SCORES))
+    exists = row >= 0
+    total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES))
+    if STAGED == 1 or STAGED == 3:
+        slot, s_row = slot_of(slots, slot_strides, row_strides, batch, head, row, member)
+        gl.store(s_maximum + s_row, maximum, mask=slot >= 0)
+        gl.store(s_total + s_row, total, mask=slot >= 0)
+        own_slot = gl.convert_layout(slot, gl.SliceLayout(1, COPIED))
+        s_cells = outer_cells(s_values, values_strides, batch, head, own_slot, members, columns)
+        gl.store(s_cells, gl.convert_layout(values, COPIED), mask=gl.expand_dims(own_slot >= 0, 1))
+        if STAGED == 3:  # all its rows have a slot
+            return
+        exists = exists & (slot < 0)
+        own = gl.where(own_slot < 0, own, -1)
+    some = total > 0
+    total = gl.where(some, total, 1.0)
+    values = values / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, VALUES)), 1)
+    values = gl.convert_layout(values.to(out.dtype.element_ty), COPIED)
+    gl.store(
+        outer_cells(out, out_strides, batch, head, own, members, columns), values, mask=gl.expand_dims(own >= 0, 1)
+    )
+    rounded = (maximum + gl.log2(total)) * 0.6931471805599453
+    cells = row_cells(lse_strides, batch, head, row, member)
+    gl.store(lse + cells, gl.where(some, rounded, float("-inf")), mask=exists)
