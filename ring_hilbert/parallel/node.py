@@ -33,6 +33,7 @@ class Call(NamedTuple):
         segment_lengths, dilation_rates, offset_rule: of the pattern; a segment length of 0 is the whole sequence.
         shifts: `(head_shift, segment_shift)` of the pattern.
         heads: `(first, total)` of the pattern, or empty.
+        zero_keys: of the pattern.
         causal: without a handle, whether keys at later rows (with an order, later tokens) are hidden.
         curve, sides: without a handle, the token order: no curve is no order, one side a block, more a grid.
         scale: of the scores.
@@ -48,6 +49,7 @@ class Call(NamedTuple):
     offset_rule: str
     shifts: list[int]
     heads: list[int]
+    zero_keys: bool
     causal: bool
     curve: str
     sides: list[int]
@@ -80,15 +82,17 @@ class Call(NamedTuple):
             curve, sides = order.curve, list(order.grid or (order.block or 0,))
         return cls(
             lengths, list(pattern.dilation_rates), pattern.offset_rule, [pattern.head_shift, pattern.segment_shift],
-            list(pattern.heads or ()), causal, curve, sides, scale, backend, strategy, keep, return_lse, name or "",
+            list(pattern.heads or ()), pattern.zero_keys, causal, curve, sides, scale, backend, strategy, keep, return_lse,
+            name or "",
         )  # fmt: skip
 
     @property
     def pattern(self) -> DilatedPattern:
         """The pattern that `of` was given."""
         return _pattern(
-            tuple(self.segment_lengths), tuple(self.dilation_rates), self.offset_rule, *self.shifts, tuple(self.heads)
-        )
+            tuple(self.segment_lengths), tuple(self.dilation_rates), self.offset_rule, *self.shifts, tuple(self.heads),
+            self.zero_keys,
+        )  # fmt: skip
 
     @property
     def keeps_all(self) -> bool:
@@ -102,9 +106,12 @@ class Call(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _pattern(
-    lengths: tuple[int, ...], rates: tuple[int, ...], rule: Any, head_shift: int, segment_shift: int, heads: Any
-) -> DilatedPattern:
-    return DilatedPattern(tuple(w or None for w in lengths), rates, rule, head_shift, segment_shift, heads or None)
+    lengths: tuple[int, ...], rates: tuple[int, ...], rule: Any, head_shift: int, segment_shift: int, heads: Any,
+    zero_keys: bool,
+) -> DilatedPattern:  # fmt: skip
+    return DilatedPattern(
+        tuple(w or None for w in lengths), rates, rule, head_shift, segment_shift, heads or None, zero_keys
+    )
 
 
 @lru_cache(maxsize=16)
@@ -138,8 +145,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared | None, call: Cal
 
 
 _CALL = (
-    "SymInt[] segment_lengths, SymInt[] dilation_rates, str offset_rule, SymInt[] shifts, SymInt[] heads, bool causal, "
-    "str curve, SymInt[] sides, float scale, str backend, str strategy, bool keep, bool return_lse, str name"
+    "SymInt[] segment_lengths, SymInt[] dilation_rates, str offset_rule, SymInt[] shifts, SymInt[] heads, bool zero_keys, "
+    "bool causal, str curve, SymInt[] sides, float scale, str backend, str strategy, bool keep, bool return_lse, str name"
 )
 _OPTIONS: dict[str, Any] = {
     "mutates_args": (),
