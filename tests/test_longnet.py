@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ring_hilbert as rh
 from ring_hilbert.integrations.longnet import SlideEncoder
+from ring_hilbert.integrations.longnet_layers import misplaced_attention, misplaces
 from tests import torchscale
 from tests.ranks import run_ranks, run_ranks_collect
 
@@ -53,6 +54,29 @@ def test_equals_prov_gigapaths(global_pool: bool):
     *states, last = torchscale.slide_encoder(made.state_dict(), x, coords, pattern, **options)
     for actual, expected in zip(made(x, coords, all_layer_embed=True), states, strict=True):
         close(actual, expected)
+    close(made(x, coords)[0], last)
+
+
+@pytest.mark.parametrize("length", [20, 21, 22, 23, 24, 47, 64, 200])
+def test_misplaced_padding(length: int):
+    """Output and gradients of torchscale's code, its mixture without gradient, where it is no softmax and where it is."""
+    pattern = rh.DilatedPattern((8, 23, 63, 70), (1, 2, 4, 3), offset_rule="block", zero_keys=True)
+    x = [torch.randn(2, length, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    actual = misplaced_attention(*x, pattern)
+    expected = torchscale.dilated_attention(*x, pattern, misplaced=True, detached=True)
+    close(actual, expected)
+    dout = torch.randn_like(actual)
+    for ours, theirs in zip(torch.autograd.grad(actual, x, dout), torch.autograd.grad(expected, x, dout), strict=True):
+        close(ours, theirs)
+    assert misplaces(pattern, length) == torchscale.touched(pattern, length) == (length > 23)
+
+
+@pytest.mark.parametrize("misplaced", [False, True])
+def test_an_encoder_misplaces_if_asked(misplaced: bool):
+    made = encoder(segment_lengths=(8, 23, 64), misplaced=misplaced)
+    x, coords = slides(90)
+    pattern, options = made.encoder.layers[0].self_attn.pattern, {"heads": 4, "grids": GRIDS, "misplaced": misplaced}
+    *_, last = torchscale.slide_encoder(made.state_dict(), x[0][None], coords[0][None], pattern, **options)
     close(made(x, coords)[0], last)
 
 
@@ -102,6 +126,9 @@ def test_files_that_do_not_fit(tmp_path: Path):
             made.load_weights(path)
     torch.save(state | {"decoder.a": state["norm.bias"]}, path)
     made.load_weights(path, ignore=["decoder."])
+    torch.save([state], path)
+    with pytest.raises(ValueError, match="holds a list, expected a state dict"):
+        made.load_weights(path)
     torch.save({"model": state, "arguments": Path("x")}, path)
     with pytest.raises(Exception, match=r"weights_only|Weights only"):
         made.load_weights(path)
@@ -204,6 +231,7 @@ def test_mistakes():
         (lambda: made([], []), "x and coords must be"),
         (lambda: made(*slides(4, 0)), r"at least one tile, got \[4, 0\]"),
         (lambda: made(x, [c - 300 for c in coords]), "coords lie in tiles -1 to"),
+        (lambda: encoder(zero_keys=False, misplaced=True), "needs zero_keys=True"),
         (lambda: encoder(drop_path_rate=2.0), "drop_path_rate must be from 0 to 1"),
         (lambda: SlideEncoder(zero_keys=True, embed_dim=100), "embed_dim=100 must be a multiple of num_heads=16"),
         (lambda: SlideEncoder(zero_keys=True, order="hilbrt"), "did you mean 'hilbert'"),

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ring_hilbert as rh
 
+SCORES = 2**20  # at a time; they are recomputed in backward
+
 
 def dilated_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: rh.DilatedPattern, *, misplaced: bool = False, detached: bool = False
@@ -34,8 +36,8 @@ def touched(pattern: rh.DilatedPattern, length: int) -> bool:
     return any(w < length and w % r for w, r in pattern.branches if w is not None)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    scores = q @ k.mT * scale
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = q @ k.mT
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
@@ -54,10 +56,10 @@ def _branch(q: Tensor, k: Tensor, v: Tensor, w: int | None, r: int, misplaced: b
     q, k, v = cut(q), cut(k), cut(v)
     for head in range(heads):
         kept = slice(head // -(-heads // r), None, r)
-        rows = (
-            x[:, :, kept, head] for x in (q, k, v)
-        )  # scores are recomputed in backward: those of all heads are too many
-        out[:, :, kept, head], log[:, :, kept, head] = checkpoint(_dense, *rows, dim**-0.5, use_reentrant=False)
+        queries, *keys = (x[:, :, kept, head] for x in (q, k, v))
+        chunks = queries.split(max(1, SCORES // (segments * queries.shape[2])), dim=2)
+        parts = [checkpoint(_dense, chunk * dim**-0.5, *keys, use_reentrant=False) for chunk in chunks]
+        out[:, :, kept, head], log[:, :, kept, head] = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
     size = filled if misplaced else w
     return (x[:, :, :size].flatten(1, 2)[:, :length] for x in (out, log))  # type: ignore[return-value]
 
@@ -71,6 +73,7 @@ def slide_encoder(
     heads: int,
     grids: int,
     global_pool: bool = False,
+    misplaced: bool = False,
 ) -> list[Tensor]:
     """Prov-GigaPath's slide encoder without dropout, from a state dict: `[B, embed_dim]` before, between and after the layers, and
     as the last the one that it returns by itself. `x [B, L, in_chans]`, `coords [B, L, 2]` in pixels of tiles of 256.
@@ -99,7 +102,7 @@ def slide_encoder(
         name = f"encoder.layers.{layer}"
         y = norm(x, f"{name}.self_attn_layer_norm")
         q, k, v = (linear(y, f"{name}.self_attn.{p}_proj").unflatten(-1, (heads, -1)) for p in "qkv")
-        y = norm(dilated_attention(q, k, v, pattern).flatten(2), f"{name}.self_attn.inner_attn_ln")
+        y = norm(dilated_attention(q, k, v, pattern, misplaced=misplaced).flatten(2), f"{name}.self_attn.inner_attn_ln")
         x = x + linear(y, f"{name}.self_attn.out_proj")
         y = linear(norm(x, f"{name}.final_layer_norm"), f"{name}.ffn.fc1")
         y = y * 0.5 * (1 + torch.erf(y / 2**0.5))

@@ -53,6 +53,8 @@ class SlideEncoder(nn.Module):
         depth: layers.
         zero_keys: whether torchscale's padding counts as keys (`DilatedPattern.zero_keys`): True for weights that were trained
             with it, False for a plain softmax. There is no default, because weights do not tell.
+        misplaced: on slides that are long enough, also give outputs the places that torchscale's code gives them, which is no
+            softmax (`longnet_layers.misplaced_attention`); for published weights as they were used. On one device.
         num_heads: of the attention.
         segment_lengths: of the attention, in tiles; default `segment_lengths_for(max_wsi_size, tile_size)`.
         dilation_rates: as many.
@@ -78,6 +80,7 @@ class SlideEncoder(nn.Module):
         depth: int = 12,
         *,
         zero_keys: bool,
+        misplaced: bool = False,
         num_heads: int = 16,
         segment_lengths: Sequence[int | None] | None = None,
         dilation_rates: Sequence[int] = (1, 2, 4, 8, 16),
@@ -98,17 +101,19 @@ class SlideEncoder(nn.Module):
             raise ValueError(f"drop_path_rate must be from 0 to 1, got {drop_path_rate!r}")
         lengths = segment_lengths_for(max_wsi_size, tile_size) if segment_lengths is None else segment_lengths
         pattern = DilatedPattern(tuple(lengths), tuple(dilation_rates), offset_rule="block", zero_keys=zero_keys)
+        if misplaced and not zero_keys:
+            raise ValueError("misplaced=True is about the padding of torchscale's code: it needs zero_keys=True")
         if order is not None:
             TokenOrder(order, block=1)  # raises for a curve that there is not
         self.tile_size, self.slide_ngrids, self.global_pool, self.order = tile_size, slide_ngrids, global_pool, order
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations, self.misplaced = checkpoint_activations, misplaced
         self.drop_path_rates = np.linspace(0, drop_path_rate, depth).tolist()
 
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Linear(in_chans, embed_dim)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(
-            Layer(embed_dim, int(embed_dim * mlp_ratio), num_heads, pattern, dropout) for _ in range(depth)
+            Layer(embed_dim, int(embed_dim * mlp_ratio), num_heads, pattern, misplaced, dropout) for _ in range(depth)
         )
         self.encoder.layer_norm = nn.LayerNorm(embed_dim, eps=EPS)
         self.norm, self.dropout = nn.LayerNorm(embed_dim, eps=NORM_EPS), nn.Dropout(dropout)
@@ -139,7 +144,9 @@ class SlideEncoder(nn.Module):
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state["model"] if isinstance(state.get("model"), dict) else state
+            state = state.get("model", state) if isinstance(state, dict) else state
+        if not isinstance(state, dict):
+            raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict, alone or under 'model'")
         state = {key: value for key, value in state.items() if not key.startswith(tuple(ignore))}
         own = self.state_dict()
         problems = {
@@ -229,6 +236,8 @@ class SlideEncoder(nn.Module):
                 f"order={self.order!r} would move tiles between ranks: order them before they are sharded, by "
                 "TokenOrder.from_coordinates, and make the encoder with order=None"
             )
+        if group is not None and self.misplaced:
+            return "misplaced=True is for one device; over ranks use misplaced=False"
         every = torch.cat(tiles)
         if len(every) and not 0 <= int(every.min()) <= int(every.max()) < self.slide_ngrids:
             return (

@@ -41,9 +41,9 @@ class Slides:
 class SelfAttention(nn.Module):
     """Dilated attention of every slide by itself, between its projections."""
 
-    def __init__(self, embed_dim: int, num_heads: int, pattern: DilatedPattern) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, pattern: DilatedPattern, misplaced: bool) -> None:
         super().__init__()
-        self.num_heads, self.pattern = num_heads, pattern
+        self.num_heads, self.pattern, self.misplaced = num_heads, pattern, misplaced
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(embed_dim, embed_dim) for _ in range(4))
         self.inner_attn_ln = nn.LayerNorm(embed_dim, eps=EPS)
 
@@ -59,7 +59,42 @@ class SelfAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> Tensor:
         """One slide: `[1, rows, H, D]` each."""
+        if self.misplaced and misplaces(self.pattern, q.shape[1]):
+            return misplaced_attention(q, k, v, self.pattern)
         return dilated_attention(q, k, v, self.pattern, prepared=prepared)
+
+
+def misplaces(pattern: DilatedPattern, length: int) -> bool:
+    """Whether torchscale's code puts outputs on rows of other queries: there are several segments that `r` does not divide."""
+    return any(w is not None and w < length and w % r for w, r in pattern.branches)
+
+
+def misplaced_attention(q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern) -> Tensor:
+    """What torchscale's code computes of any length, on one device; no softmax where it `misplaces`.
+
+    Rows of zeros fill segments up, to a multiple of `r`, and the code does not cut them off before it joins segments: the outputs
+    of segment j stand j times the padding too late, and those of the zeros on rows of the slide. So every branch attends by itself,
+    over its padding as well, and a row mixes what has come to it. As published, no gradient goes through the mixture.
+
+    Args:
+        q, k, v: `[B, L, H, D]`, not causal.
+        pattern: with `zero_keys`.
+    """
+    length, outs, logs = q.shape[1], list[Tensor](), list[Tensor]()
+    for branch in pattern.branches:
+        w, r = min(branch.segment_length or length, length), branch.dilation_rate
+        own = DilatedPattern((w + -w % r,), (r,), pattern.offset_rule)
+        out, log = dilated_attention(*(_filled(x, w, r) for x in (q, k, v)), own, causal=False, return_lse=True)
+        outs.append(out[:, :length])
+        logs.append(log[:, :, :length].transpose(1, 2))
+    weights = torch.stack(logs).softmax(0).nan_to_num(0.0).to(q.dtype)  # NaN: no branch holds the row
+    return torch.stack([weight[..., None] * out for weight, out in zip(weights, outs, strict=True)]).sum(0)
+
+
+def _filled(x: Tensor, w: int, r: int) -> Tensor:
+    """`[B, L, H, D]` with rows of zeros behind the last, to whole segments of `w`, and behind each, to a multiple of `r`."""
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % w)).unflatten(1, (-1, w))
+    return F.pad(x, (0, 0, 0, 0, 0, -w % r)).flatten(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -78,9 +113,11 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """A layer of the encoder, normalised before and within."""
 
-    def __init__(self, embed_dim: int, ffn_dim: int, num_heads: int, pattern: DilatedPattern, dropout: float) -> None:
+    def __init__(
+        self, embed_dim: int, ffn_dim: int, num_heads: int, pattern: DilatedPattern, misplaced: bool, dropout: float
+    ) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(embed_dim, num_heads, pattern)
+        self.self_attn = SelfAttention(embed_dim, num_heads, pattern, misplaced)
         self.self_attn_layer_norm = nn.LayerNorm(embed_dim, eps=EPS)
         self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
         self.final_layer_norm = nn.LayerNorm(embed_dim, eps=EPS)
