@@ -388,6 +388,8 @@ def test_an_order_of_coordinates_is_a_value():
     assert "<3 tokens, " in repr(order) and order.size == 3
     with pytest.raises(ValueError, match="keep the coordinates"):
         order.to_config()
+    with pytest.raises(ValueError, match="neither block nor grid"):
+        TokenOrder("hilbert", block=3, listed=order.listed)
     with pytest.raises(ValueError, match="length=4 but this order of coordinates is of 3 tokens"):
         order.permutation(4)
 

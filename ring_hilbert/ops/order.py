@@ -79,7 +79,11 @@ class TokenOrder:
             near = get_close_matches(str(self.curve).lower(), CURVES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"curve={self.curve!r} is unknown, expected one of {', '.join(map(repr, CURVES))}{hint}")
-        if self.listed is not None and self.block is None and self.grid is None:
+        if self.listed is not None:
+            if self.block is not None or self.grid is not None:
+                raise ValueError(
+                    "an order of coordinates has neither block nor grid; make it with TokenOrder.from_coordinates"
+                )
             return
         if (self.block is None) == (self.grid is None):
             given = "neither" if self.block is None else f"both block={self.block!r} and grid={self.grid!r}"

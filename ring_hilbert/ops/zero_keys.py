@@ -26,7 +26,7 @@ def count_zero_keys(pattern: DilatedPattern, rows: Tensor, seq_len: int, num_kv_
     """
     count = torch.zeros((num_kv_heads, len(rows)), dtype=torch.int32, device=rows.device)
     for branch in pattern.branches:
-        r, w = branch.dilation_rate, min(branch.segment_length or seq_len, seq_len)
+        r, w = branch.dilation_rate, max(1, min(branch.segment_length or seq_len, seq_len))
         offsets = [pattern.offset(branch, head, num_kv_heads) for head in range(num_kv_heads)]
         offset = torch.tensor(offsets, device=rows.device)[:, None]
         within = rows % w
