@@ -122,11 +122,12 @@ def dilated_attention(
 
     causal = True if causal is None else causal
     agreed = agreed_fields(pattern, factor, shapes)
-    if prepared is None and (group is not None or not all(value is None for value in facts.values())):
+    listed = isinstance(order, TokenOrder) and order.listed is not None
+    if prepared is None and (group is not None or listed or not all(value is None for value in facts.values())):
         if torch.compiler.is_compiling():
             raise ValueError(
-                "under torch.compile, group, positions and document_ids belong into prepared=rh.prepare(...), made "
-                "outside of the compiled function once per batch"
+                "under torch.compile, group, positions, document_ids and an order of coordinates belong into "
+                "prepared=rh.prepare(...), made outside of the compiled function once per batch"
             )
         prepared = prepare_call(
             q.shape[1] if q.ndim == 4 else 0, agreed, error, group=group, causal=causal, order=order,

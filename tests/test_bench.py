@@ -34,6 +34,7 @@ from ring_hilbert.bench import (
 from ring_hilbert.cli import main
 from ring_hilbert.ops.visible import Visible
 from ring_hilbert.training.config import load_config
+from tests import torchscale
 from tests.ranks import run_ranks
 from tests.tiny_run import tiny_config, write_texts
 
@@ -82,6 +83,17 @@ def test_longnet(pattern: rh.DilatedPattern, heads: int, kv_heads: int, causal: 
     out, dq, dk, dv = (error(a, e) for a, e in zip(actual, expected, strict=True))
     assert out < 1e-12 and dv < 1e-12
     assert min(dq, dk) > 1e-3
+
+
+def test_longnet_fills_segments_up() -> None:
+    """Forward is that of torchscale's algorithm where nothing divides."""
+    pattern = rh.DilatedPattern((30, 70, 512), (1, 4, 6), offset_rule="block", zero_keys=True)
+    q, k, v, _ = tensors(4, 4)
+    actual, expected = (
+        longnet.dilated_attention(q, k, v, pattern, causal=False),
+        torchscale.dilated_attention(q, k, v, pattern),
+    )
+    assert error(actual, expected) < 1e-12
 
 
 @pytest.mark.parametrize("rate", [1, 4])
@@ -409,3 +421,35 @@ def test_pairs_of_a_shape_are_those_of_the_plan_and_of_its_documents():
     dense = replace(shape, pattern=rh.DilatedPattern((None,), (1,)), order=None)
     sizes = documents[0].bincount()
     assert kernels_shipped.pairs_of(dense, seen, cpu) == int((sizes * (sizes + 1) // 2).sum())
+
+
+def test_slides(tmp_path: Path) -> None:
+    """Every part on the CPU: ours and the published algorithm, and a slide new to the process."""
+    out, sizes = tmp_path / "slides.csv", ["--tiles", "70", "--heads", "4", "--embed-dim", "16", "--depth", "2"]
+    main(
+        [
+            "bench",
+            "slides",
+            "--device",
+            "cpu",
+            "--output",
+            str(out),
+            "--head-dims",
+            "4",
+            "--lengths",
+            "40",
+            "--repeats",
+            "1",
+            *sizes,
+        ]
+    )
+    with out.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    names = [(row["part"], row["contender"], row["recomputed"]) for row in found]
+    both = ("ring_hilbert", "longnet")
+    assert names == [
+        *(("attention", name, "") for name in both),
+        *(("encoder", name, kept) for kept in ("True", "False") for name in both), ("planning", "ring_hilbert", ""),
+    ]  # fmt: skip
+    assert all(float(row["forward_backward_ms"]) > 0 for row in found) and float(found[-1]["first_ms"]) > 0
+    assert all(float(row["time_vs_longnet"]) > 0 < float(row["extra_vs_longnet"]) for row in found[:6:2])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 
 import ring_hilbert as rh
-from tests.cases import Case, assert_close, cases
+from tests.cases import Case, assert_close, cases, replace
 
 LONGNET = rh.DilatedPattern((16, 32, None), (1, 2, 5))
 
@@ -270,3 +270,16 @@ def test_forward_mode_is_an_error_and_not_zero():
         torch.func.jvp(lambda x: rh.dilated_attention(q, x, v, LONGNET), (k,), (t,))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
         rh.dilated_attention(torch.autograd.forward_ad.make_dual(q, t), k, v, LONGNET)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_order_of_coordinates(causal: bool):
+    """With a token before the tiles, and some tiles in one place."""
+    at = torch.randint(0, 9, (40, 2), generator=torch.Generator().manual_seed(0))
+    order = rh.TokenOrder.from_coordinates("hilbert", at, leading=1)
+    case = Case(rh.DilatedPattern((8, None), (1, 3)), 41, 2, causal=causal, order=order)
+    assert_close(case.actual(), case.expected())
+    with pytest.raises(ValueError, match="length=40 but this order of coordinates is of 41 tokens"):
+        replace(case, seq_len=40).actual()
+    batch = rh.shard_batch({"input_ids": torch.arange(41)[None]}, order=order, causal=causal)
+    assert torch.equal(batch["input_ids"][0], order.permutation(41))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +16,13 @@ from hypothesis import strategies as st
 import ring_hilbert as rh
 from ring_hilbert.kernels import tables
 from ring_hilbert.kernels.tables import Schedule
+from ring_hilbert.ops import triton_core
+from ring_hilbert.ops.core import Shard
 from ring_hilbert.ops.nesting import chains
 from ring_hilbert.ops.pattern import Branch, DilatedPattern
 from ring_hilbert.ops.remote_walk import plan_lists
 from ring_hilbert.ops.visible import HIDDEN, Intervals, Visible
+from ring_hilbert.ops.visits import Chunk
 from ring_hilbert.ops.walk import plan_rows
 from tests.cases import Case, cases
 
@@ -309,6 +313,22 @@ def test_tiles_lie_in_one_segment_where_that_is_cheap(length: int, segments: boo
 def test_segments_longer_than_32_bits(length: int):
     """Of which one ends within the rows at hand."""
     check(Case(DilatedPattern((length, None), (1, 1), segment_shift=-10), 20, kv_heads=1), (8, 4))
+
+
+def test_walks_of_lengths_that_are_not_in_use_leave(monkeypatch: pytest.MonkeyPatch):
+    """A length keeps all of its walks, however large; those of others go when all are too large."""
+    monkeypatch.setattr(triton_core, "_walks", OrderedDict())
+    monkeypatch.setattr(triton_core, "KEPT_BYTES", 1)
+    of = tuple(chains(DilatedPattern((8, None), (1, 2)), 2))
+
+    def walk(length: int, block: int):
+        shard = Shard((Chunk(0, length, 0),), length)
+        return triton_core._local_walk(of, 0, shard, block, 16, torch.device("cpu"))
+
+    first, second = walk(40, 32), walk(40, 16)
+    assert walk(40, 32) is first and walk(40, 16) is second
+    other = walk(50, 32)
+    assert walk(50, 32) is other and walk(40, 32) is not first
 
 
 def test_nothing_is_taken_for_nested_that_is_not():

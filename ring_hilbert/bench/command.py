@@ -22,6 +22,7 @@ from ring_hilbert.bench import (
     overlap,
     peers,
     scale,
+    slides,
     training,
     wire,
 )
@@ -132,6 +133,13 @@ MEASUREMENTS = {
         curves.rows,
         curves.add_options,
         curves.report,
+        over_ranks=True,
+    ),
+    "slides": Measurement(
+        "attention and slide encoder of whole slides against published LongNet, alone or under torchrun",
+        slides.__doc__,
+        slides.rows,
+        slides.add_options,
         over_ranks=True,
     ),
     "kernels": Measurement(

@@ -4,25 +4,30 @@
 Written from the paper (arXiv 2307.02486, sections 2.2 and 2.3). Every branch gathers its rows into dense segments, runs the
 device's fused kernel on the segments as a batch, and scatters outputs and log-sum-exps back to all rows; the branches are then
 mixed by the softmax of their log-sum-exps. As in the authors' release the mixing weights are detached, so the forward is the
-operator's and the gradients of q and k are not.
+operator's and the gradients of q and k are not. With `zero_keys` rows of zeros fill segments up, as there, so that nothing has to
+divide; they are cut off again segment by segment, which the release does not (docs/torchscale.md).
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ring_hilbert.ops.pattern import DilatedPattern, Residue
 
 
 def check(pattern: DilatedPattern, length: int) -> None:
-    """Raise ValueError unless the algorithm is defined: `w` divides `length`, `r` divides `w`, segments start at row 0."""
+    """Raise ValueError unless the algorithm is defined: segments start at row 0, and rows of zeros fill them up or none have to."""
     if pattern.segment_shift:
         raise ValueError(f"LongNet has no segment_shift, got {pattern.segment_shift}; use 0")
+    if pattern.zero_keys:
+        return
     for w, r in pattern.branches:
         w = length if w is None else w
         if length % w:
@@ -53,25 +58,37 @@ def dilated_attention(
     check(pattern, length)
     outs, places, logs = [], [], []
     for branch in pattern.branches:
-        w, r = length if branch.segment_length is None else branch.segment_length, branch.dilation_rate
+        w, r = min(branch.segment_length or length, length), branch.dilation_rate
         residues = pattern.residues(branch, kv_heads)
-        qs, ks, vs = (_Gather.apply(_segments(x, w, r, kv_heads), residues) for x in (q, k, v))
+        qs, ks, vs = (_Gather.apply(_segments(_filled(x, w, r), r, kv_heads), residues) for x in (q, k, v))
         out, lse = _kernel(qs, ks, vs, causal, scale)
         outs.append(out)
         places.append((residues, r))
-        full = _scatter(lse[..., None], residues, r, float("-inf"))
-        logs.append(full.reshape(batch, length, q.shape[2], 1))
+        logs.append(_cut(_scatter(lse[..., None], residues, r, float("-inf")), (batch, length, q.shape[2], 1), w))
     weights = torch.stack(logs).softmax(0).nan_to_num(0.0)  # NaN: no branch holds the row
     terms = (
-        _Scatter.apply(out, *place).reshape(q.shape) * weight.to(q.dtype)
-        for out, place, weight in zip(outs, places, weights, strict=True)
+        _cut(_Scatter.apply(out, *place), q.shape, min(branch.segment_length or length, length)) * weight.to(q.dtype)
+        for out, place, weight, branch in zip(outs, places, weights, pattern.branches, strict=True)
     )
     return functools.reduce(operator.add, terms)
 
 
-def _segments(x: Tensor, w: int, r: int, kv_heads: int) -> Tensor:
-    """`[B, S, H, D]` as `[B * segments, rows, r, Hkv, G, D]`: a view where the rows of the batch follow each other."""
-    return x.reshape(-1, w // r, r, kv_heads, x.shape[2] // kv_heads, x.shape[3])
+def _filled(x: Tensor, w: int, r: int) -> Tensor:
+    """`[B, S, H, D]` as `[B * segments, rows, H, D]`, with rows of zeros behind the last one and up to a multiple of `r` in all."""
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % w)) if x.shape[1] % w else x
+    x = x.reshape(-1, w, *x.shape[2:])
+    return F.pad(x, (0, 0, 0, 0, 0, -w % r)) if w % r else x
+
+
+def _cut(x: Tensor, shape: Sequence[int], w: int) -> Tensor:
+    """The inverse of `_filled` and `_segments`: `shape [B, S, H, D]`."""
+    batch, length, heads, dim = shape
+    return x.reshape(batch, -1, x.shape[1] * x.shape[2], heads, dim)[:, :, :w].flatten(1, 2)[:, :length]
+
+
+def _segments(x: Tensor, r: int, kv_heads: int) -> Tensor:
+    """`[N, rows, H, D]` as `[N, rows / r, r, Hkv, G, D]`: a view."""
+    return x.reshape(len(x), -1, r, kv_heads, x.shape[2] // kv_heads, x.shape[3])
 
 
 def _gather(x: Tensor, residues: list[Residue]) -> Tensor:

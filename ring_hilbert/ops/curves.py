@@ -5,22 +5,36 @@ Every curve is a function `shape -> cells`: `shape` is `(H, W)` or `(T, H, W)` w
 array `[prod(shape)]` that holds each row-major cell index once, in visiting order. `CURVES` names them all. None loops
 over cells in Python: digits of the coordinates are combined for whole axes, and a box is walked once per *distinct
 shape* of sub-box, of which a level of the recursion has a handful.
+
+`RANKS` has the same curves cell by cell, for few cells of a box that is too large to be listed: functions
+`(shape, cells) -> ranks` of the coordinates `cells`, an array per axis, int64. Ranks ascend along the curve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
 Shape = tuple[int, ...]
+Cells = Sequence[np.ndarray]
+
+MOST_CELLS = 2**58  # of a box, so that 64 bits hold a cell's rank on every curve
+LISTED_CELLS = 4096  # of a box whose cells are listed rather than ranked one by one
 
 
 def raster(shape: Shape) -> np.ndarray:
     """Row after row, every row from its first column."""
     return np.arange(prod(shape), dtype=np.int64)
+
+
+def _raster_ranks(shape: Shape, cells: Cells) -> np.ndarray:
+    rank = np.zeros_like(cells[0])
+    for side, coordinate in zip(shape, cells, strict=True):
+        rank = rank * side + coordinate
+    return rank
 
 
 def snake(shape: Shape) -> np.ndarray:
@@ -32,21 +46,32 @@ def snake(shape: Shape) -> np.ndarray:
     return rows.reshape(-1)
 
 
+def _snake_ranks(shape: Shape, cells: Cells) -> np.ndarray:
+    rank = np.zeros_like(cells[0])
+    for side, coordinate in zip(shape, cells, strict=True):
+        rank = rank * side + np.where(rank % 2 == 1, side - 1 - coordinate, coordinate)
+    return rank
+
+
 def morton(shape: Shape) -> np.ndarray:
     """Z-order (Morton 1966): ascending in the interleaved bits of the coordinates, the first axis most significant.
 
     The same as walking the smallest enclosing square or cube of side `2^k` and skipping what lies outside `shape`.
     """
+    return np.argsort(_morton_ranks(shape, _axes_of(shape)), axis=None)
+
+
+def _morton_ranks(shape: Shape, cells: Cells) -> np.ndarray:
     bits = [(side - 1).bit_length() for side in shape]
-    keys = np.zeros(shape, np.int64)
-    for axis, side in enumerate(shape):
-        index, key = np.arange(side, dtype=np.int64), np.zeros(side, np.int64)
+    ranks = np.zeros((1,) * cells[0].ndim, np.int64)
+    for axis, coordinate in enumerate(cells):
+        spread = np.zeros_like(coordinate)
         for level in range(bits[axis]):
             # A bit that is zero in every cell orders nothing, so only bits that some coordinate has take a place.
             place = sum(min(level, n) for n in bits) + sum(level < n for n in bits[axis + 1 :])
-            key |= (index >> level & 1) << place
-        keys += _along(axis, key, len(shape))
-    return np.argsort(keys, axis=None)
+            spread |= (coordinate >> level & 1) << place
+        ranks = ranks + spread
+    return ranks
 
 
 def peano(shape: Shape) -> np.ndarray:
@@ -55,28 +80,31 @@ def peano(shape: Shape) -> np.ndarray:
     In base 3 a digit of the rank is the coordinate's digit, mirrored (`2 - digit`) if the digits of all *other* axes
     that precede it add up to an odd number. All steps have length 1 where every side is the same power of 3.
     """
+    return np.argsort(_peano_ranks(shape, _axes_of(shape)), axis=None)
+
+
+def _peano_ranks(shape: Shape, cells: Cells) -> np.ndarray:
     levels = 0
     while 3**levels < max(shape):
         levels += 1
     axes = range(len(shape))
-    index = [_along(axis, np.arange(side, dtype=np.int64), len(shape)) for axis, side in enumerate(shape)]
-    passed = [np.zeros_like(coordinate) for coordinate in index]  # per axis: the sum of its digits so far
-    keys = np.zeros(shape, np.int64)
+    passed = [np.zeros_like(coordinate) for coordinate in cells]  # per axis: the sum of its digits so far
+    ranks = np.zeros(np.broadcast(*cells).shape, np.int64)
     for level in reversed(range(levels)):
         for axis in axes:
             if 3**level >= shape[axis]:
-                continue  # this digit is zero in every cell; mirrored or not follows from digits already in the key
-            digit = index[axis] // 3**level % 3
+                continue  # this digit is zero in every cell; mirrored or not follows from digits already in the rank
+            digit = cells[axis] // 3**level % 3
             mirrored = sum(passed[other] for other in axes if other != axis) % 2 == 1
-            keys *= 3
-            keys += np.where(mirrored, 2 - digit, digit)
+            ranks *= 3
+            ranks += np.where(mirrored, 2 - digit, digit)
             passed[axis] += digit
-    return np.argsort(keys, axis=None)
+    return ranks
 
 
-def _along(axis: int, values: np.ndarray, dims: int) -> np.ndarray:
-    """`values [n]` reshaped to lie along `axis` of a `dims`-dimensional array."""
-    return values.reshape([-1 if other == axis else 1 for other in range(dims)])
+def _axes_of(shape: Shape) -> list[np.ndarray]:
+    """The coordinates of all cells, an array per axis that lies along it."""
+    return list(np.meshgrid(*(np.arange(side, dtype=np.int64) for side in shape), indexing="ij", sparse=True))
 
 
 def hilbert(shape: Shape) -> np.ndarray:
@@ -98,6 +126,52 @@ def hilbert(shape: Shape) -> np.ndarray:
     sides = (1,) * (3 - len(shape)) + shape
     cells = _join(_crossings(sides), prod(shape), {})
     return (cells[0].astype(np.int64) * sides[1] + cells[1]) * sides[2] + cells[2]
+
+
+def _hilbert_ranks(shape: Shape, cells: Cells) -> np.ndarray:
+    """By the same cuts as `hilbert`: whatever boxes of one shape the cells lie in, they are cut together."""
+    sides = (1,) * (3 - len(shape)) + shape
+    points = np.zeros((5, len(cells[0])), np.int64)  # which cell it is, its rank so far, and where it lies in its box
+    points[0] = np.arange(len(cells[0]))
+    points[5 - len(shape) :] = cells
+    boxes: dict[Shape, list[np.ndarray]] = {}
+    _enter(_crossings(sides), points, boxes)
+    ranks, paths = np.empty(len(cells[0]), np.int64), dict[Shape, np.ndarray]()
+    while boxes:
+        sides = max(boxes, key=prod)  # then no box that is still to be cut has parts of this shape
+        points = np.concatenate(boxes.pop(sides), axis=1)
+        if prod(sides) == sides[0]:
+            ranks[points[0]] = points[1] + points[2]
+        elif prod(sides) <= LISTED_CELLS:
+            place = np.empty(sides, np.int64)
+            place[tuple(_walk(sides, paths))] = np.arange(prod(sides))
+            ranks[points[0]] = points[1] + place[tuple(points[2:])]
+        else:
+            _enter(_split(sides), points, boxes)
+    return ranks
+
+
+def _enter(parts: Sequence[_Part], points: np.ndarray, boxes: dict[Shape, list[np.ndarray]]) -> None:
+    """Sort the points of a box into its parts, seen as `_walk` sees them: from the origin, the axis of travel first."""
+    before = 0
+    for number, part in enumerate(parts):
+        inside = points
+        if number + 1 < len(parts):
+            outside = np.zeros(points.shape[1], bool)
+            for coordinate, low, high in zip(points[2:], part.low, part.high, strict=True):
+                outside |= coordinate < low
+                outside |= coordinate >= high
+            inside, points = (points.take(np.flatnonzero(x), axis=1) for x in (~outside, outside))
+        sides = tuple(high - low for low, high in zip(part.low, part.high, strict=True))
+        axes = _axes(sides, part.travel)
+        seen = np.empty_like(inside)
+        seen[0], seen[1] = inside[0], inside[1] + before
+        for place, axis in enumerate(axes):
+            coordinate = inside[2 + axis]
+            seen[2 + place] = part.high[axis] - 1 - coordinate if part.mirrored[axis] else coordinate - part.low[axis]
+        if seen.shape[1]:
+            boxes.setdefault(tuple(sides[axis] for axis in axes), []).append(seen)
+        before += prod(sides)
 
 
 class _Part(NamedTuple):
@@ -214,4 +288,12 @@ CURVES: dict[str, Callable[[Shape], np.ndarray]] = {
     "peano": peano,
     "snake": snake,
     "raster": raster,
+}
+
+RANKS: dict[str, Callable[[Shape, Cells], np.ndarray]] = {
+    "hilbert": _hilbert_ranks,
+    "morton": _morton_ranks,
+    "peano": _peano_ranks,
+    "snake": _snake_ranks,
+    "raster": _raster_ranks,
 }

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token orders: the permutation that lays tokens along a space-filling curve, in 1-D runs or on a 2-D or 3-D grid."""
+"""Token orders: the permutation that lays tokens along a space-filling curve, in 1-D runs, on a grid, or anywhere in a box."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import isqrt, prod
 from numbers import Integral
 from typing import Any
@@ -14,13 +15,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from ring_hilbert.ops.curves import CURVES
+from ring_hilbert.ops.curves import CURVES, MOST_CELLS, RANKS
 
 _CACHED = 8  # results kept per cache, the least recently used leaves first
 
 # A copy-on-write clone costs microseconds at any length and copies only if somebody writes, so that callers own what
 # they get and yet cannot reach the cache. A torch without it copies at once: the same results, milliseconds slower.
 _lazy_clone: Callable[[torch.Tensor], torch.Tensor] = getattr(torch, "_lazy_clone", torch.clone)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Listed:
+    """The token of every row, one by one: int64 `[n]`. Equal to another with the same contents."""
+
+    tokens: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.tokens.flags.writeable = False
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of the contents."""
+        return hashlib.sha256(self.tokens.tobytes()).digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Listed) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"<{len(self.tokens)} tokens, {self.digest.hex()[:8]}>"
 
 
 @dataclass(frozen=True)
@@ -30,12 +55,14 @@ class TokenOrder:
     With `block`, every run of `block` tokens is laid row-major on a grid of `floor(sqrt(block))` rows and
     `ceil(block / rows)` columns and visited along the curve; cells beyond `block`, and beyond the end of a shorter last
     run, are skipped. With `grid`, the whole sequence is one picture `(H, W)` or volume `(T, H, W)`, row-major. Either
-    way every token has exactly one row. Order the real tokens first, then append padding rows.
+    way every token has exactly one row. Order the real tokens first, then append padding rows. For tokens that lie anywhere in
+    a picture or volume, such as the tiles of a slide, see `from_coordinates`.
 
     Args:
         curve: "hilbert", "morton", "peano", "snake" or "raster" (`ring_hilbert.ops.curves`).
         block: tokens per run, at least 1, for sequences of any length.
         grid: `(H, W)` or `(T, H, W)`, for sequences of exactly `prod(grid)` tokens.
+        listed: what `from_coordinates` makes.
 
     Raises:
         ValueError: for an unknown curve, for both or neither of `block` and `grid`, for sides that are not positive
@@ -45,12 +72,19 @@ class TokenOrder:
     curve: str = "hilbert"
     block: int | None = None
     grid: tuple[int, ...] | None = None
+    listed: Listed | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.curve, str) or self.curve not in CURVES:
             near = get_close_matches(str(self.curve).lower(), CURVES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"curve={self.curve!r} is unknown, expected one of {', '.join(map(repr, CURVES))}{hint}")
+        if self.listed is not None:
+            if self.block is not None or self.grid is not None:
+                raise ValueError(
+                    "an order of coordinates has neither block nor grid; make it with TokenOrder.from_coordinates"
+                )
+            return
         if (self.block is None) == (self.grid is None):
             given = "neither" if self.block is None else f"both block={self.block!r} and grid={self.grid!r}"
             raise ValueError(
@@ -99,6 +133,56 @@ class TokenOrder:
         return _owned(_inverse, self, self._checked(length))
 
     @classmethod
+    def from_coordinates(cls, curve: str, coordinates: torch.Tensor | np.ndarray, *, leading: int = 0) -> TokenOrder:
+        """The order of tokens that lie anywhere: along the curve through the bounding box of their coordinates.
+
+            order = rh.TokenOrder.from_coordinates("hilbert", coordinates // 256)  # tiles of a slide, by their pixels
+            x = x[order.permutation(len(x))]
+
+        The cells of the box are not listed, so that it may be as large as it likes. Tokens in one cell keep their order. If they
+        fill the box, the order is that of `grid=`.
+
+        Args:
+            curve: as in the constructor.
+            coordinates: integers `[n, 2]` as (row, column), or `[n, 3]`, one line per token; on the CPU, or brought there.
+            leading: tokens before these that are not on the curve and stay in front, such as a class token.
+
+        Returns:
+            An order of exactly `leading + n` tokens; `to_config` cannot keep it.
+
+        Raises:
+            ValueError: for an unknown curve, coordinates that are not integers or of another shape, or a box of more than
+                2^58 cells.
+        """
+        given = coordinates.detach().cpu().numpy() if isinstance(coordinates, torch.Tensor) else np.asarray(coordinates)
+        if given.ndim != 2 or given.shape[1] not in (2, 3):
+            raise ValueError(f"coordinates must be [n, 2] or [n, 3], a line per token, got {list(given.shape)}")
+        if not np.issubdtype(given.dtype, np.integer):
+            raise ValueError(
+                f"coordinates must be integers, got {given.dtype}; count in tiles, such as (pixels // 256).long()"
+            )
+        leading = _integer("leading", leading, 0)
+        tokens = np.arange(leading)
+        empty = cls(curve, listed=Listed(tokens))  # checks the curve
+        if not len(given):
+            return empty
+        lowest = given.min(0)
+        shape = tuple(int(high) - int(low) + 1 for low, high in zip(lowest, given.max(0), strict=True))
+        if prod(shape) > MOST_CELLS:
+            sides = " x ".join(map(str, shape))
+            raise ValueError(f"coordinates lie in a box of {sides} cells, more than 2^58; count in larger units")
+        cells = given.astype(np.int64) - lowest.astype(np.int64)
+        ranks = RANKS[curve](shape, list(cells.T))
+        return cls(curve, listed=Listed(np.concatenate((tokens, leading + ranks.argsort(kind="stable")))))
+
+    @property
+    def size(self) -> int | None:
+        """The number of tokens that this is an order of; None: any."""
+        if self.listed is not None:
+            return len(self.listed.tokens)
+        return None if self.grid is None else prod(self.grid)
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TokenOrder:
         """The order of a mapping with the keys `curve` (default "hilbert") and `block` or `grid`; None is not given.
 
@@ -112,16 +196,23 @@ class TokenOrder:
         return cls(**{key: value for key, value in config.items() if value is not None})
 
     def to_config(self) -> dict[str, Any]:
-        """What `from_config` takes, in types that JSON and YAML keep."""
+        """What `from_config` takes, in types that JSON and YAML keep.
+
+        Raises:
+            ValueError: for an order of coordinates, which belongs to one sequence.
+        """
+        if self.listed is not None:
+            raise ValueError("an order of coordinates is of one sequence and not kept; keep the coordinates")
         size = {"block": self.block} if self.grid is None else {"grid": list(self.grid)}
         return {"curve": self.curve, **size}
 
     def _checked(self, length: int) -> int:
         length = _integer("length", length, 0)
-        if self.grid is not None and length != prod(self.grid):
+        if self.size not in (None, length):
+            what = f"grid={self.grid} holds" if self.listed is None else "this order of coordinates is of"
             raise ValueError(
-                f"length={length} but grid={self.grid} holds {prod(self.grid)} tokens: order exactly these and append "
-                "padding rows afterwards, or give block= instead of grid= for sequences of any length"
+                f"length={length} but {what} {self.size} tokens: order exactly these and append "
+                "padding rows afterwards, or give block= for sequences of any length"
             )
         return length
 
@@ -141,6 +232,8 @@ def _cells(curve: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def _tokens(order: TokenOrder, length: int, start: int, stop: int) -> np.ndarray:
     """The tokens at rows `[start, stop)`, int64 `[stop - start]`."""
+    if order.listed is not None:
+        return order.listed.tokens[start:stop]
     if order.block is None:
         assert order.grid is not None
         return _cells(order.curve, order.grid)[start:stop]
@@ -156,10 +249,10 @@ def _tokens(order: TokenOrder, length: int, start: int, stop: int) -> np.ndarray
 
 
 def natural_places(rows: np.ndarray, seq_len: int, order: TokenOrder | None) -> np.ndarray:
-    """The token that stands at each of `rows` (int64, any shape) of a sequence in `order`; rows behind a grid are themselves."""
+    """The token that stands at each of `rows` (int64, any shape) of a sequence in `order`; rows behind all tokens: themselves."""
     if order is None or not rows.size:
         return rows
-    length = seq_len if order.grid is None else min(seq_len, prod(order.grid))
+    length = seq_len if order.size is None else min(seq_len, order.size)
     first, stop = int(rows.min()), min(int(rows.max()) + 1, length)
     if first >= stop:
         return rows

@@ -62,9 +62,13 @@ class DilatedPattern:
         segment_shift: added to the row index before it is cut into segments; moves the boundaries.
         heads: `(first, total)` for a pattern of some heads only (see `for_heads`): kv head `g` here is head `first + g` of
             `total`. None: all heads.
+        zero_keys: for the numbers of torchscale's LongNet: keys with score 0 and value 0 fill segments up, as its padding does.
+            With `w' = min(w, S)`, a segment of n rows has `ceil(w' / r)` keys in every branch and head: as many are zeros as
+            its rows at the offset are fewer. Under causality they stand behind all rows, and no query sees them.
 
     Raises:
-        ValueError: for lengths that differ, values outside their range, or `head_shift` with the block rule.
+        ValueError: for lengths that differ, values outside their range, `head_shift` with the block rule, or `zero_keys` with
+            `segment_shift`.
     """
 
     segment_lengths: tuple[int | None, ...]
@@ -73,6 +77,7 @@ class DilatedPattern:
     head_shift: int = 0
     segment_shift: int = 0
     heads: tuple[int, int] | None = None
+    zero_keys: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "segment_lengths", tuple(self.segment_lengths))
@@ -101,6 +106,13 @@ class DilatedPattern:
             raise ValueError(f"offset_rule must be 'modulo' or 'block', got {self.offset_rule!r}")
         if self.offset_rule == "block" and self.head_shift != 0:
             raise ValueError(f"head_shift={self.head_shift} needs offset_rule='modulo'; with 'block' it must be 0")
+        if not isinstance(self.zero_keys, bool):
+            raise ValueError(f"zero_keys must be True or False, got {self.zero_keys!r}")
+        if self.zero_keys and self.segment_shift != 0:
+            raise ValueError(
+                f"segment_shift={self.segment_shift} with zero_keys=True: torchscale's segments begin at row 0; use 0, or "
+                "zero_keys=False"
+            )
 
     @property
     def branches(self) -> tuple[Branch, ...]:

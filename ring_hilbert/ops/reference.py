@@ -32,6 +32,26 @@ def multiplicity(pattern: DilatedPattern, length: int, num_kv_heads: int) -> Ten
     return count
 
 
+def zero_keys(pattern: DilatedPattern, length: int, num_kv_heads: int) -> Tensor:
+    """How many keys of zeros every query sees if segments are filled up with rows of zeros: int64 `[Hkv, S]`.
+
+    All segments of a branch are made as long as the first, and this long enough for `r` to divide it.
+    """
+    count = torch.zeros(num_kv_heads, length, dtype=torch.int64)
+    if not pattern.zero_keys:
+        return count
+    for branch in pattern.branches:
+        w, r = min(branch.segment_length or length, length), branch.dilation_rate
+        filled = torch.arange(-(-w // r) * r)  # the rows of one segment
+        for start in range(0, length, w):
+            stop = min(start + w, length)
+            for g in range(num_kv_heads):
+                kept = filled[filled % r == pattern.offset(branch, g, num_kv_heads)]
+                real = kept[kept < stop - start]
+                count[g, start + real] += len(kept) - len(real)
+    return count
+
+
 def allowed(causal: bool, positions: Tensor, document_ids: Tensor | None) -> Tensor:
     """Which query row may see which key row: bool `[B or 1, S, S]` from `[S]` or `[B, S]` positions and document ids."""
     positions = positions.reshape(-1, positions.shape[-1])
@@ -61,7 +81,8 @@ def dilated_attention(
     Args:
         q: `[B, S, H, D]`.
         k, v: `[B, S, Hkv, D]`, `H % Hkv == 0`.
-        pattern: the branches; `m` is the number of them that hold both rows.
+        pattern: the branches; `m` is the number of them that hold both rows. With `zero_keys`, the keys that fill segments up
+            are in both sums, with score 0 and value 0, unless causal: they stand behind all rows.
         causal: key rows with a larger position are hidden.
         order: if given, all tensors are in natural token order and the pattern acts on rows in this order.
         positions: integers `[S]` or `[B, S]`; default the row index (with `order`, the token index).
@@ -71,14 +92,20 @@ def dilated_attention(
     Returns:
         `out [B, S, H, D]` in the dtype of q; `lse [B, H, S]` in float32 (float64 for float64). A row without a key has
         `out = 0` and `lse = -inf`. Both are differentiable here.
+
+    Raises:
+        ValueError: for `zero_keys` with document ids.
     """
+    if pattern.zero_keys and document_ids is not None:
+        raise ValueError("zero_keys fill up the segments of one whole sequence; leave out document_ids")
     length, num_heads, num_kv_heads = q.shape[1], q.shape[2], k.shape[2]
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     positions = torch.arange(length, device=q.device) if positions is None else positions
     count = multiplicity(pattern, length, num_kv_heads).to(q.device)
+    zeros = zero_keys(pattern, length, num_kv_heads).to(q.device)
     if order is not None:  # token t sits on row inverse[t]: look the pattern up there, leave every tensor where it is
         row = order.inverse(length).to(q.device)
-        count = count[:, row][:, :, row]
+        count, zeros = count[:, row][:, :, row], zeros[:, row]
     mask = allowed(causal, positions, document_ids)
     m = (count * mask[:, None]).repeat_interleave(num_heads // num_kv_heads, dim=1)  # [B or 1, H, S, S]
 
@@ -88,6 +115,10 @@ def dilated_attention(
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     scores = torch.where(m > 0, scores + m.clamp(min=1).to(scores.dtype).log(), float("-inf"))
     covered = (m > 0).any(-1, keepdim=True).expand((*scores.shape[:-1], 1))
+    if pattern.zero_keys and not causal:  # one key more, of value 0, that counts as often as there are zero keys
+        zeros = zeros.repeat_interleave(num_heads // num_kv_heads, dim=0)[..., None].to(scores.dtype)
+        scores = torch.cat((scores, zeros.log().expand_as(covered)), dim=-1)
+        vh = torch.nn.functional.pad(vh, (0, 0, 0, 1))
     safe = torch.where(covered, scores, 0.0)  # keeps NaN out of the gradient of rows without a key
     lse = torch.where(covered[..., 0], safe.logsumexp(-1), float("-inf"))
     weights = torch.where(covered, safe.softmax(-1), 0.0)

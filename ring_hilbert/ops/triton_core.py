@@ -10,10 +10,10 @@ runs it on them and by the definition in plain PyTorch, differentiated by autogr
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 BACKENDS = ("triton", "torch", "auto")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KEPT_WALKS = 512  # of layers with offsets of their own: at most as many as there are dilation rates to rotate through
+KEPT_BYTES = (
+    2**31
+)  # of all walks, before those of lengths that are not in use leave: slides have as many lengths as there are
+
+_walks: OrderedDict[Shard, dict[tuple[Any, ...], Walk]] = OrderedDict()
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -287,9 +292,17 @@ class TritonCore:
         return k, v
 
 
-@lru_cache(maxsize=KEPT_WALKS)
 def _local_walk(
     of: tuple[Chain, ...], shift: int, shard: Shard, block_outer: int, chunk: int, device: torch.device
 ) -> Walk:
-    rows, places = (torch.from_numpy(x).to(device) for x in (shard.rows(), shard.places()))
-    return plan_rows(of, shift, rows, places, block_outer=block_outer, chunk=chunk)
+    """Made once, and kept until too many of other shards have been asked for since."""
+    walks, key = _walks.setdefault(shard, {}), (of, shift, block_outer, chunk, device)
+    _walks.move_to_end(shard)
+    if key not in walks:
+        rows, places = (torch.from_numpy(x).to(device) for x in (shard.rows(), shard.places()))
+        walks[key] = plan_rows(of, shift, rows, places, block_outer=block_outer, chunk=chunk)
+        if len(walks) > KEPT_WALKS:
+            del walks[next(iter(walks))]
+        while len(_walks) > 1 and sum(walk.nbytes for kept in _walks.values() for walk in kept.values()) > KEPT_BYTES:
+            _walks.popitem(last=False)
+    return walks[key]

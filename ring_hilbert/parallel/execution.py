@@ -22,6 +22,7 @@ from ring_hilbert.ops.remote_walk import RemoteWalks
 from ring_hilbert.ops.sight import RowIntervals
 from ring_hilbert.ops.torch_core import TorchCore
 from ring_hilbert.ops.visible import HIDDEN, Intervals
+from ring_hilbert.ops.zero_keys import add_zero_keys, count_zero_keys
 from ring_hilbert.parallel.crossings import KEPT, Crossings
 from ring_hilbert.parallel.exchange import Exchange
 from ring_hilbert.parallel.plan import Plan
@@ -58,6 +59,10 @@ class Execution:
         incoming = [travel.incoming() for travel in travels]
         make = self._triton_core if backend == "triton" else self._torch_core
         self.core: Core = make(rank, device, incoming)
+        self.zero_keys: Tensor | None = None
+        if plan.pattern.zero_keys and not plan.visible.causal:
+            rows = torch.from_numpy(self.shard.rows()).to(device)
+            self.zero_keys = count_zero_keys(plan.pattern, rows, self.shard.seq_len, plan.shapes.num_kv_heads)
 
     def _torch_core(self, rank: int, device: torch.device, incoming: Sequence[Incoming]) -> Core:
         plan, own = self.plan, None
@@ -117,7 +122,10 @@ class Execution:
                 core.forward_hop(state, i, rows)
             if keep:
                 kept.append(rows.view(torch.uint8).flatten())
-        return *core.finish(state), torch.cat(kept) if kept else q.new_empty(0, dtype=torch.uint8)
+        result = core.finish(state)
+        if self.zero_keys is not None:
+            result = add_zero_keys(*result, self.zero_keys)
+        return *result, torch.cat(kept) if kept else q.new_empty(0, dtype=torch.uint8)
 
     def backward(
         self, dout: Tensor, saved: Sequence[Tensor], scale: float, name: str = "", *, wide: bool = False

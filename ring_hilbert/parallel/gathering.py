@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,3 +51,21 @@ def gather_rows(x: Tensor, prepared: Prepared) -> Tensor:
 def gather_batch(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`x [B, ...]` of every rank, of one shape on all, one after the other: `[P * B, ...]` on every rank."""
     return torch.cat(from_all(x, group))
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of every rank's `x`, of one shape on all, on every rank; the gradient is that of the sum of all ranks' losses."""
+    return _Sum.apply(x, group)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of all ranks, in their order; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return torch.stack(from_all(x, group)).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return torch.stack(from_all(grad_outputs[0], ctx.group)).sum(0), None

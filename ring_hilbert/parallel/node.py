@@ -36,6 +36,7 @@ class Call(NamedTuple):
         shifts: `(head_shift, segment_shift)` of the pattern.
         head_step, own: what `LayerRule` says of the other layers, the latter four integers each; 0 and empty without one.
         heads: `(first, total)` of the pattern, or empty.
+        zero_keys: of the pattern.
         causal: without a handle, whether keys at later rows (with an order, later tokens) are hidden.
         curve, sides: without a handle, the token order: no curve is no order, one side a block, more a grid.
         scale: of the scores.
@@ -53,6 +54,7 @@ class Call(NamedTuple):
     head_step: int
     own: list[int]
     heads: list[int]
+    zero_keys: bool
     causal: bool
     curve: str
     sides: list[int]
@@ -89,15 +91,17 @@ class Call(NamedTuple):
             curve, sides = order.curve, list(order.grid or (order.block or 0,))
         return cls(
             lengths, list(pattern.dilation_rates), pattern.offset_rule, [pattern.head_shift, pattern.segment_shift],
-            head_step, own, list(pattern.heads or ()), causal, curve, sides, scale, backend, strategy, keep, return_lse, name or "",
+            head_step, own, list(pattern.heads or ()), pattern.zero_keys, causal, curve, sides, scale, backend, strategy, keep,
+            return_lse, name or "",
         )  # fmt: skip
 
     @property
     def pattern(self) -> DilatedPattern:
         """The pattern that `of` was given, of layer 0 if it was one of many."""
         return _pattern(
-            tuple(self.segment_lengths), tuple(self.dilation_rates), self.offset_rule, *self.shifts, tuple(self.heads)
-        )
+            tuple(self.segment_lengths), tuple(self.dilation_rates), self.offset_rule, *self.shifts, tuple(self.heads),
+            self.zero_keys,
+        )  # fmt: skip
 
     def at(self, layer: Tensor | None) -> Call:
         """The call of one layer of those that this is the call of."""
@@ -113,7 +117,7 @@ class Call(NamedTuple):
         return self._replace(
             segment_lengths=[w or 0 for w in one.segment_lengths], dilation_rates=list(one.dilation_rates),
             offset_rule=one.offset_rule, shifts=[one.head_shift, one.segment_shift], heads=list(one.heads or ()),
-            head_step=0, own=[], name=self.name or f"layer {number}",
+            zero_keys=one.zero_keys, head_step=0, own=[], name=self.name or f"layer {number}",
         )  # fmt: skip
 
     @property
@@ -128,9 +132,12 @@ class Call(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _pattern(
-    lengths: tuple[int, ...], rates: tuple[int, ...], rule: Any, head_shift: int, segment_shift: int, heads: Any
-) -> DilatedPattern:
-    return DilatedPattern(tuple(w or None for w in lengths), rates, rule, head_shift, segment_shift, heads or None)
+    lengths: tuple[int, ...], rates: tuple[int, ...], rule: Any, head_shift: int, segment_shift: int, heads: Any,
+    zero_keys: bool,
+) -> DilatedPattern:  # fmt: skip
+    return DilatedPattern(
+        tuple(w or None for w in lengths), rates, rule, head_shift, segment_shift, heads or None, zero_keys
+    )
 
 
 @lru_cache(maxsize=16)
@@ -169,8 +176,8 @@ def attend(
 
 _CALL = (
     "SymInt[] segment_lengths, SymInt[] dilation_rates, str offset_rule, SymInt[] shifts, SymInt head_step, SymInt[] own, "
-    "SymInt[] heads, bool causal, str curve, SymInt[] sides, float scale, str backend, str strategy, bool keep, bool return_lse, "
-    "str name"
+    "SymInt[] heads, bool zero_keys, bool causal, str curve, SymInt[] sides, float scale, str backend, str strategy, bool keep, "
+    "bool return_lse, str name"
 )
 _OPTIONS: dict[str, Any] = {
     "mutates_args": (),

@@ -61,6 +61,11 @@ class Plan:
         self.strategy, self.deduplicate = check_strategy(strategy), deduplicate
         if strategy == "auto":
             raise ValueError("a plan is of one strategy; parallel/choice.py chooses one")
+        if pattern.zero_keys and visible.has_documents:
+            raise ValueError(
+                "zero_keys=True counts the keys that fill up the segments of one whole sequence, but there are document_ids: "
+                "call once per document and without padding, or use a pattern with zero_keys=False"
+            )
         self.shares = (
             head_shares(shapes.num_heads, shapes.num_kv_heads, layout.world_size) if strategy == "ulysses" else ()
         )

@@ -269,7 +269,7 @@ def _token_of_row(documents: Tensor, order: TokenOrder | None, *, all_real: bool
     index = torch.arange(size, device=documents.device)[None]
     if order is None:
         return index
-    if order.grid is not None:
+    if order.size is not None:
         for line in documents:  # a grid has a cell for every real token, and no other
             real = size if all_real else int((line != PADDING).sum())
             if real:
