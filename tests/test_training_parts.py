@@ -125,8 +125,11 @@ def test_metrics_continue(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with Metrics(config, world, None) as metrics:
         for step in (1, 2, 3):
-            metrics.write("train", step, loss=float(step))
+            metrics.write("train", step, loss=float(step), norm=math.inf if step == 2 else 1.0)
         metrics.write("eval", 2, loss=0.5)
+    assert [json.loads(line, parse_constant=pytest.fail).get("norm") for line in path.read_text().splitlines()][
+        1
+    ] is None
     with path.open("a") as file:
         file.write('{"kind": "train", "st')
     with Metrics(config, world, 2) as metrics:

@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from transformers.initialization import no_init_weights
 from ring_hilbert.integrations.deepspeed import SequenceParallel, loss_for_backward
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.model import LossModel, for_training
-from ring_hilbert.training.optimizer import adamw, as_configured, betas_of, parameter_groups
+from ring_hilbert.training.optimizer import adamw, as_configured, betas_of, parameter_groups, state_of
+from ring_hilbert.training.storage.manifest import Manifest, sum_file
+from ring_hilbert.training.storage.tensors import INDEX, Reader, not_finite
+from ring_hilbert.training.storage.zero import TAG
 from ring_hilbert.training.weights import Weights
 from ring_hilbert.training.world import World
 
-TAG = "deepspeed"
 OURS = "train.micro_batch, train.global_batch_tokens, train.precision and optim"  # what the JSON must leave to these
 
 REFUSED = ("fp16", "train_batch_size", "optimizer", "scheduler", "data_parallel_size", "sequence_parallel_size")
@@ -85,25 +89,44 @@ class DeepSpeedEngine:
         named = self.engine.module.model.named_parameters()
         return {name: gradient for name, p in named if (gradient := safe_get_full_grad(p)) is not None}
 
-    def save(self, folder: Path) -> None:
+    def prepare_to_save(self) -> None:
+        """See `Engine`: there is nothing to prepare, DeepSpeed saves while training waits."""
+
+    def save(self, folder: Path, publish: Callable[[Manifest], None]) -> Future[Any]:
         """See `Engine`: DeepSpeed's own files, which as many ranks and the same ZeRO stage can load."""
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        paths = self.world.from_main(lambda: sorted(path for path in folder.rglob("*") if path.is_file()))
+        with self.world.together():
+            mine = paths[self.world.rank :: self.world.size]
+            sums = {str(path.relative_to(folder)): sum_file(path) for path in mine}
+        files = {name: known for part in self.world.collect(sums) for name, known in part.items()}
+        self.world.from_main(lambda: publish(files))
+        done: Future[Any] = Future()
+        done.set_result(None)
+        return done
 
     def load(self, folder: Path) -> None:
-        """See `Engine`.
-
-        Raises:
-            ValueError: `checkpoint.trust` is not set.
-        """
-        if not self.config.checkpoint.trust:
-            raise ValueError(
-                f"checkpoint.trust: DeepSpeed's files in {folder} are pickles, which can run any code when they are loaded; if "
-                "they are yours, checkpoint.trust=true"
-            )
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
-        if loaded is None:
-            raise ValueError(f"checkpoint.dir: DeepSpeed finds no checkpoint in {folder}")
+        """See `Engine`."""
+        if (folder / INDEX).is_file():
+            self._load_common(Reader(folder))
+        else:
+            loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+            if loaded is None:
+                raise ValueError(f"checkpoint.dir: DeepSpeed finds no checkpoint in {folder}")
         as_configured(self.engine.optimizer, self.config)
+
+    def bytes_to_save(self) -> int:
+        """See `Engine`: float32 weights and two moments, and the weights that are computed with beside them."""
+        parameters = list(self.engine.module.parameters())
+        beside = 0 if self.stage == 0 else parameters[0].element_size()
+        return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * (12 + beside)
+
+    def not_finite(self) -> list[str]:
+        """See `Engine`."""
+        held = {f"weight.{n}": getattr(p, "ds_tensor", p) for n, p in self.engine.module.model.named_parameters()}
+        for number, state in enumerate(self._base_optimizer().state.values()):
+            held |= {f"{key} of partition {number}": x for key, x in state.items() if isinstance(x, torch.Tensor)}
+        return not_finite(held)
 
     def whole_state(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
@@ -119,6 +142,62 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """See `Engine`."""
         self.engine.destroy()
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        return self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
+
+    def _load_common(self, reader: Reader) -> None:
+        """Take over whole weights and moments, of which ZeRO keeps parts of flat groups."""
+        named = dict(self.engine.module.model.named_parameters())
+        shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
+        moments = ("weight", "exp_avg", "exp_avg_sq")
+        reader.require({f"{kind}.{name}": shape for name, shape in shapes.items() for kind in moments})
+        reader.require({f"step.{name}": torch.Size() for name in named})
+        steps = {reader[f"step.{name}"].item() for name in named}
+        if len(steps) > 1 and self.stage:
+            raise ValueError(
+                f"{reader.folder}: parameters were updated {sorted(steps)} times; ZeRO has one count for all"
+            )
+        for name, parameter in named.items():
+            whole = {kind: reader[f"{kind}.{name}"] for kind in moments}
+            place = self._place_of(parameter)
+            if place is not None:
+                flat, at, first, count = place
+                base = self._base_optimizer()
+                state = state_of(flat, base)
+                state["step"].copy_(reader[f"step.{name}"])
+                for kind, target in {"weight": flat, **state}.items():
+                    if kind in whole:
+                        target.detach().view(-1)[at : at + count].copy_(whole[kind].view(-1)[first : first + count])
+            self._refresh(parameter, whole["weight"])
+        for name, buffer in self.engine.module.model.named_buffers():
+            if f"weight.{name}" in reader:
+                buffer.copy_(reader[f"weight.{name}"])
+
+    def _place_of(self, parameter: torch.Tensor) -> tuple[torch.Tensor, int, int, int] | None:
+        """The flat float32 tensor with this rank's part of a parameter, where in it, the part's first element, and how many."""
+        zero: Any = self.engine.optimizer
+        if self.stage == 0:
+            return parameter, 0, 0, parameter.numel()
+        if self.stage == 3:
+            group, at, size = zero.grad_position[zero.get_param_id(parameter)]
+            first = self.world.rank * size  # the last ranks' parts end in padding
+            count = max(0, min(size, parameter.ds_numel - first))
+            return zero.fp32_partitioned_groups_flat[group], int(at), first, count
+        part = parameter._hp_mapping
+        if part is None:
+            return None
+        there, here = part.lp_fragment_address, part.hp_fragment_address
+        return zero.single_partition_of_fp32_groups[part.param_group_index], here.start, there.start, there.numel
+
+    def _refresh(self, parameter: torch.Tensor, whole: torch.Tensor) -> None:
+        """Give the parameter that is computed with its new value."""
+        if self.stage < 3:
+            parameter.data.copy_(whole)
+            return
+        size = parameter.ds_tensor.numel()
+        mine = whole.view(-1)[self.world.rank * size : (self.world.rank + 1) * size]
+        parameter.ds_tensor.data[: mine.numel()].copy_(mine)
 
     _unfinished = False  # backward was called, and not yet the step that DeepSpeed wants after each
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -61,25 +62,26 @@ def pretrain(config: RunConfig) -> Summary:
         world.from_main(lambda: _open_data(config, hf_config))  # fills the cache of tokenised documents for the others
         with world.together():
             train_set, eval_set = _open_data(config, hf_config)
-        checkpoints = Checkpoints(config, world, train_set.documents | ({} if eval_set is None else eval_set.documents))
-        found = checkpoints.latest()
-        planning = Planning(config) if world.is_main and config.log.memory_plan else None
-        if config.train.probe and world.size > 1:
-            probe(config, hf_config, world)
-        release_memory(world.device)  # of the probe, and of a stage before
-        engine = make_engine(config, hf_config, world)
-        seed_rank(config, world, 0)
-        run = Run(config, world, engine, checkpoints, train_set, eval_set, hf_config)
-        try:
-            if found is not None:
-                run.progress = checkpoints.load(found, engine)
-            elif config.checkpoint.init is not None:
-                checkpoints.start_from(Path(config.checkpoint.init), engine)
-            return run.go(None if found is None else run.progress.step, planning)
-        finally:
-            engine.close()
-            if planning is not None:
-                planning.close()
+        documents = train_set.documents | ({} if eval_set is None else eval_set.documents)
+        with closing(Checkpoints(config, world, documents)) as checkpoints:
+            found = checkpoints.latest()
+            initial = checkpoints.initial() if found is None else None
+            planning = Planning(config) if world.is_main and config.log.memory_plan else None
+            if config.train.probe and world.size > 1:
+                probe(config, hf_config, world)
+            release_memory(world.device)  # of the probe, and of a stage before
+            with closing(make_engine(config, hf_config, world)) as engine:
+                seed_rank(config, world, 0)
+                run = Run(config, world, engine, checkpoints, train_set, eval_set, hf_config)
+                try:
+                    if found is not None:
+                        run.progress = checkpoints.load(found, engine)
+                    elif initial is not None:
+                        checkpoints.start_from(initial, engine)
+                    return run.go(None if found is None else run.progress.step, planning)
+                finally:
+                    if planning is not None:
+                        planning.close()
 
 
 def pretrain_stages(stages: dict[str, RunConfig]) -> Summary | None:
@@ -149,10 +151,11 @@ class Run:
                 metrics.say(f"{name}: {documents.summary}")
             if resumed_from is not None:
                 metrics.say(f"resumed from step {resumed_from} in {config.checkpoint.dir}")
-            for change in self.checkpoints.changes:
-                metrics.say(f"accepted by checkpoint.changed_data: {change}")
+            for note in self.checkpoints.notes:
+                metrics.say(note)
             if planning is not None and (plan := planning.result()) is not None:
                 metrics.say(f"memory plan: {plan}")
+            self.engine.prepare_to_save()
             watch, first = Watch(config, self.world), self.progress.step + 1
             while self.progress.step < config.train.steps:
                 stop = self._timed_step(metrics, watch, signals)
@@ -163,6 +166,8 @@ class Run:
                     self._evaluate(metrics)
                 if step % config.checkpoint.every == 0 or last or stop:
                     self.checkpoints.save(self.engine, self.progress)
+                if last or stop:
+                    self.checkpoints.wait()
                 if stop and not last:
                     metrics.close_bar()
                     metrics.say(
@@ -213,7 +218,8 @@ class Run:
         config, start = self.config, time.perf_counter()
         with watch.step(self.progress.step + 1):
             loss, norm, rate = self.train_step()
-        ranks = self.world.gather(time.perf_counter() - start, self.computing, signals.received is not None)
+        told = signals.received is not None, self.checkpoints.failed
+        ranks = self.world.gather(time.perf_counter() - start, self.computing, *told)
         seconds = ranks[:, 0].max().item()
         speed = config.train.global_batch_tokens / seconds
         values = {
@@ -228,6 +234,8 @@ class Run:
             values["seconds_rest"] = seconds - sum(watch.breakdown.values())
         metrics.write("train", self.progress.step, **values)
         metrics.advance(loss, speed)
+        if ranks[:, 3].any():
+            self.checkpoints.wait()
         return bool(ranks[:, 2].any())
 
     def _evaluate(self, metrics: Metrics) -> Evaluation:

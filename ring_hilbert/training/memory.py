@@ -44,10 +44,12 @@ class MemoryPlan:
     """Bytes of the rank that needs most, at the peak of a step.
 
     `exchange` is what the attention of a layer has from other ranks; `temporary` what lives shorter than a layer; `walks` the
-    tables of the Triton kernels, those of all layers and what one launch makes of them.
+    tables of the Triton kernels, those of all layers and what one launch makes of them. `host` is no part of the peak: main memory
+    for the copy that checkpoints are written from behind the steps.
     """
 
     model_parameters: int  # how many there are, over all ranks
+    host: int
     parameters: int
     gradients: int
     optimizer: int
@@ -59,13 +61,16 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """The peak."""
-        return sum(asdict(self).values()) - self.model_parameters
+        return sum(self._parts().values())
 
     def __str__(self) -> str:
-        parts = {key: value for key, value in asdict(self).items() if key != "model_parameters"}
-        named = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
+        named = ", ".join(f"{name} {value / GIB:.2f}" for name, value in self._parts().items())
         count = f"{self.model_parameters / 1e6:,.1f} M parameters"
-        return f"{self.total / GIB:.2f} GiB per rank at the peak of a step ({named}); {count}"
+        host = f"; {self.host / GIB:.2f} GiB of main memory per rank for checkpoints" if self.host else ""
+        return f"{self.total / GIB:.2f} GiB per rank at the peak of a step ({named}); {count}{host}"
+
+    def _parts(self) -> dict[str, int]:
+        return {key: value for key, value in asdict(self).items() if key not in ("model_parameters", "host")}
 
 
 def plan_memory(config: RunConfig) -> MemoryPlan:
@@ -121,10 +126,13 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig) -> MemoryPlan:
         size = 2 if config.train.precision == "bf16" else 4
         activations -= max(0, text.num_hidden_layers - 2) * config.train.micro_batch * rows * text.hidden_size * size
     states = found["PARAM"], found["GRAD"], found["OPT"]
+    host = found["PARAM"] + found["OPT"] if config.checkpoint.asynchronous else 0
     if config.engine == "deepspeed":
-        states = _zero_states(config, count)
+        states, host = _zero_states(config, count), 0
     rest = found["TEMP"] + found["BUFFER"] + found["OTH"]
-    return MemoryPlan(count, *states, activations, rest, _from_others(config, hf_config), _walks(config, hf_config))
+    return MemoryPlan(
+        count, host, *states, activations, rest, _from_others(config, hf_config), _walks(config, hf_config)
+    )
 
 
 def _zero_states(config: RunConfig, count: int) -> tuple[int, int, int]:
