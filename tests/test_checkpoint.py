@@ -268,6 +268,25 @@ def test_going_back(texts: Path, four_steps: Path, whole: dict[str, torch.Tensor
     assert steps == [1, 2, 3, 4, 5, 6] and same(weights(folder), whole)
 
 
+def test_weights_of_another_model_are_refused(texts: Path, four_steps: Path, tmp_path: Path) -> None:
+    """Whether that has less, more or others."""
+    init = {"checkpoint__init": str(four_steps / "checkpoints")}
+    for changes, match in (
+        ({"model__config__num_hidden_layers": 1}, "its exp_avg of model.layers.1.* is not in this one"),
+        ({"model__config__num_hidden_layers": 3}, "it has no exp_avg of model.layers.2"),
+        ({"model__config__intermediate_size": 96}, r"mlp.down_proj.weight is \[32, 64\], and \[32, 96\] here"),
+    ):
+        with pytest.raises(ValueError, match=f"step_00000004/engine is of another model: .*{match}"):
+            pretrain(config_in(texts, tmp_path, 1, **init, **changes))
+
+
+def test_a_renamed_checkpoint_is_refused(texts: Path, four_steps: Path, tmp_path: Path) -> None:
+    shutil.copytree(four_steps, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step_00000002").rename(tmp_path / "run" / "checkpoints" / "step_00000007")
+    with pytest.raises(ValueError, match="step_00000007 holds the checkpoint of step 2"):
+        pretrain(config_in(texts, tmp_path / "run", 6))
+
+
 def run_elsewhere(rank: int, world_size: int, texts: Path, folder: Path) -> None:
     """Each rank finds another folder under the name, as on hosts with disks of their own."""
     lock_module.PATIENCE, kept = 0.5, lock_module.PATIENCE

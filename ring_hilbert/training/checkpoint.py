@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -25,6 +24,7 @@ from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.content import contents, differences
 from ring_hilbert.training.documents import Documents
 from ring_hilbert.training.engine import Engine
+from ring_hilbert.training.random_state import random_file, read_random, seed_rank, write_random
 from ring_hilbert.training.resume import check_engine, check_run, choose, engine_of, newest_whole
 from ring_hilbert.training.storage.background import first_failure
 from ring_hilbert.training.storage.folder import (
@@ -38,14 +38,7 @@ from ring_hilbert.training.storage.folder import (
     step_of,
 )
 from ring_hilbert.training.storage.lock import FolderLock, require_same_folder
-from ring_hilbert.training.storage.manifest import (
-    Manifest,
-    read_tensors,
-    sync_file,
-    write_json,
-    write_manifest,
-    write_tensors,
-)
+from ring_hilbert.training.storage.manifest import Manifest, sync_file, write_json, write_manifest
 from ring_hilbert.training.world import RankError, World
 
 EXPORT = "model"  # the folder of the exported model, beside the checkpoints
@@ -116,7 +109,7 @@ class Checkpoints:
         with self.world.together():
             engine.load(path / ENGINE)
             if run["world_size"] == self.world.size:
-                _set_rng_state(path / _random_file(self.world.rank), self.world.device)
+                read_random(path / random_file(self.world), self.world)
             else:
                 seed_rank(self.config, self.world, progress.step)
         self.world.from_main(self._set_aside)
@@ -166,8 +159,8 @@ class Checkpoints:
         needed = engine.bytes_to_save()
         self.world.from_main(lambda: self._make_room(unfinished, needed))
         with self.world.together():
-            name = _random_file(self.world.rank)
-            random = {name: write_tensors(unfinished / name, _rng_state(self.world.device))}
+            name = random_file(self.world)
+            random = {name: write_random(unfinished / name, self.world)}
         files = {name: known for rank in self.world.collect(random) for name, known in rank.items()}
 
         def publish(written: Manifest) -> None:
@@ -275,36 +268,9 @@ def finished(config: RunConfig) -> bool:
     return bool(done) and (folder / EXPORT).is_dir() and step_of(done[-1]) >= config.train.steps
 
 
-def seed_rank(config: RunConfig, world: World, step: int) -> None:
-    """Give this rank random numbers of its own (dropout), a function of seed, step and rank."""
-    seeds = np.random.SeedSequence((config.train.seed, step, world.rank))
-    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
-
-
 def _room(folder: Path, step: int, needed: int) -> str:
     free = shutil.disk_usage(folder).free
     return (
         f"checkpoint.dir: the checkpoint of step {step} needs at least {needed:,} bytes, and {folder} has {free:,} bytes free; "
         "make room, lower checkpoint.keep, or use another checkpoint.dir"
     )
-
-
-def _random_file(rank: int) -> str:
-    return f"random_{rank:05d}.safetensors"
-
-
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_rng_state(path: Path, device: torch.device) -> None:
-    state = read_tensors(path)
-    try:
-        torch.set_rng_state(state["cpu"])
-        if device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], device)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is no random state: {error}") from error

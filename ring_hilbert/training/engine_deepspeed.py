@@ -20,12 +20,13 @@ from transformers.initialization import no_init_weights
 from ring_hilbert.integrations.deepspeed import SequenceParallel, loss_for_backward
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.model import LossModel, for_training
-from ring_hilbert.training.optimizer import adamw, as_configured, betas_of, parameter_groups, state_of
+from ring_hilbert.training.optimizer import adamw, as_configured, betas_of, parameter_groups
 from ring_hilbert.training.storage.manifest import Manifest, sum_file
 from ring_hilbert.training.storage.tensors import INDEX, Reader, not_finite
 from ring_hilbert.training.storage.zero import TAG
 from ring_hilbert.training.weights import Weights
 from ring_hilbert.training.world import World
+from ring_hilbert.training.zero_fill import base_optimizer, fill
 
 OURS = "train.micro_batch, train.global_batch_tokens, train.precision and optim"  # what the JSON must leave to these
 
@@ -40,6 +41,8 @@ class DeepSpeedEngine:
         settings = deepspeed_settings(config)
         self.config, self.world = config, world
         self.stage = settings["zero_optimization"]["stage"]
+        offloads = (settings["zero_optimization"].get(f"offload_{what}") or {} for what in ("optimizer", "param"))
+        self.swaps = any(offload.get("device") == "nvme" for offload in offloads)
         self.clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
         if self.stage == 3:
             model = LossModel(for_training(_partitioned(deepspeed, weights, settings), config))
@@ -108,7 +111,11 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """See `Engine`."""
         if (folder / INDEX).is_file():
-            self._load_common(Reader(folder))
+            if self.swaps:
+                raise ValueError(
+                    f"deepspeed.config: {folder} cannot be loaded with states on NVMe; use the host's memory"
+                )
+            fill(self.engine, Reader(folder))
         else:
             loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
             if loaded is None:
@@ -124,7 +131,7 @@ class DeepSpeedEngine:
     def not_finite(self) -> list[str]:
         """See `Engine`."""
         held = {f"weight.{n}": getattr(p, "ds_tensor", p) for n, p in self.engine.module.model.named_parameters()}
-        for number, state in enumerate(self._base_optimizer().state.values()):
+        for number, state in enumerate(base_optimizer(self.engine).state.values()):
             held |= {f"{key} of partition {number}": x for key, x in state.items() if isinstance(x, torch.Tensor)}
         return not_finite(held)
 
@@ -142,62 +149,6 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """See `Engine`."""
         self.engine.destroy()
-
-    def _base_optimizer(self) -> torch.optim.Optimizer:
-        return self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
-
-    def _load_common(self, reader: Reader) -> None:
-        """Take over whole weights and moments, of which ZeRO keeps parts of flat groups."""
-        named = dict(self.engine.module.model.named_parameters())
-        shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
-        moments = ("weight", "exp_avg", "exp_avg_sq")
-        reader.require({f"{kind}.{name}": shape for name, shape in shapes.items() for kind in moments})
-        reader.require({f"step.{name}": torch.Size() for name in named})
-        steps = {reader[f"step.{name}"].item() for name in named}
-        if len(steps) > 1 and self.stage:
-            raise ValueError(
-                f"{reader.folder}: parameters were updated {sorted(steps)} times; ZeRO has one count for all"
-            )
-        for name, parameter in named.items():
-            whole = {kind: reader[f"{kind}.{name}"] for kind in moments}
-            place = self._place_of(parameter)
-            if place is not None:
-                flat, at, first, count = place
-                base = self._base_optimizer()
-                state = state_of(flat, base)
-                state["step"].copy_(reader[f"step.{name}"])
-                for kind, target in {"weight": flat, **state}.items():
-                    if kind in whole:
-                        target.detach().view(-1)[at : at + count].copy_(whole[kind].view(-1)[first : first + count])
-            self._refresh(parameter, whole["weight"])
-        for name, buffer in self.engine.module.model.named_buffers():
-            if f"weight.{name}" in reader:
-                buffer.copy_(reader[f"weight.{name}"])
-
-    def _place_of(self, parameter: torch.Tensor) -> tuple[torch.Tensor, int, int, int] | None:
-        """The flat float32 tensor with this rank's part of a parameter, where in it, the part's first element, and how many."""
-        zero: Any = self.engine.optimizer
-        if self.stage == 0:
-            return parameter, 0, 0, parameter.numel()
-        if self.stage == 3:
-            group, at, size = zero.grad_position[zero.get_param_id(parameter)]
-            first = self.world.rank * size  # the last ranks' parts end in padding
-            count = max(0, min(size, parameter.ds_numel - first))
-            return zero.fp32_partitioned_groups_flat[group], int(at), first, count
-        part = parameter._hp_mapping
-        if part is None:
-            return None
-        there, here = part.lp_fragment_address, part.hp_fragment_address
-        return zero.single_partition_of_fp32_groups[part.param_group_index], here.start, there.start, there.numel
-
-    def _refresh(self, parameter: torch.Tensor, whole: torch.Tensor) -> None:
-        """Give the parameter that is computed with its new value."""
-        if self.stage < 3:
-            parameter.data.copy_(whole)
-            return
-        size = parameter.ds_tensor.numel()
-        mine = whole.view(-1)[self.world.rank * size : (self.world.rank + 1) * size]
-        parameter.ds_tensor.data[: mine.numel()].copy_(mine)
 
     _unfinished = False  # backward was called, and not yet the step that DeepSpeed wants after each
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of
 from ring_hilbert.training.batches import Batches
-from ring_hilbert.training.checkpoint import EXPORT, Checkpoints, Progress, finished, seed_rank
+from ring_hilbert.training.checkpoint import EXPORT, Checkpoints, Progress, finished
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.data import PackedDataset, open_dataset
 from ring_hilbert.training.engine import Engine, check_engine, make_engine
@@ -26,6 +26,7 @@ from ring_hilbert.training.metrics import Metrics, check_log, peak_memory, read_
 from ring_hilbert.training.model import build_skeleton, check_model, model_config, vocab_size
 from ring_hilbert.training.plots import plot_loss, plot_loss_by_position
 from ring_hilbert.training.probe import probe
+from ring_hilbert.training.random_state import seed_rank
 from ring_hilbert.training.schedule import learning_rate, with_decay_steps
 from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops

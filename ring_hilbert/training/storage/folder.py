@@ -69,6 +69,8 @@ def read_run(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / RUN_FILE} cannot be read: {error}") from error
     if missing:
         raise ValueError(f"{path / RUN_FILE} has no {', '.join(missing)}")
+    if run["progress"]["step"] != step_of(path):
+        raise ValueError(f"{path} holds the checkpoint of step {run['progress']['step']}: give it its name back")
     return run
 
 

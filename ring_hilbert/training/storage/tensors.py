@@ -32,7 +32,8 @@ from torch.futures import Future
 from ring_hilbert.training.storage.manifest import FileSum, Manifest, SummedFile, write_json
 
 INDEX = "index.json"
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "step")  # a parameter or buffer, and AdamW's state of the parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS, "step")  # a parameter or buffer, and AdamW's state of the parameter
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
@@ -155,15 +156,19 @@ class Reader(StorageReader, Mapping[str, Tensor]):
         """Compare what a model needs with what there is.
 
         Raises:
-            ValueError: a tensor is missing, or of another shape.
+            ValueError: a tensor is missing, of another shape, or one that the model does not have.
         """
-        for key, size in sizes.items():
+        for key in sorted(sizes.keys() | self.keys()):
             kind, _, name = key.partition(".")
             if key not in self:
-                raise ValueError(f"{self.folder} has no {kind} of {name}: it is of another model")
+                raise ValueError(f"{self.folder} is of another model: it has no {kind} of {name}")
             found = self.head(key)[1]
-            if found != size:
-                raise ValueError(f"{self.folder}: the {kind} of {name} is {list(found)}, the model's is {list(size)}")
+            if key not in sizes:
+                raise ValueError(f"{self.folder} is of another model: its {kind} of {name} is not in this one")
+            if found != sizes[key]:
+                raise ValueError(
+                    f"{self.folder} is of another model: the {kind} of {name} is {list(found)}, and {list(sizes[key])} here"
+                )
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """See `StorageReader`: it is used once."""

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ring_hilbert.training.storage.tensors import MOMENTS
+
 TAG = "deepspeed"  # the folder below the engine's in which DeepSpeed writes
 PREFIX = "model."  # of the language model in the module that DeepSpeed trains
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def whole_tensors(folder: Path, stage: int) -> dict[str, Tensor]:
-    """Every tensor that `storage.tensors.KINDS` names, float32, from the engine's folder of a checkpoint.
+    """Every tensor that `KINDS` of `storage.tensors` names, float32, from the engine's folder of a checkpoint.
 
     Files are mapped, not read: memory is taken for what is put together.
 
