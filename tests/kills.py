@@ -48,7 +48,7 @@ PUBLISHING = (
     "sync_file",
     "rmtree",
 )  # calls of the code that makes a checkpoint visible
-LIMIT = 120.0  # seconds that a start may take
+LIMIT = 240.0  # seconds that a start may take
 
 _context = multiprocessing.get_context("fork")  # everything is imported once
 

@@ -135,7 +135,7 @@ def _write(tensors: Mapping[str, Tensor], folder: Path) -> Manifest:
                 yield tensors[key]
                 bar.update(sizes[key])
 
-        for name, keys in _by_file(sizes):
+        for name, keys in _by_file(heads, sizes):
             parts = [(key, *heads[key]) for key in keys]
             files[name] = write_safetensors(folder / name, parts, read(keys))
             for key, dtype, shape in parts:
@@ -144,10 +144,13 @@ def _write(tensors: Mapping[str, Tensor], folder: Path) -> Manifest:
     return files | {INDEX: write_json(folder / INDEX, index)}
 
 
-def _by_file(sizes: Mapping[str, int]) -> Iterator[tuple[str, list[str]]]:
+def _by_file(
+    heads: Mapping[str, tuple[torch.dtype, torch.Size]], sizes: Mapping[str, int]
+) -> Iterator[tuple[str, list[str]]]:
     """Names of files, and of the tensors in each."""
     for kind in KINDS:
-        keys = [key for key in sizes if key.startswith(f"{kind}.")]
+        keys = [key for key in heads if key.startswith(f"{kind}.")]
+        keys.sort(key=lambda key: -heads[key][0].itemsize)  # keeps them aligned
         groups: list[list[str]] = [[]]
         size = 0
         for key in keys:
