@@ -43,6 +43,54 @@ def add_pretrain(commands: Any) -> None:
     parser.set_defaults(run=_pretrain)
 
 
+CONVERT_EXAMPLES = """\
+examples:
+  ring-hilbert convert runs/zero/checkpoints runs/zero/common --trust
+  torchrun --nproc-per-node 4 -m ring_hilbert.cli pretrain --config run.yaml engine=torch checkpoint.dir=runs/zero/common
+
+The run goes on there with its optimizer's state, from the same place in its data, with any engine on any number of ranks.
+"""
+
+
+def add_convert(commands: Any) -> None:
+    """`ring-hilbert convert`: a checkpoint of any engine in the form that every engine loads."""
+    parser = commands.add_parser(
+        "convert",
+        help="write a checkpoint in the form that every engine loads",
+        description="Write a checkpoint of any engine as safetensors and JSON, from which a run with any other engine, ZeRO stage "
+        "or number of ranks goes on. One process, on the CPU; the checkpoint stays as it is.",
+        epilog=CONVERT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, metavar="FROM", help="the checkpoint.dir of a run")
+    parser.add_argument("target", type=Path, metavar="TO", help="the checkpoint.dir of the run that will go on")
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; default: the newest")
+    parser.add_argument(
+        "--trust", action="store_true", help="the files are mine: DeepSpeed's are pickles, which can run any code"
+    )
+    parser.set_defaults(run=_convert)
+
+
+def add_export(commands: Any) -> None:
+    """`ring-hilbert export`: the model of a checkpoint as a Transformers folder."""
+    parser = commands.add_parser(
+        "export",
+        help="write the model of a checkpoint as a folder that Transformers loads",
+        description="Write the model of a checkpoint, with its configuration and tokenizer, as a folder for from_pretrained. One "
+        "process, on the CPU; a run in the same folder may go on meanwhile.",
+        epilog="example:\n  ring-hilbert export --config configs/quickstart.yaml --step 100 runs/quickstart/model-100",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "target", type=Path, metavar="TO", help="the folder to write; an older export there is replaced"
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the run")
+    parser.add_argument("--stage", metavar="NAME", help="of a file with stages; default: the last")
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; default: the newest")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
+    parser.set_defaults(run=_export)
+
+
 def add_bench(commands: Any) -> None:
     """`ring-hilbert bench <measurement>`: measure and keep the rows; each measurement declares its own flags."""
     from ring_hilbert.bench.command import add_measurements
@@ -166,7 +214,15 @@ def add_plot(commands: Any) -> None:
     parser.set_defaults(run=_plot)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_pretrain, add_plan, add_check, add_bench, add_plot)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    add_pretrain,
+    add_convert,
+    add_export,
+    add_plan,
+    add_check,
+    add_bench,
+    add_plot,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -202,6 +258,30 @@ def _pretrain(chosen: argparse.Namespace) -> int:
         if rank == "0" or not shared:
             where = "" if shared or "RANK" not in os.environ else f" (rank {rank})"
             print(f"ring-hilbert pretrain: error{where}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _convert(chosen: argparse.Namespace) -> int:
+    from ring_hilbert.training.convert import convert
+
+    try:
+        print(f"written: {convert(chosen.source, chosen.target, chosen.step, chosen.trust)}")
+    except (ValueError, OSError) as error:
+        print(f"ring-hilbert convert: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    from ring_hilbert.training.config import load_config
+    from ring_hilbert.training.convert import export_checkpoint
+
+    try:
+        config = load_config(chosen.config, chosen.overrides, chosen.stage)
+        print(f"model of {export_checkpoint(config, chosen.target, chosen.step)}: {chosen.target}")
+    except (ValueError, OSError) as error:
+        print(f"ring-hilbert export: error: {error}", file=sys.stderr)
         return 2
     return 0
 

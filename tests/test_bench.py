@@ -28,6 +28,7 @@ from ring_hilbert.bench import (
     longnet,
     overlap,
     peers,
+    saving,
     timing,
     training,
 )
@@ -453,3 +454,14 @@ def test_slides(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(float(row["forward_backward_ms"]) > 0 for row in found) and float(found[-1]["first_ms"]) > 0
     assert all(float(row["time_vs_longnet"]) > 0 < float(row["extra_vs_longnet"]) for row in found[:6:2])
+
+
+def test_saving(tmp_path: Path) -> None:
+    """A save touches steps from the one it is begun after on, and is over before the next."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(tmp_path).model_dump(mode="json")))
+    chosen = argparse.Namespace(config=path, set=[], length=256, every=4, saves=2, folder=tmp_path)
+    (record,) = saving.rows(chosen, CPU, None)
+    assert len(record["steps"].split()) == 12 and len(record["seconds_per_save"].split()) == 2
+    assert all(1 <= int(count) <= 4 for count in record["touched_steps"].split())
+    assert float(record["gigabytes"]) < 0.01 and not list(tmp_path.glob("tmp*"))

@@ -6,7 +6,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from ring_hilbert.integrations.deepspeed import SequenceParallel, gradient_divis
 from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.checkpoint import Checkpoints
 from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.convert import convert
 from ring_hilbert.training.engine import make_engine
 from ring_hilbert.training.engine_deepspeed import deepspeed_settings
 from ring_hilbert.training.loop import Run, Summary, pretrain
+from ring_hilbert.training.metrics import read_metrics
 from ring_hilbert.training.model import model_config
+from ring_hilbert.training.storage.tensors import Reader
 from ring_hilbert.training.world import open_world
 from tests.deepspeed_rank import STAGES, deepspeed_rank, zero
 from tests.ranks import run_ranks, run_ranks_collect
@@ -64,6 +69,74 @@ def test_resume_and_export(tmp_path: Path, texts: Path, stage: int) -> None:
     other = {"checkpoint__dir": str(tmp_path / "torch"), "log__dir": str(tmp_path / "torch-logs")}
     again = tiny_config(texts, **other, model={"path": str(whole.model)}, train__steps=1, optim__lr=1e-9)
     assert pretrain(again).eval_loss == pytest.approx(whole.eval_loss, rel=5e-3)
+
+
+Engines = dict[str, dict[str, Any]]
+ENGINES: Engines = {"torch": {}} | {
+    f"zero{stage}": zero({"stage": stage}, checkpoint__trust=True) for stage in range(4)
+}
+PAIRS = [
+    pair if pair == ("zero3", "torch") else pytest.param(*pair, marks=pytest.mark.full)
+    for pair in itertools.permutations(ENGINES, 2)
+]
+
+
+@pytest.fixture(scope="module")
+def halves(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """By engine, on two ranks: the losses of twenty steps, and the folder of a run that has made ten of them."""
+    made: dict[str, tuple[list[float], Path]] = {}
+
+    def of(engine: str) -> tuple[list[float], Path]:
+        if engine not in made:
+            folder = tmp_path_factory.mktemp(engine)
+            settings = {**ENGINES[engine], "parallel__sp": 2, "optim__decay_steps": 20, "data__eval": None}
+            for name, steps in (("whole", 20), ("half", 10)):
+                places = {"checkpoint__dir": str(folder / name), "log__dir": str(folder / f"{name}-logs")}
+                run_ranks(run_to, 2, tiny_config(texts, **settings, **places, train__steps=steps), timeout=200)
+            made[engine] = [x["loss"] for x in read_metrics(folder / "whole-logs" / "metrics.jsonl")], folder / "half"
+        return made[engine]
+
+    return of
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_between_engines(tmp_path: Path, texts: Path, halves: Any, before: str, after: str) -> None:
+    """Ten steps with one engine, ten with another, on other ranks: the losses of twenty steps with the first."""
+    expected, half = halves(before)
+    ranks = 3 if after == "zero3" else 2
+    places = {"checkpoint__dir": str(tmp_path / "common"), "log__dir": str(tmp_path / "logs")}
+    shared = {"parallel__sp": ranks, "optim__decay_steps": 20, "data__eval": None, "train__steps": 20}
+    refused = tiny_config(texts, **{**ENGINES[after], **shared, **places, "checkpoint__dir": str(half)})
+    with pytest.raises(
+        ValueError, match=r"was written by engine .* and this run has engine .*ring-hilbert convert .*/half"
+    ) as error:
+        run_ranks(run_to, ranks, refused, timeout=200)
+    assert len(set(re.findall(r"engine \w+ \(\S+, \d ranks", str(error.value)))) == 2
+    convert(half, tmp_path / "common", trust=True)
+    with nullcontext() if before == "torch" else pytest.raises(ValueError, match="--trust"):
+        convert(half, tmp_path / "again")
+    run_ranks(run_to, ranks, tiny_config(texts, **{**ENGINES[after], **shared, **places}), timeout=200)
+    found = [x["loss"] for x in read_metrics(tmp_path / "logs" / "metrics.jsonl")]
+    assert found == pytest.approx(expected[10:], rel=1e-5)
+
+
+def test_common_form_in_bfloat16(tmp_path: Path, texts: Path) -> None:
+    """The float32 weights come along, not those that are computed with; and a run with checkpoint.init needs no trust for it."""
+    settings = zero({"stage": 2}, train__precision="bf16", parallel__sp=2, optim__decay_steps=8, data__eval=None)
+
+    def config(name: str, steps: int, **changes: Any) -> RunConfig:
+        places = {"checkpoint__dir": str(tmp_path / name), "log__dir": str(tmp_path / f"{name}-logs")}
+        return tiny_config(texts, **settings, **places, train__steps=steps, **changes)
+
+    run_ranks(run_to, 2, config("zero", 3), timeout=200)
+    path = convert(tmp_path / "zero", tmp_path / "common", trust=True)
+    run_ranks(run_to, 2, config("begun", 1, checkpoint__init=str(tmp_path / "common"), optim__lr=1e-30), timeout=200)
+    again = convert(tmp_path / "begun", tmp_path / "again", trust=True)
+    expected, found = Reader(path / "engine"), Reader(again / "engine")
+    for key in expected:
+        if key.startswith("weight"):
+            assert torch.equal(found[key], expected[key]), key
+    assert found["step.model.norm.weight"] == expected["step.model.norm.weight"] + 1
 
 
 def frequencies(rank: int, world_size: int, configs: list[RunConfig]) -> list[torch.Tensor]:

@@ -125,8 +125,11 @@ def test_metrics_continue(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with Metrics(config, world, None) as metrics:
         for step in (1, 2, 3):
-            metrics.write("train", step, loss=float(step))
+            metrics.write("train", step, loss=float(step), norm=math.inf if step == 2 else 1.0)
         metrics.write("eval", 2, loss=0.5)
+    assert [json.loads(line, parse_constant=pytest.fail).get("norm") for line in path.read_text().splitlines()][
+        1
+    ] is None
     with path.open("a") as file:
         file.write('{"kind": "train", "st')
     with Metrics(config, world, 2) as metrics:
@@ -180,7 +183,8 @@ def test_a_loaded_state_has_the_weight_decay_of_its_run(tmp_path: Path) -> None:
     after = tiny_config(tmp_path, optim__weight_decay=0.5, optim__betas=[0.8, 0.9], train__seed=1)
     with open_world(before.parallel) as world:
         engine: Any = make_engine(before, model_config(before), world)
-        engine.save(tmp_path / "state")
+        (tmp_path / "state").mkdir()
+        engine.save(tmp_path / "state", lambda files: None).result()
         other: Any = make_engine(after, model_config(after), world)
         other.load(tmp_path / "state")
         saved, loaded = engine.whole_state(), other.whole_state()

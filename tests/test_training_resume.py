@@ -92,6 +92,20 @@ def test_other_number_of_ranks(tmp_path: Path, texts: Path) -> None:
     assert [line[2] for line in found] == pytest.approx([line[2] for line in expected], rel=1e-5)
 
 
+@pytest.mark.full
+def test_any_layout_of_ranks(tmp_path: Path, texts: Path) -> None:
+    """Five steps each as replicas, in shards, in both and in shards of unequal size: the losses of twenty steps on one rank."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_ranks(run_all, 1, [config_in(texts, whole)])
+    layouts = [(2, 1, 1), (1, 2, 2), (2, 2, 1), (1, 1, 3)]  # dp_replicate, dp_shard, sp
+    for number, (replicate, shard, sp) in enumerate(layouts, 1):
+        layout = {"parallel__dp_replicate": replicate, "parallel__dp_shard": shard, "parallel__sp": sp}
+        run_ranks(run_all, replicate * shard * sp, [config_in(texts, parts, **layout, train__steps=5 * number)])
+    expected, found = ([x for x in outcome(folder)[0] if x[0] == "train"] for folder in (whole, parts))
+    assert [line[1] for line in found] == list(range(1, 21))
+    assert [line[2] for line in found] == pytest.approx([line[2] for line in expected], rel=1e-5)
+
+
 def crash_while_saving(rank: int, world_size: int, config: RunConfig) -> None:
     """The disk fails when the second checkpoint is about to become visible, on the rank that does that."""
     del rank, world_size
@@ -119,7 +133,8 @@ def test_crash_while_saving(tmp_path: Path, texts: Path) -> None:
     assert [str(error) for error in errors] == ["rank 0: no space left on device"] * 2
     names = sorted(path.name for path in (parts / "checkpoints").iterdir())
     assert names == ["step_00000005", "step_00000010.unfinished"]
-    assert len(read_metrics(parts / "logs" / "metrics.jsonl")) == 11  # ten steps and an evaluation, five of them lost
+    lines = len(read_metrics(parts / "logs" / "metrics.jsonl"))
+    assert 11 <= lines <= 16  # ten steps and an evaluation, and those until the failure behind them was seen
     run_ranks(run_all, 2, [config])
     assert outcome(parts)[0] == outcome(whole)[0]
     names = sorted(path.name for path in (parts / "checkpoints").iterdir())

@@ -59,6 +59,7 @@ def test_memory_plan(tmp_path: Path) -> None:
     small, middle, large = (planned(2, rows) for rows in (4096, 8192, 16384))
     assert large.total - middle.total == pytest.approx(2 * (middle.total - small.total), rel=0.02)
     assert planned(4, 4096).optimizer == pytest.approx(small.optimizer / 2, rel=0.05)
+    assert small.host == small.parameters + small.optimizer and "main memory per rank for checkpoints" in str(small)
     tiled = planned(2, 16384, train__mlp_tiles=4, model__config__intermediate_size=1024)
     assert tiled.total < 0.8 * planned(2, 16384, model__config__intermediate_size=1024).total
     alone = tiny_config(tmp_path, parallel__sp=2)
@@ -68,7 +69,7 @@ def test_memory_plan(tmp_path: Path) -> None:
     twice, once = (plan_memory(tiny_config(tmp_path, **steps, train__micro_batch=n), cuda=False) for n in (1, 2))
     assert twice.gradients == pytest.approx(twice.parameters, rel=0.01) and once.gradients == 0
     one, three = (plan_memory(tiny_config(tmp_path, **zero({"stage": s}), parallel__sp=2), cuda=False) for s in (1, 3))
-    assert one.total > three.total
+    assert one.total > three.total and one.host == three.host == 0
     assert three.parameters == 4 * three.model_parameters // 2 and three.optimizer == 12 * three.model_parameters // 2
 
 

@@ -21,6 +21,7 @@ from ring_hilbert.bench import (
     kernels,
     overlap,
     peers,
+    saving,
     scale,
     slides,
     training,
@@ -125,6 +126,14 @@ MEASUREMENTS = {
         training.rows,
         training.add_options,
         training.report,
+        over_ranks=True,
+    ),
+    "saving": Measurement(
+        "how much longer steps are while checkpoints are saved behind them, alone or under torchrun",
+        saving.__doc__,
+        saving.rows,
+        saving.add_options,
+        saving.report,
         over_ranks=True,
     ),
     "curves": Measurement(

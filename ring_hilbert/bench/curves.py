@@ -62,7 +62,7 @@ def _compared(chosen: argparse.Namespace, folder: Path, is_main: bool) -> Iterat
         if not is_main:
             continue
         metrics = read_metrics(Path(config.log.dir) / METRICS_FILE)
-        losses = np.array([line["loss"] for line in metrics if line["kind"] == "train"])
+        losses = np.array([line["loss"] for line in metrics if line["kind"] == "train"], dtype=float)
         first = (losses, summary.eval_loss) if first is None else first
         apart = np.abs(losses / first[0] - 1)
         smooth = [np.convolve(x, np.full(SMOOTH, 1 / SMOOTH), "valid") for x in (losses, first[0])]

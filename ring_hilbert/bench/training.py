@@ -88,12 +88,15 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
 
 
 def _config(chosen: argparse.Namespace, length: int, vocab: int | None, ranks: int) -> RunConfig:
-    overrides = [f"data.seq_len={length}", f"train.global_batch_tokens={length}"]
-    overrides += [f"parallel.sp={ranks}", "parallel.dp_shard=1", "parallel.dp_replicate=1", "train.micro_batch=1"]
-    overrides += ["log.memory_plan=true"]
-    return load_config(
-        chosen.config, overrides + ([] if vocab is None else [f"model.config.vocab_size={vocab}"]) + chosen.set
-    )
+    sized = [] if vocab is None else [f"model.config.vocab_size={vocab}"]
+    return one_sequence(chosen.config, length, ranks, ["log.memory_plan=true", *sized, *chosen.set])
+
+
+def one_sequence(path: str, length: int, ranks: int, overrides: list[str]) -> RunConfig:
+    """The configuration of a file for steps of one sequence over all ranks."""
+    sizes = [f"data.seq_len={length}", f"train.global_batch_tokens={length}"]
+    sizes += [f"parallel.sp={ranks}", "parallel.dp_shard=1", "parallel.dp_replicate=1", "train.micro_batch=1"]
+    return load_config(path, [*sizes, *overrides])
 
 
 def _one(config: RunConfig, world: World, device: torch.device, steps: int, documents: int) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def _one(config: RunConfig, world: World, device: torch.device, steps: int, docu
         engine = make_engine(config, hf_config, world)
         warm.extend(timed(lambda number=number: step(number), device) for number in range(2))
 
-    data = _Random(config, hf_config.vocab_size, documents)
+    data = RandomSequences(config, hf_config.vocab_size, documents)
     batches = Batches(data, config, order_of(hf_config), world)
     peak = world.gather(peak_bytes(warm_up, device)).max().item()
     seconds = statistics.median(timed(lambda number=number: step(number), device) for number in range(2, 2 + steps))
@@ -141,7 +144,7 @@ def _mfu(config: RunConfig, hf_config: Any, world: World, seconds: float) -> str
     return f"{step_flops(config, hf_config, multiplying_parameters(build_skeleton(config, hf_config))) / seconds / peak:.3f}"
 
 
-class _Random:
+class RandomSequences:
     """Numbered sequences of random tokens, each of so many documents that end at random places."""
 
     def __init__(self, config: RunConfig, vocab: int, documents: int) -> None:

@@ -1,36 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are whole or not there, and exact resume.
 
-A checkpoint is a folder `step_<n>` with the files of the engine, the random state of every rank and a `run.json` (progress,
-configuration, digest, hashes of the data). It is written under another name, synced and renamed, so that a crash leaves at most a
-folder that nothing reads.
+A checkpoint is a folder `step_<n>` with the files of the engine, the random state of every rank, a `run.json` (progress,
+configuration, engine, hashes of the data) and, written last, a manifest with the checksum of each. It is written under another
+name, synced and renamed, so that a crash leaves at most a folder that nothing reads.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
+import errno
 import shutil
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.content import contents, differences
 from ring_hilbert.training.documents import Documents
 from ring_hilbert.training.engine import Engine
-from ring_hilbert.training.world import World
+from ring_hilbert.training.random_state import random_file, read_random, seed_rank, write_random
+from ring_hilbert.training.resume import check_engine, check_run, choose, engine_of, newest_whole
+from ring_hilbert.training.storage.background import first_failure
+from ring_hilbert.training.storage.folder import (
+    ENGINE,
+    RUN_FILE,
+    UNFINISHED,
+    checkpoints_in,
+    folder_of,
+    read_run,
+    set_aside,
+    step_of,
+)
+from ring_hilbert.training.storage.lock import FolderLock, require_same_folder
+from ring_hilbert.training.storage.manifest import Manifest, sync_file, write_json, write_manifest
+from ring_hilbert.training.world import RankError, World
 
-COMPLETE = re.compile(r"step_(\d{8})")
-UNFINISHED = ".unfinished"
-RUN_FILE = "run.json"
-ENGINE = "engine"
 EXPORT = "model"  # the folder of the exported model, beside the checkpoints
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -44,14 +56,13 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of one run in `checkpoint.dir`, which exists when one is saved, on a file system that all ranks see.
+    """The checkpoints of one run in `checkpoint.dir`, on a file system that all ranks see. Every rank calls every method.
 
     Args:
         data: what the run reads, by its name in the configuration.
 
     Attributes:
-        changes: on rank 0, how the data differ from those of the checkpoint that `latest` returned; checkpoint.changed_data
-            accepts it.
+        notes: on rank 0, what the user should know: data that changed, checkpoints that were damaged or set aside.
     """
 
     def __init__(self, config: RunConfig, world: World, data: Mapping[str, Documents]) -> None:
@@ -60,157 +71,206 @@ class Checkpoints:
         self.folder = Path(config.checkpoint.dir)
         self.data = data
         self.contents = contents(data)
-        self.changes: list[str] = []
+        self.notes: list[str] = []
+        self._lock: FolderLock | None = None
+        self._aside: list[tuple[Path, str]] = []  # what `load` will set aside, and why
+        self._saving: tuple[Future[Any], int, int] | None = None  # with its step and bytes
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, None if there is none; the same on every rank.
+        """Take the folder for this run, and find the checkpoint it goes on from: whole, and the same on every rank.
+
+        None if there is none. A damaged one is passed over if `checkpoint.on_damage` says so.
 
         Raises:
-            ValueError: it was written by a run with another configuration or on other data; or ranks read other data than rank 0.
+            ValueError: another run uses the folder, or the hosts do not share it; the checkpoint is damaged, or was written by a
+                run with another configuration or engine, or on other data; or ranks read other data than rank 0.
         """
         main = self.world.from_main(lambda: self.contents)
         with self.world.together():
             if main != self.contents:
                 found = "; ".join(differences(main, self.data))
                 raise ValueError(f"the data on this rank are not those on rank 0: {found}")
-        return self.world.from_main(self._latest)
-
-    def save(self, engine: Engine, progress: Progress) -> None:
-        """Write a checkpoint, then remove all but the newest `checkpoint.keep`.
-
-        Raises:
-            OSError, CheckpointException: it cannot be written; the older ones are still there.
-        """
-        final = self.folder / f"step_{progress.step:08d}"
-        unfinished = final.with_name(final.name + UNFINISHED)
-        self.world.from_main(self._remove_unfinished)
-        with self.world.together():
-            (unfinished / ENGINE).mkdir(parents=True, exist_ok=True)
-            torch.save(_rng_state(self.world.device), unfinished / f"rng_{self.world.rank}.pt")
-        engine.save(unfinished / ENGINE)
-        self.world.from_main(lambda: self._publish(unfinished, final, progress))
+        self._take_folder()
+        choice = choose(self.config, self.world)
+        path, self._aside = choice.path, choice.aside
+        self.notes += choice.notes
+        if path is not None:
+            self.notes += self.world.from_main(lambda: check_run(path, self.config, self.data, self.world.size))
+        return path
 
     def load(self, path: Path, engine: Engine) -> Progress:
         """Restore engine and random state from a checkpoint of `latest()`; returns where the run goes on.
 
-        With another number of ranks than it was written by, random state is drawn anew from seed, step and rank.
+        With another number of ranks than it was written by, random state is drawn anew from seed, step and rank. Checkpoints that
+        the run does not go on from though they are newer are renamed, never deleted.
         """
-        run = self.world.from_main(lambda: _read_run(path))
+        run = self.world.from_main(lambda: read_run(path))
         progress = Progress(**run["progress"])
-        engine.load(path / ENGINE)
-        if run["world_size"] == self.world.size:
-            _set_rng_state(torch.load(path / f"rng_{self.world.rank}.pt", weights_only=True), self.world.device)
-        else:
-            seed_rank(self.config, self.world, progress.step)
+        with self.world.together():
+            engine.load(path / ENGINE)
+            if run["world_size"] == self.world.size:
+                read_random(path / random_file(self.world), self.world)
+            else:
+                seed_rank(self.config, self.world, progress.step)
+        self.world.from_main(self._set_aside)
         return progress
 
-    def start_from(self, folder: Path, engine: Engine) -> None:
-        """Take over weights and optimizer state, and nothing else, of the newest checkpoint of another run.
+    def initial(self) -> Path | None:
+        """The newest checkpoint of the run in `checkpoint.init`, None if that is not set.
 
         Raises:
-            ValueError: it has none.
+            ValueError: there is none, it is damaged, or this engine cannot load it.
         """
-        found = self.world.from_main(lambda: _complete(folder))
-        if not found:
-            raise ValueError(f"checkpoint.init: there is no checkpoint in {folder}")
-        engine.load(found[-1] / ENGINE)
-
-    def _latest(self) -> Path | None:
-        found = _complete(self.folder)
-        if not found:
+        if self.config.checkpoint.init is None:
             return None
-        run = _read_run(found[-1])
-        if run["digest"] != self.config.digest():
-            changed = ", ".join(_differences(run["identity"], self.config.identity()))
-            hint = " (the schedule spans train.steps unless it is set)" if "optim.decay_steps" in changed else ""
-            raise ValueError(
-                f"checkpoint.dir: {found[-1]} was written by a run with another configuration: {changed}{hint}; to go on with it "
-                "use its values, to start anew use another checkpoint.dir"
-            )
-        self.changes = list(differences(run["data"], self.data))
-        if self.changes and self.config.checkpoint.changed_data == "refuse":
-            changes = "; ".join(self.changes)
-            raise ValueError(
-                f"checkpoint.dir: {found[-1]} was written by a run on other data: {changes}. Give it the same data again, start "
-                "anew with another checkpoint.dir, or set checkpoint.changed_data: accept to go on with the sequence of the same "
-                "number in the data as they are now: of the epoch under way, documents may be read twice or never"
-            )
-        return found[-1]
+        folder = Path(self.config.checkpoint.init)
+        candidates = self.world.from_main(lambda: checkpoints_in(folder))
+        choice = newest_whole(candidates, self.config, self.world, "checkpoint.init")
+        path = choice.path
+        if path is None:
+            raise ValueError(f"checkpoint.init: there is no checkpoint in {folder}")
+        self.notes += choice.notes
+        self.world.from_main(lambda: check_engine(path, self.config, self.world.size, "checkpoint.init"))
+        return path
 
-    def _run(self, progress: Progress) -> dict[str, Any]:
-        return {
+    def start_from(self, path: Path, engine: Engine) -> None:
+        """Take over weights and optimizer state, and nothing else, of the checkpoint of `initial()`."""
+        with self.world.together():
+            engine.load(path / ENGINE)
+
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Begin to write a checkpoint; when it is whole, all but the newest `checkpoint.keep` are removed.
+
+        Waits for the one before, and with `checkpoint.asynchronous` not for this one.
+
+        Raises:
+            ValueError: weights or moments are not finite, there is too little room, or the one before could not be written; the
+                older ones are still there.
+        """
+        self.wait()
+        final = folder_of(self.folder, progress.step)
+        unfinished = final.with_name(final.name + UNFINISHED)
+        with self.world.together():
+            if bad := engine.not_finite():
+                raise ValueError(
+                    f"step {progress.step}: {bad[0]} is not finite" + (f" nor {len(bad) - 1} others" if bad[1:] else "")
+                    + f"; nothing was saved over the older checkpoints in {self.folder}. A lower optim.lr may help"
+                )  # fmt: skip
+        needed = engine.bytes_to_save()
+        self.world.from_main(lambda: self._make_room(unfinished, needed))
+        with self.world.together():
+            name = random_file(self.world)
+            random = {name: write_random(unfinished / name, self.world)}
+        files = {name: known for rank in self.world.collect(random) for name, known in rank.items()}
+
+        def publish(written: Manifest) -> None:
+            engine_files = {f"{ENGINE}/{name}": known for name, known in written.items()}
+            self._publish(unfinished, final, progress, files | engine_files)
+
+        try:
+            self._saving = engine.save(unfinished / ENGINE, publish), progress.step, needed
+        except RuntimeError as error:  # what torch.save raises on a full disk does not say so
+            if needed > shutil.disk_usage(self.folder).free:
+                raise ValueError(f"{_room(self.folder, progress.step, needed)}: {error}") from error
+            raise
+        if not self.config.checkpoint.asynchronous:
+            self.wait()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a save was begun that is not yet over on this rank."""
+        return self._saving is not None and not self._saving[0].done()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the save under way has failed: then all should call `wait`."""
+        return self._saving is not None and self._saving[0].done() and self._saving[0].exception() is not None
+
+    def wait(self) -> None:
+        """Wait until the save that was begun is over.
+
+        Raises:
+            ValueError: it failed.
+        """
+        if self._saving is None:
+            return
+        (future, step, needed), self._saving = self._saving, None
+        try:
+            future.result()
+        except CheckpointException as error:
+            rank, cause = first_failure(error)
+            text = str(cause)
+            if isinstance(cause, OSError) and cause.errno in FULL:
+                text = f"{_room(self.folder, step, needed)}: {text}"
+            elif not isinstance(cause, (ValueError, OSError)):
+                text = f"{type(cause).__name__}: {text}"
+            raise RankError(text if self.world.size == 1 else f"rank {rank}: {text}") from error
+
+    def close(self) -> None:
+        """Let go of the folder, once nothing is written to it any more."""
+        if self._saving is not None:  # another error is on its way
+            wait([self._saving[0]])
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _take_folder(self) -> None:
+        def take() -> tuple[str, str]:
+            self._lock = FolderLock(self.folder, {"log": str(Path(self.config.log.dir).absolute())})
+            self.notes += [self._lock.note] if self._lock.note else []
+            return self._lock.nonce, socket.gethostname()
+
+        nonce, host = self.world.from_main(take)
+        with self.world.together():
+            require_same_folder(self.folder, nonce, host)
+
+    def _set_aside(self) -> None:
+        for path, why in self._aside:
+            self.notes.append(f"{path} is now {set_aside(path, why).name}")
+        self._aside.clear()
+
+    def _make_room(self, unfinished: Path, needed: int) -> None:
+        """Make the folder for a checkpoint, whether or not an earlier one was cut short."""
+        if self._lock is not None:
+            self._lock.check()
+        for path in self.folder.glob(f"step_*{UNFINISHED}"):
+            shutil.rmtree(path)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if needed > shutil.disk_usage(self.folder).free:
+            step = step_of(unfinished.with_suffix(""))
+            raise ValueError(f"{_room(self.folder, step, needed)}; nothing was written")
+        (unfinished / ENGINE).mkdir(parents=True)
+
+    def _publish(self, unfinished: Path, final: Path, progress: Progress, files: Manifest) -> None:
+        if self._lock is not None:
+            self._lock.check()
+        run = {
             "progress": asdict(progress),
             "world_size": self.world.size,
+            "engine": engine_of(self.config),
             "digest": self.config.digest(),
             "identity": self.config.identity(),
             "data": self.contents,
+            "resume": self.config.checkpoint.resume,
             "torch": torch.__version__,
         }
-
-    def _remove_unfinished(self) -> None:
-        for path in self.folder.glob(f"step_*{UNFINISHED}"):
-            shutil.rmtree(path)
-
-    def _publish(self, unfinished: Path, final: Path, progress: Progress) -> None:
-        with (unfinished / RUN_FILE).open("w") as file:
-            json.dump(self._run(progress), file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
+        write_manifest(unfinished, files | {RUN_FILE: write_json(unfinished / RUN_FILE, run)})
         unfinished.rename(final)
-        for old in _complete(self.folder)[: -self.config.checkpoint.keep]:
+        sync_file(self.folder)
+        for old in checkpoints_in(self.folder)[: -self.config.checkpoint.keep]:
             shutil.rmtree(old)
 
 
 def finished(config: RunConfig) -> bool:
     """Whether the run's last step is saved and its model exported."""
     folder = Path(config.checkpoint.dir)
-    done = _complete(folder)
-    return bool(done) and (folder / EXPORT).is_dir() and _read_run(done[-1])["progress"]["step"] >= config.train.steps
+    done = checkpoints_in(folder)
+    return bool(done) and (folder / EXPORT).is_dir() and step_of(done[-1]) >= config.train.steps
 
 
-def _complete(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if COMPLETE.fullmatch(path.name) and (path / RUN_FILE).is_file())
-
-
-def seed_rank(config: RunConfig, world: World, step: int) -> None:
-    """Give this rank random numbers of its own (dropout), a function of seed, step and rank."""
-    seeds = np.random.SeedSequence((config.train.seed, step, world.rank))
-    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    return json.loads((path / RUN_FILE).read_text())
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """`key: old, now new` for every leaf of the two configurations that differs."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            yield f"{key}: {before.get(key)}, now {after.get(key)}"
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
-
-
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _room(folder: Path, step: int, needed: int) -> str:
+    free = shutil.disk_usage(folder).free
+    return (
+        f"checkpoint.dir: the checkpoint of step {step} needs at least {needed:,} bytes, and {folder} has {free:,} bytes free; "
+        "make room, lower checkpoint.keep, or use another checkpoint.dir"
+    )

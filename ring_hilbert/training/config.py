@@ -277,6 +277,11 @@ class CheckpointConfig(Section):
     the same model, whose weights and optimizer state a run without checkpoints of its own starts with. `changed_data`: a run on
     other data than its checkpoint, more data included, is refused, or accepted: it goes on with the sequence of the same number in
     the data as they are now, and of the epoch under way documents may be read twice or never.
+
+    `asynchronous`: steps go on while a checkpoint is written (engine torch), for which the host keeps a copy of weights and
+    moments. `verify`: read every file before a checkpoint is loaded, and compare checksums; sizes are compared anyway.
+    `on_damage`: a damaged newest checkpoint is refused, or the one before it is taken (previous) and the damaged one renamed.
+    `resume`: go back to the checkpoint of this step; newer ones are renamed.
     """
 
     dir: str
@@ -285,6 +290,10 @@ class CheckpointConfig(Section):
     trust: bool = False
     init: str | None = None
     changed_data: Literal["refuse", "accept"] = "refuse"
+    asynchronous: bool = True
+    verify: bool = True
+    on_damage: Literal["refuse", "previous"] = "refuse"
+    resume: int | None = Field(default=None, ge=1)  # null: the newest
 
 
 class LogConfig(Section):

@@ -6,8 +6,10 @@ An engine owns the parameters and how they lie over the ranks, the gradients' su
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PretrainedConfig
@@ -16,6 +18,8 @@ from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.engine_deepspeed import DeepSpeedEngine, deepspeed_settings
 from ring_hilbert.training.engine_torch import TorchEngine
 from ring_hilbert.training.model import build_skeleton, initial_weights
+from ring_hilbert.training.storage.folder import COMMON, checkpoints_in, read_run
+from ring_hilbert.training.storage.manifest import Manifest
 from ring_hilbert.training.world import World
 
 
@@ -42,12 +46,31 @@ class Engine(Protocol):
         """Whole gradients by the name of the parameter, before `step`: to look at, in small models."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer below `folder`, which is new."""
+    def prepare_to_save(self) -> None:
+        """Do before the first step what would hold up the first `save`."""
+        ...
+
+    def save(self, folder: Path, publish: Callable[[Manifest], None]) -> Future[Any]:
+        """Begin to write model and optimizer below `folder`, which is new; `step` may be called before it is over.
+
+        Rank 0 calls `publish` with what all ranks have written. The result is done when that is, or when it failed.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Take over what `save` wrote."""
+        """Take over what `save` or `ring-hilbert convert` wrote.
+
+        Raises:
+            ValueError: it cannot be read, or is of another model.
+        """
+        ...
+
+    def bytes_to_save(self) -> int:
+        """What `save` will write, on all ranks together; at least that."""
+        ...
+
+    def not_finite(self) -> list[str]:
+        """Names of weights and moments that are not finite on this rank."""
         ...
 
     def whole_state(self) -> dict[str, torch.Tensor]:
@@ -68,11 +91,18 @@ def check_engine(config: RunConfig) -> None:
     if config.engine != "deepspeed":
         return
     deepspeed_settings(config)
-    if config.checkpoint.init is not None and not config.checkpoint.trust:
+    init = config.checkpoint.init
+    if init is not None and not config.checkpoint.trust and not _is_common(Path(init)):
         raise ValueError(
             "checkpoint.trust: a stage, or a run with checkpoint.init, loads DeepSpeed's files, which are pickles and can run any "
             "code; if those are yours, checkpoint.trust=true"
         )
+
+
+def _is_common(folder: Path) -> bool:
+    """Whether the newest checkpoint in a folder is in the form that every engine loads."""
+    found = checkpoints_in(folder)
+    return bool(found) and read_run(found[-1])["engine"]["name"] == COMMON
 
 
 def make_engine(config: RunConfig, hf_config: PretrainedConfig, world: World) -> Engine:

@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ from ring_hilbert.integrations.deepspeed import SequenceParallel, loss_for_backw
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.model import LossModel, for_training
 from ring_hilbert.training.optimizer import adamw, as_configured, betas_of, parameter_groups
+from ring_hilbert.training.storage.manifest import Manifest, sum_file
+from ring_hilbert.training.storage.tensors import INDEX, Reader, not_finite
+from ring_hilbert.training.storage.zero import TAG
 from ring_hilbert.training.weights import Weights
 from ring_hilbert.training.world import World
+from ring_hilbert.training.zero_fill import base_optimizer, fill
 
-TAG = "deepspeed"
 OURS = "train.micro_batch, train.global_batch_tokens, train.precision and optim"  # what the JSON must leave to these
 
 REFUSED = ("fp16", "train_batch_size", "optimizer", "scheduler", "data_parallel_size", "sequence_parallel_size")
@@ -36,6 +41,8 @@ class DeepSpeedEngine:
         settings = deepspeed_settings(config)
         self.config, self.world = config, world
         self.stage = settings["zero_optimization"]["stage"]
+        offloads = (settings["zero_optimization"].get(f"offload_{what}") or {} for what in ("optimizer", "param"))
+        self.swaps = any(offload.get("device") == "nvme" for offload in offloads)
         self.clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
         if self.stage == 3:
             model = LossModel(for_training(_partitioned(deepspeed, weights, settings), config, world.device))
@@ -85,25 +92,48 @@ class DeepSpeedEngine:
         named = self.engine.module.model.named_parameters()
         return {name: gradient for name, p in named if (gradient := safe_get_full_grad(p)) is not None}
 
-    def save(self, folder: Path) -> None:
+    def prepare_to_save(self) -> None:
+        """See `Engine`: there is nothing to prepare, DeepSpeed saves while training waits."""
+
+    def save(self, folder: Path, publish: Callable[[Manifest], None]) -> Future[Any]:
         """See `Engine`: DeepSpeed's own files, which as many ranks and the same ZeRO stage can load."""
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        paths = self.world.from_main(lambda: sorted(path for path in folder.rglob("*") if path.is_file()))
+        with self.world.together():
+            mine = paths[self.world.rank :: self.world.size]
+            sums = {str(path.relative_to(folder)): sum_file(path) for path in mine}
+        files = {name: known for part in self.world.collect(sums) for name, known in part.items()}
+        self.world.from_main(lambda: publish(files))
+        done: Future[Any] = Future()
+        done.set_result(None)
+        return done
 
     def load(self, folder: Path) -> None:
-        """See `Engine`.
-
-        Raises:
-            ValueError: `checkpoint.trust` is not set.
-        """
-        if not self.config.checkpoint.trust:
-            raise ValueError(
-                f"checkpoint.trust: DeepSpeed's files in {folder} are pickles, which can run any code when they are loaded; if "
-                "they are yours, checkpoint.trust=true"
-            )
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
-        if loaded is None:
-            raise ValueError(f"checkpoint.dir: DeepSpeed finds no checkpoint in {folder}")
+        """See `Engine`."""
+        if (folder / INDEX).is_file():
+            if self.swaps:
+                raise ValueError(
+                    f"deepspeed.config: {folder} cannot be loaded with states on NVMe; use the host's memory"
+                )
+            fill(self.engine, Reader(folder))
+        else:
+            loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+            if loaded is None:
+                raise ValueError(f"checkpoint.dir: DeepSpeed finds no checkpoint in {folder}")
         as_configured(self.engine.optimizer, self.config)
+
+    def bytes_to_save(self) -> int:
+        """See `Engine`: float32 weights and two moments, and the weights that are computed with beside them."""
+        parameters = list(self.engine.module.parameters())
+        beside = 0 if self.stage == 0 else parameters[0].element_size()
+        return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * (12 + beside)
+
+    def not_finite(self) -> list[str]:
+        """See `Engine`."""
+        held = {f"weight.{n}": getattr(p, "ds_tensor", p) for n, p in self.engine.module.model.named_parameters()}
+        for number, state in enumerate(base_optimizer(self.engine).state.values()):
+            held |= {f"{key} of partition {number}": x for key, x in state.items() if isinstance(x, torch.Tensor)}
+        return not_finite(held)
 
     def whole_state(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""

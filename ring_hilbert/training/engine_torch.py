@@ -4,25 +4,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.model import LossModel
-from ring_hilbert.training.optimizer import adamw, as_configured
+from ring_hilbert.training.optimizer import adamw, as_configured, state_of
+from ring_hilbert.training.storage.background import Saver, first_failure
+from ring_hilbert.training.storage.manifest import Manifest
+from ring_hilbert.training.storage.tensors import Reader, Writer, not_finite
 from ring_hilbert.training.weights import Weights, decoder_layers
 from ring_hilbert.training.world import World
 
@@ -53,6 +53,8 @@ class TorchEngine:
         norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._saver is not None:
+            self._saver.fence()
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -63,28 +65,57 @@ class TorchEngine:
         named = self.model.model.named_parameters()
         return {name: _whole(p.grad) for name, p in named if p.grad is not None}
 
-    def save(self, folder: Path) -> None:
-        """See `Engine`: `torch.distributed.checkpoint` files, which any number of ranks can load."""
-        save(self._state(), checkpoint_id=folder)
+    def prepare_to_save(self) -> None:
+        """See `Engine`."""
+        self._saver = Saver(self.world.device, self.config.checkpoint.asynchronous)
+        self._saver.prepare(self._state())
+
+    def save(self, folder: Path, publish: Callable[[Manifest], None]) -> Future[Any]:
+        """See `Engine`: files of `storage.tensors`, which any number of ranks can load."""
+        if self._saver is None:
+            self.prepare_to_save()
+        assert self._saver is not None
+        return self._saver.save(self._state(), Writer(folder, publish))
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""
-        state = self._state()
-        load(state, checkpoint_id=folder)
-        model, optimizer = state["model"], state["optimizer"]
-        set_state_dict(self.model.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        state, reader = self._state(), Reader(folder)
+        reader.require({key: tensor.shape for key, tensor in state.items()})
+        try:
+            load(dict(state), storage_reader=reader, process_group=self.world.control)
+        except CheckpointException as error:
+            raise ValueError(str(first_failure(error)[1])) from error
         as_configured(self.optimizer, self.config)
+
+    def bytes_to_save(self) -> int:
+        """See `Engine`."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in self._state().values())
+
+    def not_finite(self) -> list[str]:
+        """See `Engine`."""
+        return not_finite({key: _local(tensor) for key, tensor in self._state().items()})
 
     def whole_state(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
         return get_model_state_dict(self.model.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     def close(self) -> None:
-        """See `Engine`: nothing is held beyond its life."""
+        """See `Engine`."""
+        if self._saver is not None:
+            self._saver.close()
 
-    def _state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
+    _saver: Saver | None = None
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """All that is saved, as `storage.tensors` names it: parameters (tied ones once), persistent buffers, AdamW's state."""
+        model = self.model.model
+        persistent = model.state_dict().keys()  # it also divides parameters again that are whole since an evaluation
+        parameters = dict(model.named_parameters())
+        tensors = parameters | {name: x for name, x in model.named_buffers() if name in persistent}
+        state = {f"weight.{name}": tensor.detach() for name, tensor in tensors.items()}
+        for name, parameter in parameters.items():
+            state |= {f"{kind}.{name}": value for kind, value in state_of(parameter, self.optimizer).items()}
+        return state
 
 
 def _shard(model: LossModel, config: RunConfig, world: World) -> None:
@@ -114,6 +145,10 @@ def _fill(model: torch.nn.Module, weights: Weights) -> None:
                     target.to_local().copy_(mine.to_local())
                 else:
                     target.copy_(value)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(gradient: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,11 @@ def export_model(engine: Engine, config: RunConfig, hf_config: PretrainedConfig,
     Weights are the float32 ones; the saved `dtype` is that of training, which loading converts to.
     """
     state = engine.whole_state()
-    world.from_main(lambda: _write(config, hf_config, state, folder))
+    world.from_main(lambda: write_model(config, hf_config, state, folder))
 
 
-def _write(config: RunConfig, hf_config: PretrainedConfig, state: dict[str, torch.Tensor], folder: Path) -> None:
+def write_model(config: RunConfig, hf_config: PretrainedConfig, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """The same from float32 weights by name, in one process."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model = build_skeleton(config, hf_config)

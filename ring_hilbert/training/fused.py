@@ -51,7 +51,7 @@ def fuse(model: PreTrainedModel, config: RunConfig, device: torch.device) -> Fus
     """
     wanted = config.train.fused
     if wanted == "none" or (wanted == "auto" and device.type != "cuda"):
-        return Fused("none", "train.fused" if wanted == "none" else f"the device is a {device.type}")
+        return Fused("none", "as asked" if wanted == "none" else f"the device is a {device.type}")
     reasons: list[str] = []
     for kind, take in (("liger", _take_kernels), ("compile", _take_compiler)):
         if wanted in ("auto", kind):

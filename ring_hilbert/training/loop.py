@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from transformers import PretrainedConfig
 
 from ring_hilbert.integrations.transformers_config import order_of
 from ring_hilbert.training.batches import Batches
-from ring_hilbert.training.checkpoint import EXPORT, Checkpoints, Progress, finished, seed_rank
+from ring_hilbert.training.checkpoint import EXPORT, Checkpoints, Progress, finished
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.data import PackedDataset, open_dataset
 from ring_hilbert.training.engine import Engine, check_engine, make_engine
@@ -25,6 +26,7 @@ from ring_hilbert.training.metrics import Metrics, check_log, peak_memory, read_
 from ring_hilbert.training.model import build_skeleton, check_model, model_config, vocab_size
 from ring_hilbert.training.plots import plot_loss, plot_loss_by_position
 from ring_hilbert.training.probe import probe
+from ring_hilbert.training.random_state import seed_rank
 from ring_hilbert.training.schedule import learning_rate, with_decay_steps
 from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops
@@ -62,30 +64,28 @@ def pretrain(config: RunConfig) -> Summary:
         world.from_main(lambda: _open_data(config, hf_config))  # fills the cache of tokenised documents for the others
         with world.together():
             train_set, eval_set = _open_data(config, hf_config)
-        checkpoints = Checkpoints(config, world, train_set.documents | ({} if eval_set is None else eval_set.documents))
-        found = checkpoints.latest()
-        release_memory(world.device)  # of a stage before
-        with planned(config, world) as fitted:
-            if config.train.probe and world.size > 1:
-                probe(settled(config), hf_config, world)
-                release_memory(world.device)
-            fit = world.from_main(fitted)
-        if fit is not None and fit.refusal:
-            raise RankError(fit.refusal)
-        plan = _said(config, fit)
-        config = settled(config) if fit is None else fit.settle(config)
-        with out_of_memory(config, fit):
-            engine = make_engine(config, hf_config, world)
-            seed_rank(config, world, 0)
-            run = Run(config, world, engine, checkpoints, train_set, eval_set, hf_config)
-            try:
+        documents = train_set.documents | ({} if eval_set is None else eval_set.documents)
+        with closing(Checkpoints(config, world, documents)) as checkpoints:
+            found = checkpoints.latest()
+            initial = checkpoints.initial() if found is None else None
+            release_memory(world.device)  # of a stage before
+            with planned(config, world) as fitted:
+                if config.train.probe and world.size > 1:
+                    probe(settled(config), hf_config, world)
+                    release_memory(world.device)
+                fit = world.from_main(fitted)
+            if fit is not None and fit.refusal:
+                raise RankError(fit.refusal)
+            plan = _said(config, fit)
+            config = settled(config) if fit is None else fit.settle(config)
+            with out_of_memory(config, fit), closing(make_engine(config, hf_config, world)) as engine:
+                seed_rank(config, world, 0)
+                run = Run(config, world, engine, checkpoints, train_set, eval_set, hf_config)
                 if found is not None:
                     run.progress = checkpoints.load(found, engine)
-                elif config.checkpoint.init is not None:
-                    checkpoints.start_from(Path(config.checkpoint.init), engine)
+                elif initial is not None:
+                    checkpoints.start_from(initial, engine)
                 return run.go(None if found is None else run.progress.step, plan)
-            finally:
-                engine.close()
 
 
 def pretrain_stages(stages: dict[str, RunConfig]) -> Summary | None:
@@ -164,11 +164,12 @@ class Run:
                 metrics.say(f"{name}: {documents.summary}")
             if resumed_from is not None:
                 metrics.say(f"resumed from step {resumed_from} in {config.checkpoint.dir}")
-            for change in self.checkpoints.changes:
-                metrics.say(f"accepted by checkpoint.changed_data: {change}")
+            for note in self.checkpoints.notes:
+                metrics.say(note)
             metrics.say(f"train.fused: {self.engine.model.fused}")
             if plan is not None:
                 metrics.say(f"memory plan: {plan}")
+            self.engine.prepare_to_save()
             watch, first = Watch(config, self.world), self.progress.step + 1
             while self.progress.step < config.train.steps:
                 stop = self._timed_step(metrics, watch, signals)
@@ -179,6 +180,8 @@ class Run:
                     self._evaluate(metrics)
                 if step % config.checkpoint.every == 0 or last or stop:
                     self.checkpoints.save(self.engine, self.progress)
+                if last or stop:
+                    self.checkpoints.wait()
                 if stop and not last:
                     metrics.close_bar()
                     metrics.say(
@@ -230,7 +233,8 @@ class Run:
         with watch.step(self.progress.step + 1):
             loss, norm, rate = self.train_step()
             took = time.perf_counter() - start  # without what the profiler does afterwards
-        ranks = self.world.gather(took, self.computing, signals.received is not None)
+        told = signals.received is not None, self.checkpoints.failed
+        ranks = self.world.gather(took, self.computing, *told)
         seconds = ranks[:, 0].max().item()
         speed = config.train.global_batch_tokens / seconds
         values = {
@@ -243,6 +247,8 @@ class Run:
         values |= {f"seconds_{part}": value for part, value in watch.breakdown.items()}
         metrics.write("train", self.progress.step, **values)
         metrics.advance(loss, speed)
+        if ranks[:, 3].any():
+            self.checkpoints.wait()
         return bool(ranks[:, 2].any())
 
     def _evaluate(self, metrics: Metrics) -> Evaluation:

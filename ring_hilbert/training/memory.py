@@ -65,9 +65,11 @@ class MemoryPlan:
     `gradients` are those of earlier micro-steps; `activations` what forward leaves for backward; `temporary` all else that lives at
     the peak, gradients as they come included; `exchange` what the attention then has inside, of other ranks' rows and for its
     kernels; `walks` the static tables of these; `contexts` what the driver and NCCL take; `slack` what the allocator cannot use.
+    `host` is no part of the peak: main memory for the copy that checkpoints are written from behind the steps.
     """
 
     model_parameters: int  # how many there are, over all ranks
+    host: int
     parameters: int
     gradients: int
     optimizer: int
@@ -86,13 +88,16 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """The peak on the device."""
-        return sum(asdict(self).values()) - self.model_parameters
+        return sum(self._parts().values())
 
     def __str__(self) -> str:
-        parts = {key: value for key, value in asdict(self).items() if key != "model_parameters"}
-        named = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
+        named = ", ".join(f"{name} {value / GIB:.2f}" for name, value in self._parts().items())
         count = f"{self.model_parameters / 1e6:,.1f} M parameters"
-        return f"{self.total / GIB:.2f} GiB per rank at the peak of a step ({named}); {count}"
+        host = f"; {self.host / GIB:.2f} GiB of main memory per rank for checkpoints" if self.host else ""
+        return f"{self.total / GIB:.2f} GiB per rank at the peak of a step ({named}); {count}{host}"
+
+    def _parts(self) -> dict[str, int]:
+        return {key: value for key, value in asdict(self).items() if key not in ("model_parameters", "host")}
 
 
 def plan_memory(config: RunConfig, *, cuda: bool) -> MemoryPlan:
@@ -159,12 +164,13 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig, cuda: bool) -> Mem
         # Here the host is the same device, so that what waits there was counted: layers' inputs but two in transit.
         width = hf_config.get_text_config(decoder=True).hidden_size * (2 if config.train.precision == "bf16" else 4)
         activations -= max(0, layers - 2) * config.train.micro_batch * rows * width
+    host = states[0] + states[2] if config.checkpoint.asynchronous else 0
     if config.engine == "deepspeed":
-        states = _zero_states(config, count)
+        states, host = _zero_states(config, count), 0
     allocated = sum(states) + activations + temporary + exchange + walks
     contexts = CONTEXT + communicators(config.parallel) if cuda else 0
     slack = int(SLACK * allocated) if cuda else 0
-    return MemoryPlan(count, *states, activations, temporary, exchange, walks, contexts, slack)
+    return MemoryPlan(count, host, *states, activations, temporary, exchange, walks, contexts, slack)
 
 
 def communicators(parallel: ParallelConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -66,11 +67,12 @@ class Metrics:
                 self._wandb.finish()
 
     def write(self, kind: str, step: int, **values: float) -> None:
-        """Record `values` of `kind` ("train" or "eval") after `step` steps, once."""
+        """Record `values` of `kind` ("train" or "eval") after `step` steps, once; JSON has null for what is not finite."""
         if not self.world.is_main or (kind, step) in self._seen:
             return
         self._seen.add((kind, step))
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **line}, allow_nan=False) + "\n")
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
@@ -129,7 +131,8 @@ def peak_memory(device: torch.device) -> int:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that a crash cut short is left out."""
     lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # Lines of earlier versions may hold NaN.
+    return [json.loads(line, parse_constant=lambda _: None) for line in lines if line.endswith("\n")]
 
 
 def _continue_file(path: Path, resumed_from: int | None) -> set[tuple[str, int]]:

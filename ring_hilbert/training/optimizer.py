@@ -32,6 +32,15 @@ def betas_of(config: RunConfig) -> tuple[float, float]:
     return config.optim.betas[0], config.optim.betas[1]
 
 
+def state_of(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state of a parameter: `step`, `exp_avg`, `exp_avg_sq`; before its first update what that begins with."""
+    state = optimizer.state[parameter]
+    if not state:
+        zero = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        state.update(step=torch.tensor(0.0), **zero)
+    return {key: state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+
+
 def as_configured(optimizer: Any, config: RunConfig) -> None:
     """Weight decay and betas of this run, after a state was loaded that has those of another."""
     for group, decay in zip(optimizer.param_groups, (config.optim.weight_decay, 0.0), strict=True):

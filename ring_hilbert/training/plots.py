@@ -23,7 +23,8 @@ def plot_loss(metrics: list[dict[str, Any]], unigram_loss: float | None, path: P
     for kind, label, style in (("train", "training", "-"), ("eval", "held out", "o-")):
         lines = [line for line in metrics if line["kind"] == kind]
         if lines:
-            axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], style, label=label)
+            losses = np.array([line["loss"] for line in lines], dtype=float)  # null is NaN: a gap
+            axes.plot([line["step"] for line in lines], losses, style, label=label)
     if unigram_loss is not None:
         axes.axhline(unigram_loss, color="gray", linestyle="--", label="unigram model, held out")
     axes.legend()

@@ -70,6 +70,14 @@ class World:
         dist.all_gather(rows, mine, group=self.control)
         return torch.stack(rows)
 
+    def collect(self, value: T) -> list[T]:
+        """The value of every rank, on every rank."""
+        values: list[Any] = [value]
+        if self.control is not None:
+            values = [None] * self.size
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """A step that every rank takes and any may fail in: an error on one is raised on all. Waits for all ranks.
@@ -85,10 +93,7 @@ class World:
             error = caught
         users = isinstance(error, (ValueError, OSError))
         mine = None if error is None else str(error) if users else f"{type(error).__name__}: {error}"
-        messages: list[str | None] = [mine]
-        if self.control is not None:
-            messages = [None] * self.size
-            dist.all_gather_object(messages, mine, group=self.control)
+        messages = self.collect(mine)
         if error is not None and not users:
             raise error
         for rank, message in enumerate(messages):

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoint a run goes on from: it is whole, and of the same configuration, data and engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.content import differences
+from ring_hilbert.training.documents import Documents
+from ring_hilbert.training.engine_deepspeed import deepspeed_settings
+from ring_hilbert.training.storage.folder import COMMON, checkpoint_at, checkpoints_in, read_run, step_of
+from ring_hilbert.training.storage.manifest import check_files, read_manifest
+from ring_hilbert.training.world import RankError, World
+
+
+@dataclass
+class Choice:
+    """A checkpoint, None if there is none; on rank 0 what the user should know of it, and what to rename, and to what."""
+
+    path: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    aside: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def choose(config: RunConfig, world: World) -> Choice:
+    """The newest checkpoint in `checkpoint.dir`, or that of `checkpoint.resume`, that is as it was written.
+
+    Raises:
+        ValueError: it is damaged, or there is none of that step.
+    """
+    candidates, newer = world.from_main(lambda: _candidates(config))
+    choice = newest_whole(candidates, config, world, "checkpoint.dir")
+    choice.aside += [(path, "aside") for path in newer]
+    return choice
+
+
+def newest_whole(candidates: list[Path], config: RunConfig, world: World, key: str) -> Choice:
+    """The newest of `candidates`, which are ordered; a damaged one is passed over if `checkpoint.on_damage` says so.
+
+    Args:
+        key: the setting that they come from, checkpoint.dir or checkpoint.init.
+
+    Raises:
+        ValueError: it is damaged; names file and step, and what to do.
+    """
+    faults: list[str] = []
+    choice = Choice()
+    for path in reversed(candidates):
+        fault = _fault(path, config, world)
+        if fault is None:
+            choice.path = path
+            choice.notes = [f"passed over: {fault}" for fault in faults]
+            return choice
+        faults.append(f"the checkpoint of step {step_of(path)} is damaged: {fault}")
+        choice.aside.append((path, "damaged"))
+        if config.checkpoint.on_damage == "refuse":
+            break
+    if not faults:
+        return choice
+    before = [step_of(path) for path in candidates if path < choice.aside[-1][0]]
+    raise ValueError(f"{key}: {'; '.join(faults)}. {_what_then(before, candidates[0].parent, key)}")
+
+
+def check_run(path: Path, config: RunConfig, data: Mapping[str, Documents], ranks: int) -> list[str]:
+    """Whether a run may go on from a checkpoint; returns what the user should know of it.
+
+    Raises:
+        ValueError: it was written by a run with another configuration or engine, or on other data.
+    """
+    run = read_run(path)
+    check_engine(path, config, ranks, "checkpoint.dir")
+    if run["digest"] != config.digest():
+        changed = ", ".join(_differences(run["identity"], config.identity()))
+        hint = " (the schedule spans train.steps unless it is set)" if "optim.decay_steps" in changed else ""
+        raise ValueError(
+            f"checkpoint.dir: {path} was written by a run with another configuration: {changed}{hint}; to go on with it "
+            "use its values, to start anew use another checkpoint.dir"
+        )
+    changes = list(differences(run["data"], data))
+    if changes and config.checkpoint.changed_data == "refuse":
+        raise ValueError(
+            f"checkpoint.dir: {path} was written by a run on other data: {'; '.join(changes)}. Give it the same data again, start "
+            "anew with another checkpoint.dir, or set checkpoint.changed_data: accept to go on with the sequence of the same "
+            "number in the data as they are now: of the epoch under way, documents may be read twice or never"
+        )
+    return [f"accepted by checkpoint.changed_data: {change}" for change in changes]
+
+
+def check_engine(path: Path, config: RunConfig, ranks: int, key: str) -> None:
+    """Whether the engine of a run of so many ranks can load a checkpoint; `key` is the setting that asks for it.
+
+    Raises:
+        ValueError: it cannot, or may not.
+    """
+    run = read_run(path)
+    theirs, ours = run["engine"], engine_of(config)
+    if theirs["name"] == "deepspeed":
+        fits = theirs == ours and run["world_size"] == ranks
+    else:
+        fits = theirs["name"] in (ours["name"], COMMON)
+    if not fits:
+        trust = " --trust" if theirs["name"] == "deepspeed" else ""
+        raise ValueError(
+            f"{key}: {path} was written by {describe_engine(theirs, run['world_size'])}, and this run has "
+            f"{describe_engine(ours, ranks)}; write it in the form that every engine loads, and set {key} to that folder: "
+            f"ring-hilbert convert {path.parent} {path.parent}-common --step {step_of(path)}{trust}"
+        )
+    if theirs["name"] == "deepspeed" and not config.checkpoint.trust:
+        raise ValueError(
+            f"checkpoint.trust: DeepSpeed's files in {path} are pickles, which can run any code when they are loaded; if "
+            "they are yours, checkpoint.trust=true"
+        )
+
+
+def engine_of(config: RunConfig) -> dict[str, Any]:
+    """What of the engine a checkpoint depends on."""
+    if config.engine == "deepspeed":
+        return {"name": "deepspeed", "stage": deepspeed_settings(config)["zero_optimization"]["stage"]}
+    return {"name": config.engine}
+
+
+def describe_engine(engine: dict[str, Any], ranks: int) -> str:
+    """As messages name it."""
+    name = f"engine deepspeed (ZeRO-{engine['stage']}" if engine["name"] == "deepspeed" else "engine torch (FSDP2"
+    return f"{name}, {ranks} {'rank' if ranks == 1 else 'ranks'})"
+
+
+def _candidates(config: RunConfig) -> tuple[list[Path], list[Path]]:
+    """The checkpoints that a run may go on from, oldest first, and those that are newer than it wants."""
+    folder = Path(config.checkpoint.dir)
+    found, step = checkpoints_in(folder), config.checkpoint.resume
+    # Once gone back, a run that is started with the same settings again goes on from what it has written since.
+    if step is None or (found and _resumed(found[-1]) == step):
+        return found, []
+    asked = checkpoint_at(folder, step, "checkpoint.resume")
+    return [path for path in found if path <= asked], [path for path in found if path > asked]
+
+
+def _fault(path: Path, config: RunConfig, world: World) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank, of which each looks at some files; None if nothing is."""
+    try:
+        files = world.from_main(lambda: read_manifest(path))
+        mine = dict(sorted(files.items())[world.rank :: world.size])
+        total, name = sum(known.bytes for known in mine.values()), f"checking {path.name}"
+        bar = tqdm(total=total, desc=name, unit="B", unit_scale=True, delay=2, disable=not world.is_main)
+        with world.together(), bar:
+            check_files(path, mine, bar.update if config.checkpoint.verify else None)
+    except RankError as error:
+        return str(error)
+    return None
+
+
+def _resumed(path: Path) -> int | None:
+    """The `checkpoint.resume` of the run that wrote a checkpoint; None if that cannot be read."""
+    try:
+        return read_run(path).get("resume")
+    except ValueError:
+        return None
+
+
+def _what_then(before: list[int], folder: Path, key: str) -> str:
+    if not before:
+        return f"There is none before it; to start anew give another {key}, or move what is in {folder} away"
+    back = f"checkpoint.resume={before[-1]}, or " if key == "checkpoint.dir" else ""
+    return (
+        f"To go on from step {before[-1]} set {back}checkpoint.on_damage=previous, which takes the newest that is whole and sets "
+        "the damaged one aside without deleting it"
+    )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """`key: old, now new` for every leaf of the two configurations that differs."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            yield f"{key}: {before.get(key)}, now {after.get(key)}"
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value

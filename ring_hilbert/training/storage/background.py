@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saving behind the steps: tensors are copied to the host while the next step computes, and written by a thread."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
+
+from ring_hilbert.training.storage.tensors import Writer
+from ring_hilbert.training.world import PATIENCE
+
+
+class Saver:
+    """Saves of one engine, one at a time. Every rank calls every method, in the same order.
+
+    Args:
+        asynchronous: else a save is over when `save` returns.
+
+    With `asynchronous` the host keeps a copy of all that is saved, in page-locked memory where there is a CUDA device.
+    """
+
+    def __init__(self, device: torch.device, asynchronous: bool) -> None:
+        self._on_cuda = device.type == "cuda"
+        # The thread's collectives must not meet those of the loop in one group.
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._stager = self._make_stager() if asynchronous else None
+        self._copied: Future[None] | None = None
+
+    def prepare(self, tensors: dict[str, Tensor]) -> None:
+        """Take the host's memory now, where locking its pages takes seconds, and not at the first save."""
+        if self._stager is not None and self._on_cuda:
+            self._wait_for_device()
+            copied = self._stager.stage(tensors)
+            assert isinstance(copied, Future)
+            copied.result()
+
+    def save(self, tensors: dict[str, Tensor], writer: Writer) -> Future[Any]:
+        """Begin to write `tensors`, which do not change before `fence`; returns what is done when it is published, or failed."""
+        if self._stager is None:
+            done: Future[Any] = Future()
+            try:
+                done.set_result(save(tensors, storage_writer=writer, process_group=self._group))
+            except CheckpointException as error:
+                done.set_exception(error)
+            return done
+        self._wait_for_device()
+        begun = async_save(tensors, storage_writer=writer, async_stager=self._stager, process_group=self._group)
+        assert isinstance(begun, AsyncSaveResponse)
+        self._copied = begun.staging_completion
+        return begun.upload_completion
+
+    def fence(self) -> None:
+        """Wait until nothing is read from the tensors any more: they may change."""
+        if self._copied is not None:
+            self._copied.result()
+            self._copied = None
+
+    def close(self) -> None:
+        """Give the host's memory back."""
+        self.fence()
+        if self._stager is not None:
+            self._stager.close()
+
+    def _make_stager(self) -> DefaultStager:
+        return DefaultStager(
+            StagingOptions(
+                use_pinned_memory=self._on_cuda,
+                use_shared_memory=False,
+                use_async_staging=True,
+                use_non_blocking_copy=self._on_cuda,
+            )
+        )
+
+    def _wait_for_device(self) -> None:
+        """The copies are made on a stream of their own, which waits for no other."""
+        if self._on_cuda:
+            torch.cuda.current_stream().synchronize()
+
+
+def first_failure(error: CheckpointException) -> tuple[int, BaseException]:
+    """The first rank that failed, and what it failed of."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+    return rank, cause
