@@ -16,6 +16,7 @@ from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.engine_deepspeed import DeepSpeedEngine, deepspeed_settings
 from ring_hilbert.training.engine_torch import TorchEngine
 from ring_hilbert.training.model import build_skeleton, initial_weights
+from ring_hilbert.training.weights import decoder_layers
 from ring_hilbert.training.world import World
 
 
@@ -85,4 +86,6 @@ def make_engine(config: RunConfig, hf_config: PretrainedConfig, world: World) ->
         weights = initial_weights(config, hf_config)
         skeleton = build_skeleton(config, hf_config)
     kind = DeepSpeedEngine if config.engine == "deepspeed" else TorchEngine
-    return kind(skeleton, weights, config, world)
+    engine = kind(skeleton, weights, config, world)
+    world.position.follow(decoder_layers(engine.model))
+    return engine
