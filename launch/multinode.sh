@@ -38,9 +38,11 @@ done
 
 venv=${RING_HILBERT_VENV:-.venv}
 [ ! -e "$venv/bin/activate" ] || . "$venv/bin/activate"
-read -r address found is_head devices < <(python -m ring_hilbert.training.hosts "$head" "$port")
+python=$(command -v python || command -v python3)
+read -r address found is_head devices < <("$python" -m ring_hilbert.training.hosts "$head" "$port")
 [ "$address" != None ] || usage "there is no route from this host to $head"
-export GLOO_SOCKET_IFNAME=${interface:-${GLOO_SOCKET_IFNAME:-$found}}
+gloo=${interface:-${GLOO_SOCKET_IFNAME:-$found}}
+[ "$gloo" = None ] || export GLOO_SOCKET_IFNAME=$gloo
 [ -z "$interface" ] || export NCCL_SOCKET_IFNAME=$interface
 ranks=${ranks:-$((devices > 0 ? devices : 1))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > ranks ? $(nproc) / ranks : 1))}
@@ -50,7 +52,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > ranks ? $(nproc) / ranks
 # A session of its own: a scheduler signals whole process groups, and torchrun is to hear of it once. It passes SIGTERM on, and gives
 # the ranks so many seconds to leave.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-setsid torchrun --nnodes "$hosts" --nproc-per-node "$ranks" --max-restarts "$restarts" --local-addr "$address" \
+setsid "$python" -m torch.distributed.run --nnodes "$hosts" --nproc-per-node "$ranks" --max-restarts "$restarts" --local-addr "$address" \
     --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$id" --rdzv-conf "is_host=$is_head" \
     -m ring_hilbert.cli "$@" &
 agent=$! told=''

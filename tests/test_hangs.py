@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import multiprocessing
 import os
 import random
@@ -31,8 +32,8 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["ring_hilbert.training.loop", "tests.tiny_run"])
 
 
-def _rank(rank: int, config: RunConfig, port: int, output: Path) -> None:
-    """What torchrun would start, without the seconds that imports take."""
+def _rank(rank: int, config: RunConfig, port: int, output: Path, slow: bool) -> None:
+    """What torchrun would start, without the seconds that imports take. `slow`: every linear layer takes 5 ms more."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -44,6 +45,9 @@ def _rank(rank: int, config: RunConfig, port: int, output: Path) -> None:
     }  # fmt: skip
     from ring_hilbert.training.loop import pretrain
 
+    if slow:
+        forward = torch.nn.Linear.forward
+        torch.nn.Linear.forward = lambda *arguments: (time.sleep(0.005), forward(*arguments))[1]  # type: ignore[method-assign]
     try:
         pretrain(config)
     except RankLost as lost:
@@ -54,7 +58,7 @@ def _rank(rank: int, config: RunConfig, port: int, output: Path) -> None:
 class Run:
     """Ranks in training; their output, one file each, is in `folder`."""
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path, slow: int | None = None, **changes: Any) -> None:
         write_texts(folder)
         options = {
             "parallel__sp": 2,
@@ -68,7 +72,7 @@ class Run:
         self.outputs = [folder / f"output{rank}" for rank in range(WORLD)]
         self.metrics = folder / "logs" / "metrics.jsonl"
         self.processes = [
-            _context.Process(target=_rank, args=(rank, self.config, self.store.port, output), daemon=True)
+            _context.Process(target=_rank, args=(rank, self.config, self.store.port, output, rank == slow), daemon=True)
             for rank, output in enumerate(self.outputs)
         ]
 
@@ -119,7 +123,8 @@ def check_stop(folder: Path, seed: int, **changes: Any) -> list[str]:
             lines = [line for line in run.told(rank).splitlines() if named in line]
             assert len(lines) == 2 and ("the run ends" in lines[1] or "has ended the run" in lines[1]), lines
             found = re.search(
-                rf"rank {rank} \(.* {PLACE}, {named}.*is stopped since .* when it was in .*, step \d+", lines[0]
+                rf"rank {rank} \(.* {PLACE}, {re.escape(named)}.*is stopped since .* when it was in .*, step \d+",
+                lines[0],
             )
             assert found, lines
             waited.append(f"{found['collective']}, {found['part']}")
@@ -155,6 +160,15 @@ def test_a_killed_rank_is_named(tmp_path: Path, seed: int) -> None:
                 rf"rank {rank} \(.*, for rank (\d+) \(.* (which has ended since|which failed)", run.told(rank)
             )
             assert found and int(found[1]) == victim, run.told(rank)
+
+
+@pytest.mark.full
+def test_a_slow_rank_is_named(tmp_path: Path) -> None:
+    """Though all ranks take as long for a step."""
+    with Run(tmp_path, slow=2, log__straggler_steps=3) as run:
+        run.wait(lambda: "straggler: rank 2 (" in run.told(0), 60)
+        last = json.loads(run.metrics.read_text().splitlines()[-1])
+        assert (last["slowest_rank"], last["stragglers"]) == (2, 1) and last["slowest_ratio"] > 1.5
 
 
 @pytest.mark.full

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from typing import Any
@@ -12,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 from ring_hilbert.training.config import LogConfig
-from ring_hilbert.training.position import Position, collective_of, outwards
 from ring_hilbert.training.stragglers import Stopwatch, Stragglers
 from ring_hilbert.training.verdict import SILENT, Heard, Report, verdict
+from ring_hilbert.training.whereabouts import Whereabouts, collective_of, outwards
 
-ME = Report(0, host="a", machine="here", position="forward of layer 3, step 7", collective="all_reduce", idle=20)
+ME = Report(0, host="a", machine="here", whereabouts="forward of layer 3, step 7", collective="all_reduce", idle=20)
 
 
 def heard(rank: int, silence: float = 0.0, **changes: Any) -> Heard:
@@ -29,7 +30,7 @@ def told(*others: Heard, keeper: int | None = None, me: Report = ME) -> str:
 
 
 def test_a_silent_rank_is_named_with_its_last_place() -> None:
-    text = told(heard(1), heard(2, SILENT + 2, position="backward of layer 1, step 7", collective="reduce_scatter"))
+    text = told(heard(1), heard(2, SILENT + 2, whereabouts="backward of layer 1, step 7", collective="reduce_scatter"))
     assert "rank 0 (a, " in text and "20 s" in text and "in all_reduce, forward of layer 3, step 7, for rank 2" in text
     assert "rank 2 (b, pid 99), which has not been heard of since" in text
     assert "when it was in reduce_scatter, backward of layer 1, step 7" in text and "rank 1" not in text
@@ -48,13 +49,15 @@ def test_ranks_that_leave_are_not_to_blame() -> None:
 def test_nobody_is_heard() -> None:
     """Of a rank the store's silence says that it is gone; of a launcher's store, that this host may be cut off."""
     everyone = [heard(1, 9.0), heard(2, 9.0), heard(3, 9.0)]
-    assert "cut off from 10.0.0.1:29400" in told(*everyone)
-    text = told(*everyone, me=replace(ME, rank=4), keeper=1)
+    text = told(*everyone, heard(4, 9.0, machine=ME.machine, pid=os.getpid()))
+    assert "rank 1 (b, " in text and "cut off from 10.0.0.1:29400" in text
+    assert "rank 4" not in text  # it is on this host, and runs
+    text = told(*everyone, me=replace(ME, rank=5), keeper=1)
     assert "for rank 1 (b, pid 99)" in text and "rank 2" not in text and "keeps the store at 10.0.0.1:29400" in text
 
 
 def test_a_rank_that_lives_and_does_not_come() -> None:
-    text = told(heard(1, collective=None, position="reading a batch, step 7", idle=21), heard(2))
+    text = told(heard(1, collective=None, whereabouts="reading a batch, step 7", idle=21), heard(2))
     assert "rank 1 (b, pid 99) is in reading a batch, step 7, for 21 s" in text and "rank 2" not in text
     assert told(heard(1), me=replace(ME, collective=None)).endswith("the others wait for it")
 
@@ -82,19 +85,19 @@ def test_the_collective_is_that_of_the_stack(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == ["barrier"]
 
 
-def test_position_follows_layers() -> None:
+def test_whereabouts_follow_layers() -> None:
     """Forward, backward, and again in what backward computes anew."""
-    position, seen = Position(), []
+    whereabouts, seen = Whereabouts(), []
     layers = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(2)))
-    position.follow(layers)
+    whereabouts.follow(layers)
     for layer in layers:
-        layer.register_forward_hook(lambda *_: seen.append(str(position)))
-    position.step = 4
-    position.enter("forward")
+        layer.register_forward_hook(lambda *_: seen.append(str(whereabouts)))
+    whereabouts.step = 4
+    whereabouts.enter("forward")
     x = torch.randn(2, 3, requires_grad=True)
     out = layers(x)
-    x.register_hook(lambda _: seen.append(str(position)))
-    position.enter("backward")
+    x.register_hook(lambda _: seen.append(str(whereabouts)))
+    whereabouts.enter("backward")
     out.sum().backward()
     assert seen == ["forward of layer 0, step 4", "forward of layer 1, step 4", "backward of layer 0, step 4"]
 

@@ -146,8 +146,12 @@ def _across(machines: list[str]) -> list[str]:
     lines = []
     for sp in (size for size in range(2, len(machines) + 1) if len(machines) % size == 0):
         across, groups = groups_across(machines, sp), len(machines) // sp
-        where = f"{len(across)} of {groups} groups cross hosts, the first is of ranks {across[0] * sp} to {across[0] * sp + sp - 1}"
-        lines.append(f"  sp={sp:<10}" + (where if across else "every group is within a host"))
+        where = (
+            f"{len(across)} of {groups} groups cross hosts, of ranks {across[0] * sp} to {across[0] * sp + sp - 1} first"
+            if across
+            else ""
+        )
+        lines.append(f"  sp={sp:<10}{where or 'every group is within a host'}")
     counts = set(Counter(machines).values())
     if len(counts) > 1:
         lines.append(

@@ -40,7 +40,7 @@ def once_per_disk(world: World, folder: Path, function: Callable[[], object]) ->
                 tell += TELL
                 for leader in waiting[:4]:
                     report = world.watchdog.heard[leader].report
-                    print(f"waiting for {report}: {report.position} {report.progress}", file=sys.stderr, flush=True)  # noqa: T201
+                    print(f"waiting for {report}: {report.whereabouts} {report.progress}", file=sys.stderr, flush=True)  # noqa: T201
             time.sleep(0.1)
 
 

@@ -87,5 +87,5 @@ def make_engine(config: RunConfig, hf_config: PretrainedConfig, world: World) ->
         skeleton = build_skeleton(config, hf_config)
     kind = DeepSpeedEngine if config.engine == "deepspeed" else TorchEngine
     engine = kind(skeleton, weights, config, world)
-    world.position.follow(decoder_layers(engine.model))
+    world.whereabouts.follow(decoder_layers(engine.model))
     return engine

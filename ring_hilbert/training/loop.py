@@ -193,16 +193,16 @@ class Run:
 
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step: global mean loss, global gradient norm before clipping, learning rate used."""
-        config, progress, position = self.config, self.progress, self.world.position
-        position.step = progress.step + 1
-        position.enter("reading a batch")
+        config, progress, whereabouts = self.config, self.progress, self.world.whereabouts
+        whereabouts.step = progress.step + 1
+        whereabouts.enter("reading a batch")
         stop = progress.sequences + config.sequences_per_step
         micro_batches = self.train_batches.of(progress.sequences, stop)
         start = time.perf_counter()
         loss, tokens = accumulate(self.engine, micro_batches, self.world)
         self.computing = time.perf_counter() - start
         rate = learning_rate(config, progress.step)
-        position.enter("optimizer")
+        whereabouts.enter("optimizer")
         norm = self.engine.step(rate)
         self._count_skipped(norm)
         self.progress = Progress(progress.step + 1, stop, progress.tokens + tokens, self.progress.skipped)

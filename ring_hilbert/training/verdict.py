@@ -23,7 +23,7 @@ class Report:
 
     Attributes:
         machine: see `hosts.identity`.
-        position, collective: as of `Position` and `collective_of`.
+        whereabouts, collective: as of `Whereabouts` and `collective_of`.
         idle: seconds for which nothing has moved.
         progress: of long work, for those who wait.
         failure: the exception that ends it.
@@ -35,7 +35,7 @@ class Report:
     host: str = field(default_factory=socket.gethostname)
     machine: str = field(default_factory=identity)
     pid: int = field(default_factory=os.getpid)
-    position: str = ""
+    whereabouts: str = ""
     collective: str | None = None
     idle: float = 0.0
     progress: str = ""
@@ -58,7 +58,7 @@ class Report:
     @property
     def place(self) -> str:
         """The collective, and where in the run it is."""
-        return f"{self.collective}, {self.position}" if self.collective else self.position
+        return f"{self.collective}, {self.whereabouts}" if self.collective else self.whereabouts
 
 
 @dataclass
@@ -101,6 +101,8 @@ def verdict(me: Report, others: Sequence[Heard], store: str, keeper: int | None)
         return f"{waits}, for {_missing(absent[keeper], me)}; it keeps the store at {store}, so that no other rank can be heard"
     if failed:
         return f"{waits}, for {', '.join(f'{report}, which failed: {report.failure}' for report in failed[:NAMED])}"
+    if cut_off:  # of this host nothing can be heard either
+        absent = {rank: h for rank, h in absent.items() if h.report.machine != me.machine} or absent
     if absent:
         named = "; ".join(_missing(heard, me) for heard in list(absent.values())[:NAMED])
         more = f"; and {len(absent) - NAMED} more ranks" if len(absent) > NAMED else ""

@@ -29,9 +29,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 
 from ring_hilbert.training.config import TimeoutsConfig
-from ring_hilbert.training.position import Position, collective_of, on_device, on_host, outwards
 from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.verdict import SILENT, Heard, Report, verdict
+from ring_hilbert.training.whereabouts import Whereabouts, collective_of, on_device, on_host, outwards
 
 EVERY = 1.0  # seconds between two reports of a rank
 LOOK = 0.25  # seconds between two looks at the limits
@@ -54,7 +54,7 @@ class Watchdog:
     """A context manager around all that ranks do together.
 
     Args:
-        position: where this rank is.
+        whereabouts: where this rank is.
         timeouts: the limits.
         reports: the first report of every rank.
         folder: for what a hang leaves behind.
@@ -62,9 +62,9 @@ class Watchdog:
     """
 
     def __init__(
-        self, position: Position, timeouts: TimeoutsConfig, reports: Sequence[Report], folder: Path, prefix: str
+        self, whereabouts: Whereabouts, timeouts: TimeoutsConfig, reports: Sequence[Report], folder: Path, prefix: str
     ) -> None:
-        self.position, self.timeouts, self.folder, self.prefix = position, timeouts, folder, prefix
+        self.whereabouts, self.timeouts, self.folder, self.prefix = whereabouts, timeouts, folder, prefix
         self.report = reports[dist.get_rank()]  # only `_look` changes it
         self._turns = -(-len(reports) // READ)
         patience = SILENT + 3 * EVERY * (self._turns - 1)
@@ -148,7 +148,7 @@ class Watchdog:
             now = time.monotonic()
             passed, last = min(now - last, 2 * LOOK), now
             self._count(passed)
-            phase = self.position.phase
+            phase = self.whereabouts.phase
             limit = getattr(self.timeouts, phase)
             # Who prepares data may take as long as it likes, if only it is alive; waiting for it is not idle.
             waited = max(h.silence for h in self.heard.values()) if phase == "data" else self.report.idle
@@ -165,16 +165,16 @@ class Watchdog:
     def _count(self, passed: float) -> None:
         """Look whether anything has moved in the thread that trains, and count the others' silence."""
         frames = list(outwards(sys._current_frames().get(self._watched)))
-        seen = (self.position.moves, [(id(frame.f_code), frame.f_lasti) for frame in frames])
+        seen = (self.whereabouts.moves, [(id(frame.f_code), frame.f_lasti) for frame in frames])
         idle = self.report.idle + passed if seen == self._seen else 0.0
         self._seen = seen
         collective = collective_of(frames)
         if idle // SILENT != self.report.idle // SILENT:  # not at every look: it takes time
             self._recorded = on_device() or collective or on_host() if idle else None
         collective = self._recorded or collective
-        bars = [str(bar) for bar in list(tqdm._instances)] if self.position.phase == "data" else []  # type: ignore[attr-defined]
+        bars = [str(bar) for bar in list(tqdm._instances)] if self.whereabouts.phase == "data" else []  # type: ignore[attr-defined]
         self.report = replace(
-            self.report, position=str(self.position), collective=collective, idle=idle, progress=" ".join(bars)
+            self.report, whereabouts=str(self.whereabouts), collective=collective, idle=idle, progress=" ".join(bars)
         )
         for heard in self.heard.values():
             heard.silence += passed

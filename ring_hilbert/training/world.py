@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ring_hilbert.training.config import ParallelConfig, TimeoutsConfig
 from ring_hilbert.training.hosts import join
-from ring_hilbert.training.position import Phase, Position
 from ring_hilbert.training.verdict import Report
 from ring_hilbert.training.watchdog import RankLost, Watchdog, first_reports
+from ring_hilbert.training.whereabouts import Phase, Whereabouts
 
 HANGS = Path(tempfile.gettempdir()) / "ring_hilbert_hangs"
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class World:
         dp_index: which of the groups that read different sequences this rank is in.
         control: all ranks, on the CPU. None without a process group.
         reports: what every rank first said of itself: its host among other things.
-        position: what this rank is at.
+        whereabouts: what this rank is at.
         watchdog: what ends a hang; None without other ranks.
     """
 
@@ -60,7 +60,7 @@ class World:
     dp_index: int = 0
     control: dist.ProcessGroup | None = None
     reports: tuple[Report, ...] = ()
-    position: Position = field(default_factory=Position)
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
     watchdog: Watchdog | None = None
 
     @property
@@ -86,13 +86,13 @@ class World:
     @contextmanager
     def phase(self, name: Phase, part: str) -> Iterator[None]:
         """What this rank is at in the block, and which of `timeouts` counts there."""
-        position = self.position
-        before = position.phase, position.part
-        position.phase = name
-        position.enter(part)
+        whereabouts = self.whereabouts
+        before = whereabouts.phase, whereabouts.part
+        whereabouts.phase = name
+        whereabouts.enter(part)
         yield
-        position.phase = before[0]
-        position.enter(before[1])
+        whereabouts.phase = before[0]
+        whereabouts.enter(before[1])
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -183,15 +183,15 @@ def open_world(
             f"parallel.sp={size} parallel.dp_shard=1 parallel.dp_replicate=1"
         )
     with process_group(device, timeouts):
-        position, prefix = Position(), f"ring_hilbert/world {next(_worlds)}"
+        whereabouts, prefix = Whereabouts(), f"ring_hilbert/world {next(_worlds)}"
         reports = first_reports(prefix)
         timeout = timedelta(seconds=timeouts.longest)
-        with Watchdog(position, timeouts, reports, hangs, prefix) if size > 1 else nullcontext() as watchdog:
+        with Watchdog(whereabouts, timeouts, reports, hangs, prefix) if size > 1 else nullcontext() as watchdog:
             try:
                 control = dist.new_group(backend="gloo", timeout=timeout)
                 assert isinstance(control, dist.ProcessGroup)
                 world = lay_world(device, parallel, control, timeout)
-                yield replace(world, reports=reports, position=position, watchdog=watchdog)
+                yield replace(world, reports=reports, whereabouts=whereabouts, watchdog=watchdog)
             except RankError:
                 raise
             except Exception as error:

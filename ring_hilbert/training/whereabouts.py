@@ -19,7 +19,7 @@ Phase = Literal["start", "data", "step", "save"]
 WAITS = {"wait_for_unshard": "all_gather of parameters"}  # FSDP2's
 
 
-class Position:
+class Whereabouts:
     """What this rank is at. The training code sets it, the watchdog's threads read it; no lock, no message, no cost.
 
     Attributes:
