@@ -197,7 +197,7 @@ def test_preempted_requeued_and_ended(tmp_path: Path, cluster: Cluster) -> None:
     log = (tmp_path / "job.log").read_text(errors="replace")
     assert "left after step" in log and "resumed from step" in log and "model: " in log
     assert "Restarts=1" in cluster.run("scontrol", "show", "job", job).stdout
-    assert losses(two) == losses(tmp_path / "one") and len(read_metrics(metrics)) == 62
+    assert losses(two) == losses(tmp_path / "one") and len(read_metrics(metrics)) == 60
     weights, expected = (
         load_file(folder / "checkpoints" / "model" / "model.safetensors") for folder in (two, tmp_path / "one")
     )
