@@ -47,13 +47,21 @@ gloo=${interface:-${GLOO_SOCKET_IFNAME:-$found}}
 ranks=${ranks:-$((devices > 0 ? devices : 1))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > ranks ? $(nproc) / ranks : 1))}
 
+if [ "$is_head" = 0 ]; then # torchrun would wait too, but as long for every answer of a head that is gone
+    until (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; do
+        [ $((SECONDS % 30)) -ne 0 ] || echo "waiting for $head:$port" >&2
+        [ "$SECONDS" -lt 1800 ] || usage "nothing answers at $head:$port; see that this command runs there, and that the port is open"
+        sleep 1
+    done
+fi
+
 # A rank's store has the life of one attempt; torchrun's own would give the ranks that start again addresses of those before them.
 [ "$restarts" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # A session of its own: a scheduler signals whole process groups, and torchrun is to hear of it once. It passes SIGTERM on, and gives
 # the ranks so many seconds to leave.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 setsid "$python" -m torch.distributed.run --nnodes "$hosts" --nproc-per-node "$ranks" --max-restarts "$restarts" --local-addr "$address" \
-    --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$id" --rdzv-conf "is_host=$is_head" \
+    --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$id" --rdzv-conf "is_host=$is_head,read_timeout=20" \
     -m ring_hilbert.cli "$@" &
 agent=$! told=''
 trap 'told=yes; kill -TERM "$agent" 2>/dev/null || true' TERM USR1 INT
