@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def add_plan(commands: Any) -> None:
         "--link-gbps", type=float, nargs="+", default=[50.0], metavar="GB/S",
         help="gigabytes per second that a rank receives; auto takes the first; default: 50",
     )  # fmt: skip
+    parser.add_argument("--ranks-per-host", type=int, metavar="N", help="say what crosses hosts of so many ranks")
     parser.add_argument("--tflops", type=float, default=300.0, metavar="X", help="of attention on a rank; default: 300")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw who needs whose rows: .png or .svg")
     parser.set_defaults(run=_plan)
@@ -230,6 +232,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ring-hilbert", description="Exact sequence-parallel dilated attention in space-filling-curve order."
     )
+    parser.add_argument(
+        "--local_rank", "--local-rank", help=argparse.SUPPRESS
+    )  # of DeepSpeed's launcher, which sets LOCAL_RANK too
     commands = parser.add_subparsers(title="commands", required=True, metavar="<command>")
     for add in COMMANDS:
         add(commands)
@@ -246,6 +251,7 @@ def _pretrain(chosen: argparse.Namespace) -> int:
     # Imported here so that --help answers at once.
     from ring_hilbert.training.config import load_stages
     from ring_hilbert.training.loop import pretrain_stages
+    from ring_hilbert.training.watchdog import RankLost
     from ring_hilbert.training.world import RankError
 
     try:
@@ -259,6 +265,9 @@ def _pretrain(chosen: argparse.Namespace) -> int:
             where = "" if shared or "RANK" not in os.environ else f" (rank {rank})"
             print(f"ring-hilbert pretrain: error{where}: {error}", file=sys.stderr)
         return 2
+    except RankLost as error:
+        print(f"ring-hilbert pretrain: error: {error}: {error.__cause__}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -357,6 +366,10 @@ def _plan(chosen: argparse.Namespace) -> int:
         question = (
             planning.from_config(chosen.config, chosen.overrides) if chosen.config is not None else _question(chosen)
         )
+        if chosen.ranks_per_host is not None:
+            if chosen.ranks_per_host < 1:
+                raise ValueError(f"--ranks-per-host must be at least 1, got {chosen.ranks_per_host}")
+            question = replace(question, ranks_per_host=chosen.ranks_per_host)
         choice = planning.answer(question, speeds)
         print(planning.report(question, choice, speeds, [link * 1e9 for link in chosen.link_gbps]))
         if chosen.plot is not None:

@@ -290,3 +290,25 @@ def test_quickstart_is_what_the_readme_says() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(config.model.config or {})))
     assert model.num_parameters() <= 4_000_000
+
+
+def test_dp_shard_is_what_ranks_leave_to_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = ["parallel.dp_shard=auto", "parallel.sp=2"]
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert load_config(file, auto).parallel.world_size == 2  # a plan, say
+    for ranks, dp_shard in ((8, 4), (4, 2), (2, 1)):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        config = load_config(file, auto)
+        assert (config.parallel.dp_shard, config.sequences_per_step) == (dp_shard, 4)
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    assert "multiple of sp * dp_replicate = 2 ranks, but 5 are running; start 4 or 6" in refused(file, *auto)
+    monkeypatch.setenv("WORLD_SIZE", "6")  # three groups for four sequences
+    assert "as many tokens need dp_shard * dp_replicate of 2 or 4" in refused(file, *auto)
+    assert "parallel.sp: got 'two'" in refused(file, "parallel.dp_shard=auto", "parallel.sp=two")
+
+
+def test_time_limits(file: Path) -> None:
+    limits = load_config(file, ["timeouts.step=20", "timeouts.save=7200.5"]).timeouts
+    assert (limits.start, limits.step, limits.data, limits.save) == (600, 20, 600, 7200.5)
+    assert limits.longest > 7200.5
+    assert "timeouts.step" in refused(file, "timeouts.step=0")

@@ -9,7 +9,6 @@ others, for every strategy and layout; the two must agree. Prints one page that 
 
 from __future__ import annotations
 
-import datetime
 import os
 import platform
 import socket
@@ -28,6 +27,7 @@ import ring_hilbert as rh
 from ring_hilbert.ops.triton_core import unsupported
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.wire import collective, communicator
+from ring_hilbert.training.hosts import groups_across, identity, join, local_address
 
 PATTERN = rh.DilatedPattern((96, 333, None), (1, 3, 7), head_shift=1, segment_shift=13)
 LADDER = rh.DilatedPattern((128, 256, None), (1, 2, 4))
@@ -65,14 +65,7 @@ def check(timeout: float) -> tuple[Page, bool]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     page = Page()
     if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"rank {os.environ.get('RANK')}: the ranks did not find each other within {timeout:g} s: {error}; see that "
-                "MASTER_ADDR resolves and MASTER_PORT is open on every host, and that all hosts were started"
-            ) from error
+        join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout, timeout)
     group = dist.group.WORLD if world > 1 else None
     try:
         _versions(page, device, group)
@@ -125,11 +118,15 @@ def _versions(page: Page, device: torch.device, group: dist.ProcessGroup | None)
         "triton": _version("triton"), "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU",
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else "not used",
     }  # fmt: skip
-    ranks = _everybody((socket.gethostname(), mine, triton), group)
-    hosts = Counter(host for host, _, _ in ranks)
+    address = local_address(os.environ.get("MASTER_ADDR", "localhost"))
+    machines = _everybody((identity(), f"{socket.gethostname()} ({address})"), group)
+    ranks = [(name, *rest) for (_, name), rest in zip(machines, _everybody((mine, triton), group), strict=True)]
+    hosts = Counter(machines)
     page.lines.append(
-        f"{len(ranks)} rank(s) on {len(hosts)} host(s): " + ", ".join(f"{h} {n}" for h, n in hosts.items())
+        f"{len(ranks)} rank(s) on {len(hosts)} host(s): " + ", ".join(f"{name} {n}" for (_, name), n in hosts.items())
     )
+    if len(hosts) > 1:
+        page.lines += _across([machine for machine, _ in machines])
     for key in mine:
         values = Counter(found[key] for _, found, _ in ranks)
         page.lines.append(
@@ -142,6 +139,25 @@ def _versions(page: Page, device: torch.device, group: dist.ProcessGroup | None)
             page.faults.append(f"{key} differs: rank {where} on {ranks[where][0]} has {odd}; {what}")
     if triton:
         page.faults.append(f"the kernels cannot run, and the slower PyTorch core would: {triton}; pip install triton")
+
+
+def _across(machines: list[str]) -> list[str]:
+    """Which sizes of sp groups, neighbouring ranks, have groups over several hosts."""
+    lines = []
+    for sp in (size for size in range(2, len(machines) + 1) if len(machines) % size == 0):
+        across, groups = groups_across(machines, sp), len(machines) // sp
+        where = (
+            f"{len(across)} of {groups} groups cross hosts, of ranks {across[0] * sp} to {across[0] * sp + sp - 1} first"
+            if across
+            else ""
+        )
+        lines.append(f"  sp={sp:<10}{where or 'every group is within a host'}")
+    counts = set(Counter(machines).values())
+    if len(counts) > 1:
+        lines.append(
+            f"  hosts have {min(counts)} to {max(counts)} ranks: an sp that divides all of these stays within them"
+        )
+    return lines
 
 
 def _version(package: str) -> str:

@@ -35,6 +35,7 @@ class Question:
         shapes: of q, k and v.
         strategy: the one that is asked for, or "auto".
         rotated: head_shift differs between layers, so that every residue has a head in some of them.
+        ranks_per_host: None if it is not known.
     """
 
     pattern: rh.DilatedPattern
@@ -46,6 +47,7 @@ class Question:
     layout: str = "contiguous"
     strategy: str = "auto"
     rotated: bool = False
+    ranks_per_host: int | None = None
 
 
 def from_config(path: Path, overrides: Sequence[str]) -> Question:
@@ -122,9 +124,34 @@ def report(question: Question, choice: Choice, speeds: Speeds, links: Sequence[f
     lines += ["", f"auto takes {choice.strategy}: {choice.reason}."]
     if question.strategy not in ("auto", choice.strategy):
         lines.append(f"Asked for is {question.strategy}.")
+    if question.ranks_per_host is not None and question.world > 1:
+        lines += ["", *_between_hosts(question, choice)]
     found = list(cautions(question))
     lines += ["", *(f"Note: {caution}." for caution in found)] if found else []
     return "\n".join(lines)
+
+
+def _between_hosts(question: Question, choice: Choice) -> Iterator[str]:
+    """What of every strategy crosses hosts, ranks of a sequence being neighbours that begin at a host's first rank."""
+    per_host, world = question.ranks_per_host, question.world
+    assert per_host is not None
+    hosts = np.arange(world) // per_host
+    if hosts[-1] == 0 and per_host % world == 0:
+        yield f"Hosts of {per_host} ranks: every group of {world} is within one, nothing crosses hosts."
+        return
+    uneven = "" if world % per_host == 0 else f"; {world} is not a multiple of {per_host}, so that groups share hosts"
+    yield f"Hosts of {per_host} ranks: a group of {world} lies on {hosts[-1] + 1}{uneven}. Into one host, per layer in forward:"
+    other = hosts[:, None] != hosts
+    for name, cost in choice.costs.items():
+        if name == "ulysses":
+            received = np.full((world, world), cost.forward_bytes / (world - 1))
+        else:
+            row = 2 * cost.plan.shapes.head_dim * cost.plan.shapes.dtype.itemsize
+            received = np.stack([cost.plan.counts(rank) * row for rank in range(world)])
+        np.fill_diagonal(received, 0)
+        crossing = np.bincount(hosts, weights=(received * other).sum(1))
+        share = (received * other).sum() / max(received.sum(), 1)
+        yield f"  {name:10}{crossing.max() / MIB:10.1f} MiB at the host with most, {share:.0%} of all that travels"
 
 
 def cautions(question: Question) -> Iterator[str]:

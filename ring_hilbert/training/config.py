@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -247,11 +248,31 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Ranks: a sequence over `sp`, the batch over `dp_shard` (parameters sharded) x `dp_replicate` (replicated)."""
+    """Ranks: a sequence over `sp`, the batch over `dp_shard` (parameters sharded) x `dp_replicate` (replicated).
+
+    `dp_shard: auto` is what the number of ranks leaves to it, so that a run goes on with more or fewer of them; 1 in a process that
+    no launcher started.
+    """
 
     sp: int = Field(default=1, ge=1)
-    dp_shard: int = Field(default=1, ge=1)
+    dp_shard: int = Field(default=1, ge=1)  # auto is replaced before
     dp_replicate: int = Field(default=1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("dp_shard") != "auto":
+            return raw
+        rest = [raw.get(key, 1) for key in ("sp", "dp_replicate")]
+        if not all(isinstance(count, int) and count > 0 for count in rest):
+            return {**raw, "dp_shard": 1}  # the others are wrong, and are told
+        copies, ranks = math.prod(rest), int(os.environ.get("WORLD_SIZE", 0))
+        if ranks % copies:
+            raise ValueError(
+                f"dp_shard: auto needs a multiple of sp * dp_replicate = {copies} ranks, but {ranks} are running; start "
+                f"{ranks // copies * copies or copies} or {(ranks // copies + 1) * copies}, or change parallel.sp"
+            )
+        return {**raw, "dp_shard": max(1, ranks // copies)}
 
     @property
     def dp(self) -> int:
@@ -296,13 +317,33 @@ class CheckpointConfig(Section):
     resume: int | None = Field(default=None, ge=1)  # null: the newest
 
 
+class TimeoutsConfig(Section):
+    """Seconds after which a rank that waits for another one says for which, and ends the run.
+
+    `start`: until all ranks are there, and between signs of life until the first step. `step`: within a step or an evaluation; more
+    than the longest step takes. `data`: without a sign of life of a rank that prepares data, which may take as long as it likes.
+    `save`: while a checkpoint or the model is written.
+    """
+
+    start: float = Field(default=600, gt=0)
+    step: float = Field(default=600, gt=0)
+    data: float = Field(default=600, gt=0)
+    save: float = Field(default=3600, gt=0)
+
+    @property
+    def longest(self) -> float:
+        """What no collective may take longer than, should the watchdog itself fail."""
+        return max(self.start, self.step, self.data, self.save) + 60
+
+
 class LogConfig(Section):
     """Where metrics, plots and TensorBoard events go, and what is looked at.
 
     `wandb`: the project of Weights & Biases to log to as well, if it is installed. `breakdown_every`: how often a step is
     profiled for the seconds of its parts (`ring_hilbert.training.breakdown`). `profile`: first and last step of which a trace is
     written. `peak_tflops`: of one rank, for the MFU where the device's name does not say it. `memory_plan`: plan before the first
-    step how much memory a rank will need, and refuse a run that does not fit its GPU.
+    step how much memory a rank will need, and refuse a run that does not fit its GPU. `straggler_factor`, `straggler_steps`: name a
+    rank that computes so many times as long as the median rank in so many steps in a row.
     """
 
     dir: str
@@ -312,6 +353,8 @@ class LogConfig(Section):
     profile: list[int] | None = Field(default=None, min_length=2, max_length=2)
     peak_tflops: float | None = Field(default=None, gt=0)
     memory_plan: bool = True
+    straggler_factor: float = Field(default=1.5, gt=1)
+    straggler_steps: int = Field(default=10, ge=1)
 
 
 class RunConfig(Section):
@@ -326,6 +369,7 @@ class RunConfig(Section):
     engine: Literal["torch", "deepspeed"] = "torch"
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpoint: CheckpointConfig
+    timeouts: TimeoutsConfig = TimeoutsConfig()
     log: LogConfig
 
     @property
@@ -348,9 +392,20 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.global_batch_tokens {tokens} is {self.sequences_per_step} sequences per step, not a multiple "
                 f"of dp_shard * dp_replicate * micro_batch = {shard} * {replicate} * {micro} = {together}; "
-                f"the next that is: {near} tokens"
+                f"the next that is: {near} tokens{self._other_dp()}"
             )
         return self
+
+    def _other_dp(self) -> str:
+        """The nearest numbers of data-parallel groups that would do with as many tokens, for an error."""
+        rounds, rest = divmod(self.sequences_per_step, self.train.micro_batch)
+        fitting = [] if rest else [count for count in range(1, rounds + 1) if rounds % count == 0]
+        near = [
+            max((n for n in fitting if n < self.parallel.dp), default=0),
+            min((n for n in fitting if n > self.parallel.dp), default=0),
+        ]
+        found = " or ".join(str(count) for count in near if count)
+        return f"; as many tokens need dp_shard * dp_replicate of {found}" if found else ""
 
     @model_validator(mode="after")
     def _grid(self) -> RunConfig:

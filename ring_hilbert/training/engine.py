@@ -20,6 +20,7 @@ from ring_hilbert.training.engine_torch import TorchEngine
 from ring_hilbert.training.model import build_skeleton, initial_weights
 from ring_hilbert.training.storage.folder import COMMON, checkpoints_in, read_run
 from ring_hilbert.training.storage.manifest import Manifest
+from ring_hilbert.training.weights import decoder_layers
 from ring_hilbert.training.world import World
 
 
@@ -115,4 +116,6 @@ def make_engine(config: RunConfig, hf_config: PretrainedConfig, world: World) ->
         weights = initial_weights(config, hf_config)
         skeleton = build_skeleton(config, hf_config, world.device)
     kind = DeepSpeedEngine if config.engine == "deepspeed" else TorchEngine
-    return kind(skeleton, weights, config, world)
+    engine = kind(skeleton, weights, config, world)
+    world.whereabouts.follow(decoder_layers(engine.model))
+    return engine

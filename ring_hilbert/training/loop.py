@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import datasets
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
@@ -18,6 +19,7 @@ from ring_hilbert.training.batches import Batches
 from ring_hilbert.training.checkpoint import EXPORT, Checkpoints, Progress, finished
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.data import PackedDataset, open_dataset
+from ring_hilbert.training.disks import once_per_disk
 from ring_hilbert.training.engine import Engine, check_engine, make_engine
 from ring_hilbert.training.evaluate import Evaluation, count_tokens, evaluate
 from ring_hilbert.training.export import export_model
@@ -31,7 +33,11 @@ from ring_hilbert.training.schedule import learning_rate, with_decay_steps
 from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops
 from ring_hilbert.training.step import accumulate
+from ring_hilbert.training.stragglers import Stopwatch, Stragglers
+from ring_hilbert.training.weights import decoder_layers
 from ring_hilbert.training.world import RankError, World, open_world, process_group, rank_device, release_memory
+
+HANGS = "hangs"  # the folder below log.dir of what a hang leaves behind
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,13 @@ def pretrain(config: RunConfig) -> Summary:
     check_engine(config)
     check_log(config)
     config = with_decay_steps(config)
-    with open_world(config.parallel) as world:
+    with open_world(config.parallel, config.timeouts, Path(config.log.dir) / HANGS) as world:
         with world.together():
             hf_config = model_config(config)
             check_model(hf_config)
-        world.from_main(lambda: _open_data(config, hf_config))  # fills the cache of tokenised documents for the others
+        with world.phase("data", "preparing data"):
+            cache = Path(datasets.config.HF_DATASETS_CACHE)
+            once_per_disk(world, cache, lambda: _open_data(config, hf_config))
         with world.together():
             train_set, eval_set = _open_data(config, hf_config)
         documents = train_set.documents | ({} if eval_set is None else eval_set.documents)
@@ -97,7 +105,8 @@ def pretrain_stages(stages: dict[str, RunConfig]) -> Summary | None:
     summary = None
     for config in stages.values():
         check_engine(config)
-    with process_group(rank_device()):  # one for all
+    longest = max((config.timeouts for config in stages.values()), key=lambda timeouts: timeouts.longest)
+    with process_group(rank_device(), longest):  # one for all
         left = [[name for name, config in stages.items() if not (name and finished(config))]]
         dist.broadcast_object_list(left, src=0)  # files may not look alike from every host
         for name in left[0]:
@@ -147,6 +156,8 @@ class Run:
         self.progress = Progress()
         self.skipped_in_a_row = 0
         self.computing = 0.0  # seconds of this rank in forward and backward of the last step
+        self.stopwatch = Stopwatch(decoder_layers(engine.model))
+        self.stragglers = Stragglers(config.log)
         self.peak_flops = peak_flops(config, world)
         self.flops = 0.0
         if self.peak_flops is not None:
@@ -172,16 +183,18 @@ class Run:
             self.engine.prepare_to_save()
             watch, first = Watch(config, self.world), self.progress.step + 1
             while self.progress.step < config.train.steps:
-                stop = self._timed_step(metrics, watch, signals)
+                with self.world.phase("step", "a step"):
+                    stop = self._timed_step(metrics, watch, signals)
                 step, last = self.progress.step, self.progress.step == config.train.steps
                 if step == first:
                     self._say_peak(metrics)
                 if config.data.eval is not None and step % config.data.eval.every == 0 and not last and not stop:
                     self._evaluate(metrics)
                 if step % config.checkpoint.every == 0 or last or stop:
-                    self.checkpoints.save(self.engine, self.progress)
-                if last or stop:
-                    self.checkpoints.wait()
+                    with self.world.phase("save", "saving a checkpoint"):
+                        self.checkpoints.save(self.engine, self.progress)
+                        if last or stop:
+                            self.checkpoints.wait()
                 if stop and not last:
                     metrics.close_bar()
                     metrics.say(
@@ -199,13 +212,16 @@ class Run:
 
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step: global mean loss, global gradient norm before clipping, learning rate used."""
-        config, progress = self.config, self.progress
+        config, progress, whereabouts = self.config, self.progress, self.world.whereabouts
+        whereabouts.step = progress.step + 1
+        whereabouts.enter("reading a batch")
         stop = progress.sequences + config.sequences_per_step
         micro_batches = self.train_batches.of(progress.sequences, stop)
         start = time.perf_counter()
         loss, tokens = accumulate(self.engine, micro_batches, self.world)
         self.computing = time.perf_counter() - start
         rate = learning_rate(config, progress.step)
+        whereabouts.enter("optimizer")
         norm = self.engine.step(rate)
         self._count_skipped(norm)
         self.progress = Progress(progress.step + 1, stop, progress.tokens + tokens, self.progress.skipped)
@@ -234,7 +250,7 @@ class Run:
             loss, norm, rate = self.train_step()
             took = time.perf_counter() - start  # without what the profiler does afterwards
         told = signals.received is not None, self.checkpoints.failed
-        ranks = self.world.gather(took, self.computing, *told)
+        ranks = self.world.gather(took, self.computing, *told, self.stopwatch.read())
         seconds = ranks[:, 0].max().item()
         speed = config.train.global_batch_tokens / seconds
         values = {
@@ -245,6 +261,14 @@ class Run:
         if self.peak_flops is not None:
             values["mfu"] = self.flops / seconds / self.peak_flops
         values |= {f"seconds_{part}": value for part, value in watch.breakdown.items()}
+        if self.world.size > 1:
+            slowness, stragglers = self.stragglers.step(ranks[:, 4])
+            values |= slowness
+            for rank in stragglers:
+                metrics.say(
+                    f"straggler: {self.world.reports[rank]} computes {ranks[rank, 4] / ranks[:, 4].median():.1f} times as long as "
+                    f"the median rank, and has in {config.log.straggler_steps} steps in a row (log.straggler_steps)"
+                )
         metrics.write("train", self.progress.step, **values)
         metrics.advance(loss, speed)
         if ranks[:, 3].any():
@@ -253,7 +277,8 @@ class Run:
 
     def _evaluate(self, metrics: Metrics) -> Evaluation:
         assert self.eval_batches is not None
-        evaluation = evaluate(self.engine.model, self.eval_batches, self.vocab, self.world)
+        with self.world.phase("step", "evaluation"):
+            evaluation = evaluate(self.engine.model, self.eval_batches, self.vocab, self.world)
         positions = {f"loss_at_{first}": loss for first, loss in evaluation.by_position().items()}
         metrics.write("eval", self.progress.step, loss=evaluation.loss, tokens=evaluation.tokens, **positions)
         metrics.say(f"step {self.progress.step}: held-out loss {evaluation.loss:.4f}")
@@ -270,8 +295,9 @@ class Run:
                 f"final held-out loss {evaluation.loss:.4f} nats per token over {evaluation.tokens:,} tokens; "
                 f"unigram model {unigram:.4f}; ratio {evaluation.loss / unigram:.3f}"
             )
-        export_model(self.engine, config, self.hf_config, self.world, folder)
-        self.world.from_main(lambda: self._draw(metrics, evaluation, unigram))
+        with self.world.phase("save", "exporting the model"):
+            export_model(self.engine, config, self.hf_config, self.world, folder)
+            self.world.from_main(lambda: self._draw(metrics, evaluation, unigram))
         metrics.say(f"model: {folder}   metrics and plots: {config.log.dir}")
         return Summary(self.progress, None if evaluation is None else evaluation.loss, unigram, folder)
 

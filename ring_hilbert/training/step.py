@@ -22,7 +22,10 @@ def accumulate(engine: Engine, micro_batches: Sequence[dict[str, Any]], world: W
     tokens = int(world.sum(torch.stack([count_targets(batch["shift_labels"]) for batch in micro_batches]).sum()))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for batch in micro_batches:
+        world.whereabouts.enter("forward")
         loss_sum = engine.model(**batch).sum()
+        world.whereabouts.enter("backward")
         engine.backward(loss_sum / max(tokens, 1))
         total += loss_sum.detach()
+    world.whereabouts.enter("sum of the loss")
     return world.sum(total).item() / max(tokens, 1), tokens

@@ -8,23 +8,30 @@ Ranks of one sequence are neighbours, so that the exchange stays inside a host w
 from __future__ import annotations
 
 import gc
+import itertools
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ring_hilbert.training.config import ParallelConfig
+from ring_hilbert.training.config import ParallelConfig, TimeoutsConfig
+from ring_hilbert.training.hosts import join
+from ring_hilbert.training.verdict import Report
+from ring_hilbert.training.watchdog import RankLost, Watchdog, first_reports
+from ring_hilbert.training.whereabouts import Phase, Whereabouts
 
-TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for the others' tensors raises, and torchrun ends the job
-PATIENCE = timedelta(hours=3)  # the same where one rank may be tokenising a corpus or writing files
+HANGS = Path(tempfile.gettempdir()) / "ring_hilbert_hangs"
 T = TypeVar("T")
+_worlds = itertools.count()
 
 
 class RankError(ValueError):
@@ -40,6 +47,9 @@ class World:
         sp_group: the ranks that share this rank's sequences; None if it has them for itself.
         dp_index: which of the groups that read different sequences this rank is in.
         control: all ranks, on the CPU. None without a process group.
+        reports: what every rank first said of itself: its host among other things.
+        whereabouts: what this rank is at.
+        watchdog: what ends a hang; None without other ranks.
     """
 
     rank: int
@@ -49,6 +59,9 @@ class World:
     sp_group: dist.ProcessGroup | None = None
     dp_index: int = 0
     control: dist.ProcessGroup | None = None
+    reports: tuple[Report, ...] = ()
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
+    watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
@@ -77,6 +90,17 @@ class World:
             values = [None] * self.size
             dist.all_gather_object(values, value, group=self.control)
         return values
+
+    @contextmanager
+    def phase(self, name: Phase, part: str) -> Iterator[None]:
+        """What this rank is at in the block, and which of `timeouts` counts there."""
+        whereabouts = self.whereabouts
+        before = whereabouts.phase, whereabouts.part
+        whereabouts.phase = name
+        whereabouts.enter(part)
+        yield
+        whereabouts.phase = before[0]
+        whereabouts.enter(before[1])
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -112,21 +136,22 @@ class World:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the process group that torchrun describes, or make one of this process alone, and leave it; nothing if one is open.
+def process_group(device: torch.device, timeouts: TimeoutsConfig) -> Iterator[None]:
+    """Join the process group that a launcher describes, or make one of this process alone, and leave it; nothing if one is open.
 
-    Gloo on the CPU; with CUDA devices, NCCL for tensors on them and Gloo for the rest. Under torchrun once in the life of a
+    Gloo on the CPU; with CUDA devices, NCCL for tensors on them and Gloo for the rest. Under a launcher once in the life of a
     process: a second group would find the addresses of the first.
     """
     if dist.is_initialized():
         yield
         return
-    launched = "WORLD_SIZE" in os.environ
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # With a device NCCL connects now, and makes the groups that follow out of this one, instead of each in the first step.
-    bound = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(backend, timeout=TIMEOUT, **alone, **bound)
+    bound = device if device.type == "cuda" else None
+    if "WORLD_SIZE" in os.environ:
+        join(backend, timeouts.start, timeouts.longest, bound)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
     leave = True
     try:
         yield
@@ -141,13 +166,21 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def open_world(parallel: ParallelConfig) -> Iterator[World]:
-    """Join the `process_group`, and lay the mesh over it.
+def open_world(
+    parallel: ParallelConfig, timeouts: TimeoutsConfig | None = None, hangs: Path = HANGS
+) -> Iterator[World]:
+    """Join the `process_group`, lay the mesh over it, and watch that no rank waits for ever.
+
+    Args:
+        parallel: the axes.
+        timeouts: by default those of a configuration that names none.
+        hangs: the folder for what a hang leaves behind.
 
     Raises:
         ValueError: the number of ranks is not dp_shard * dp_replicate * sp, or this rank has no CUDA device.
+        RankLost: from inside, in place of the error of a collective that another rank did not come to.
     """
-    device = rank_device()
+    device, timeouts = rank_device(), timeouts or TimeoutsConfig()
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if size != parallel.world_size:
         raise ValueError(
@@ -156,10 +189,23 @@ def open_world(parallel: ParallelConfig) -> Iterator[World]:
             f"`torchrun --nproc-per-node {parallel.world_size} -m ring_hilbert.cli pretrain ...`, or give "
             f"parallel.sp={size} parallel.dp_shard=1 parallel.dp_replicate=1"
         )
-    with process_group(device):
-        control = dist.new_group(backend="gloo", timeout=PATIENCE)
-        assert isinstance(control, dist.ProcessGroup)
-        yield lay_world(device, parallel, control)
+    with process_group(device, timeouts):
+        whereabouts, prefix = Whereabouts(), f"ring_hilbert/world {next(_worlds)}"
+        reports = first_reports(prefix)
+        timeout = timedelta(seconds=timeouts.longest)
+        with Watchdog(whereabouts, timeouts, reports, hangs, prefix) if size > 1 else nullcontext() as watchdog:
+            try:
+                control = dist.new_group(backend="gloo", timeout=timeout)
+                assert isinstance(control, dist.ProcessGroup)
+                world = lay_world(device, parallel, control, timeout)
+                yield replace(world, reports=reports, whereabouts=whereabouts, watchdog=watchdog)
+            except RankError:
+                raise
+            except Exception as error:
+                lost = None if watchdog is None else watchdog.explain(error)
+                if lost is None:
+                    raise
+                raise RankLost(lost) from error
 
 
 def rank_device() -> torch.device:
@@ -180,12 +226,14 @@ def rank_device() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def lay_world(device: torch.device, parallel: ParallelConfig, control: dist.ProcessGroup) -> World:
+def lay_world(
+    device: torch.device, parallel: ParallelConfig, control: dist.ProcessGroup, timeout: timedelta | None = None
+) -> World:
     """This rank's place in the open process group, with a group per axis of the mesh and per sequence."""
     ranks = torch.arange(parallel.world_size)
-    sp_group = _subgroup(ranks.reshape(-1, parallel.sp)) if parallel.sp > 1 else None
+    sp_group = _subgroup(ranks.reshape(-1, parallel.sp), timeout) if parallel.sp > 1 else None
     mesh = ranks.reshape(parallel.dp_replicate, -1)
-    groups = [_subgroup(mesh.T), _subgroup(mesh)]
+    groups = [_subgroup(mesh.T, timeout), _subgroup(mesh, timeout)]
     return World(
         dist.get_rank(),
         parallel.world_size,
@@ -197,9 +245,9 @@ def lay_world(device: torch.device, parallel: ParallelConfig, control: dist.Proc
     )
 
 
-def _subgroup(members: torch.Tensor) -> dist.ProcessGroup:
+def _subgroup(members: torch.Tensor, timeout: timedelta | None) -> dist.ProcessGroup:
     """This rank's group, of the groups in the rows of `members`."""
-    group, _ = dist.new_subgroups_by_enumeration(members.tolist(), timeout=TIMEOUT)
+    group, _ = dist.new_subgroups_by_enumeration(members.tolist(), timeout=timeout)
     assert group is not None  # every rank is in exactly one of them
     return group
 

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# One host's part of a run over several: the same command on every host, in any order, from folders that are alike.
+#
+#     bash launch/multinode.sh --head 10.0.0.1 --hosts 2 pretrain --config configs/llama_1b_1m.yaml parallel.sp=16
+#     bash launch/multinode.sh --head 10.0.0.1 --hosts 2 check
+#
+#   --head NAME|ADDRESS  the host where the others meet; it must run this command too
+#   --hosts N            how many hosts run it
+#   --ranks N            ranks on this host; default: its CUDA devices, or 1
+#   --port N             on the head, free and open to the others; default: 29400
+#   --interface NAME     of this host, for Gloo and NCCL; default: for Gloo that which leads to the head, NCCL chooses
+#   --id NAME            tells runs that meet on one port apart; default: ring_hilbert
+#   --restarts N         how often all ranks are started again, from the last checkpoint, when one fails; default: 0
+#
+# On SIGTERM, SIGUSR1 and Ctrl-C the ranks write a checkpoint and leave; the status is then 75, and the same command goes on from
+# there. The Python is that of RING_HILBERT_VENV (default .venv, made by `. launch/environment.sh train`), or else the one at hand.
+# docs/hosts.md has the rest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() { sed -n '3,/^set/{/^#/s/^# \{0,1\}//p}' launch/multinode.sh >&2; echo "error: $1" >&2; exit 2; }
+
+head='' hosts='' ranks='' port=29400 interface='' id=ring_hilbert restarts=0
+while [ $# -gt 0 ]; do
+    case $1 in
+        --head | --hosts | --ranks | --port | --interface | --id | --restarts)
+            [ $# -gt 1 ] || usage "$1 needs a value"
+            declare "${1#--}=$2"
+            shift 2
+            ;;
+        -*) usage "unknown option $1" ;;
+        *) break ;;
+    esac
+done
+[ -n "$head" ] && [ -n "$hosts" ] || usage "--head and --hosts are needed"
+[ $# -gt 0 ] || usage "the command is missing: pretrain or check"
+
+venv=${RING_HILBERT_VENV:-.venv}
+[ ! -e "$venv/bin/activate" ] || . "$venv/bin/activate"
+python=$(command -v python || command -v python3)
+read -r address found is_head devices < <("$python" -m ring_hilbert.training.hosts "$head" "$port")
+[ "$address" != None ] || usage "there is no route from this host to $head"
+gloo=${interface:-${GLOO_SOCKET_IFNAME:-$found}}
+[ "$gloo" = None ] || export GLOO_SOCKET_IFNAME=$gloo
+[ -z "$interface" ] || export NCCL_SOCKET_IFNAME=$interface
+ranks=${ranks:-$((devices > 0 ? devices : 1))}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > ranks ? $(nproc) / ranks : 1))}
+
+if [ "$is_head" = 0 ]; then # torchrun would wait too, but as long for every answer of a head that is gone
+    until (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; do
+        [ $((SECONDS % 30)) -ne 0 ] || echo "waiting for $head:$port" >&2
+        [ "$SECONDS" -lt 1800 ] || usage "nothing answers at $head:$port; see that this command runs there, and that the port is open"
+        sleep 1
+    done
+fi
+
+# A rank's store has the life of one attempt; torchrun's own would give the ranks that start again addresses of those before them.
+[ "$restarts" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# A session of its own: a scheduler signals whole process groups, and torchrun is to hear of it once. It passes SIGTERM on, and gives
+# the ranks so many seconds to leave.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+setsid "$python" -m torch.distributed.run --nnodes "$hosts" --nproc-per-node "$ranks" --max-restarts "$restarts" --local-addr "$address" \
+    --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$id" --rdzv-conf "is_host=$is_head,read_timeout=20" \
+    -m ring_hilbert.cli "$@" &
+agent=$! told=''
+trap 'told=yes; kill -TERM "$agent" 2>/dev/null || true' TERM USR1 INT
+status=0
+wait "$agent" || status=$?
+while kill -0 "$agent" 2>/dev/null; do # a signal ended `wait`, not the agent
+    status=0
+    wait "$agent" || status=$?
+done
+[ -z "$told" ] || status=75
+exit "$status"

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hosts of a run: which one this is, which of its interfaces leads to the first, and how all ranks find each other.
+
+As a command it tells a launcher what it needs to know: `python -m ring_hilbert.training.hosts 10.0.0.1 29400` prints this host's
+address and interface towards 10.0.0.1, whether all are to meet here, at port 29400 (1 or 0), and the number of CUDA devices.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+
+
+def identity() -> str:
+    """Equal on two ranks if they share a kernel and its network; names of machines need not be unique, or differ."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/net').stat().st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def local_address(towards: str) -> str | None:
+    """The address that packets to `towards` leave from, None if none do."""
+    for family, _, _, _, target in _resolved(towards):
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(target)  # sends nothing
+                return probe.getsockname()[0]
+            except OSError:
+                continue
+    return None
+
+
+def is_local(host: str, port: int = 0) -> bool:
+    """Whether `host` is an address or a name of this machine, and nothing listens there at `port` (0: at any)."""
+    for family, kind, protocol, _, target in _resolved(host):
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what has just ended does not listen
+                probe.bind((target[0], port))
+                return True
+            except OSError:
+                continue
+    return False
+
+
+def interface_of(address: str | None) -> str | None:
+    """The interface that has this IPv4 address; None if none is known to (on other systems than Linux)."""
+    if sys.platform != "linux" or address is None:
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has none
+                continue
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return None
+
+
+def gloo_address() -> str:
+    """The address that Gloo of this process gives to the others: of GLOO_SOCKET_IFNAME, or else what this host's name leads to."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return f"interface {os.environ['GLOO_SOCKET_IFNAME']}, as GLOO_SOCKET_IFNAME says"
+    name = socket.gethostname()
+    address = next((target[4][0] for target in _resolved(name) if is_local(target[4][0])), "127.0.0.1")
+    return f"interface {interface_of(address)} ({address}), where the name {name} leads to"
+
+
+def join(backend: str, start: float, timeout: float, device: torch.device | None = None) -> None:
+    """Make the process group that the launcher describes.
+
+    Where there are several hosts and GLOO_SOCKET_IFNAME is not set, it is set to the interface that leads to MASTER_ADDR: Gloo by
+    itself takes the one that this host's name leads to, which often is the loopback or a bridge of containers.
+
+    Args:
+        backend: of torch.distributed.
+        start: seconds to wait for the others.
+        timeout: seconds that a collective may take.
+        device: this rank's, that NCCL connects at once; None: when it is first used.
+
+    Raises:
+        ValueError: ranks do not come, naming them; or they come and do not reach each other, naming the interfaces.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    head = os.environ.get("MASTER_ADDR", "")
+    place = f"{head}:{os.environ.get('MASTER_PORT', '')}"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=start)))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"rank {rank} on {socket.gethostname()}: {place} (MASTER_ADDR, MASTER_PORT) did not answer within {start:g} s; see "
+            f"that the address is right, its port open, and that the first host was started: {error}"
+        ) from error
+    store.set(f"host/{rank}", identity())
+    _wait_for_all(store, rank, size, start)
+    address = local_address(head)
+    if "GLOO_SOCKET_IFNAME" not in os.environ and len({store.get(f"host/{other}") for other in range(size)}) > 1:
+        interface = interface_of(address)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    try:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=start),
+            device_id=device,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"rank {rank} on {socket.gethostname()}: all ranks found {place}, but do not reach each other. Here Gloo took "
+            f"{gloo_address()}; {head} is reached by interface {interface_of(address)} ({address}). Set GLOO_SOCKET_IFNAME on "
+            f"every host to the interface towards the others (NCCL_SOCKET_IFNAME as well, with CUDA), or open its ports: {error}"
+        ) from error
+    _set_pg_timeout(timedelta(seconds=timeout))
+
+
+def _wait_for_all(store: dist.Store, rank: int, size: int, start: float) -> None:
+    """Wait until every rank has said where it is; rank 0 tells for whom it waits."""
+    keys = [f"host/{other}" for other in range(size)]
+    began, tell = time.monotonic(), 10.0
+    while not store.check(keys):
+        waited = time.monotonic() - began
+        if waited > min(start, tell):
+            missing = ranks_named([other for other, key in enumerate(keys) if not store.check([key])])
+            if waited > start:
+                raise ValueError(
+                    f"rank {rank} on {socket.gethostname()}: {missing} of {size} did not come within {start:g} s; see that they "
+                    "were started on every host, with the same address, port and number of hosts"
+                )
+            if rank == 0:
+                print(f"waiting for {missing} of {size} to start", file=sys.stderr, flush=True)  # noqa: T201
+            tell = waited + 10
+        time.sleep(0.05)
+
+
+def groups_across(machines: Sequence[str], sp: int) -> list[int]:
+    """The sp groups, neighbouring ranks of the machines in rank order, that lie on several machines, by number."""
+    return [group for group in range(len(machines) // sp) if len(set(machines[group * sp : (group + 1) * sp])) > 1]
+
+
+def ranks_named(ranks: Sequence[int]) -> str:
+    """`rank 3`, `ranks 4 to 7`, `ranks 1, 2, 5`; the first eight of many."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks[:8]))}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+def _resolved(host: str) -> list[tuple]:
+    try:
+        return socket.getaddrinfo(host, 9, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+
+
+if __name__ == "__main__":
+    head, port = sys.argv[1:]
+    out = local_address(head)
+    print(out, interface_of(out), int(is_local(head, int(port))), torch.cuda.device_count())  # noqa: T201

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hangs have an author: every rank tells the others where it is, and one that waits too long says for whom, and ends its process.
+
+A collective that never completes blocks in C++ on all ranks but the one that is to blame. So two threads look after it. One
+exchanges reports with the other ranks every second, through the store that the ranks met in; the other compares them with the
+limits of the configuration, and never waits for anything. Neither costs a step anything, and both are daemons: they end with the
+process. Time in which this process was stopped itself does not count.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+from tqdm import tqdm
+
+from ring_hilbert.training.config import TimeoutsConfig
+from ring_hilbert.training.signals import StopSignals
+from ring_hilbert.training.verdict import SILENT, Heard, Report, verdict
+from ring_hilbert.training.whereabouts import Whereabouts, collective_of, on_device, on_host, outwards
+
+EVERY = 1.0  # seconds between two reports of a rank
+LOOK = 0.25  # seconds between two looks at the limits
+READ = 64  # reports of others that a rank reads in a second, at most
+STATUS = 70  # of a process that ends so
+
+
+class RankLost(RuntimeError):
+    """Another rank is gone, stopped or stuck: which one, and where it was."""
+
+
+def first_reports(prefix: str) -> tuple[Report, ...]:
+    """What every rank says of itself to begin with; all ranks call it. `prefix`: see `Watchdog`."""
+    store, rank, size = _get_default_store(), dist.get_rank(), dist.get_world_size()
+    store.set(f"{prefix}/{rank}", Report(rank).as_json())
+    return tuple(map(Report.from_json, store.multi_get([f"{prefix}/{other}" for other in range(size)])))
+
+
+class Watchdog:
+    """A context manager around all that ranks do together.
+
+    Args:
+        whereabouts: where this rank is.
+        timeouts: the limits.
+        reports: the first report of every rank.
+        folder: for what a hang leaves behind.
+        prefix: of the keys in the store; the same on all ranks, and another one for every watchdog of a process group.
+    """
+
+    def __init__(
+        self, whereabouts: Whereabouts, timeouts: TimeoutsConfig, reports: Sequence[Report], folder: Path, prefix: str
+    ) -> None:
+        self.whereabouts, self.timeouts, self.folder, self.prefix = whereabouts, timeouts, folder, prefix
+        self.report = reports[dist.get_rank()]  # only `_look` changes it
+        self._turns = -(-len(reports) // READ)
+        patience = SILENT + 3 * EVERY * (self._turns - 1)
+        self.heard = {r.rank: Heard(r, patience) for r in reports if r.rank != self.report.rank}
+        self._number, self._told, self._telling = 0, False, threading.Lock()
+        self._store = _get_default_store().clone()  # a connection of its own: on the other one the run waits
+        self._store.set_timeout(timedelta(seconds=SILENT))
+        self._watched = threading.get_ident()
+        self._seen: object = None
+        self._recorded: str | None = None
+        self._stop, self._hurry = threading.Event(), threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        for target in (self._exchange, self._look):
+            threading.Thread(target=target, name=f"watchdog{target.__name__}", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._hurry.set()
+
+    def verdict(self, collective: str | None = None) -> str:
+        """For whom this rank waits, in this collective or in that which its stack shows."""
+        me = self.report if collective is None else replace(self.report, collective=collective)
+        keeper = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        return verdict(me, list(self.heard.values()), place, keeper)
+
+    def explain(self, error: BaseException) -> str | None:
+        """The verdict, if `error` is a collective's and another rank is to blame for it; else the others are told of `error`."""
+        if self.report.leaving:  # the verdict has been told, and that others leave too is no news
+            time.sleep(3 * SILENT)
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        collective = collective_of(reversed(frames))
+        if collective is None and not ("gloo" in str(error) or "NCCL" in str(error)):
+            self._tell(failure=f"{type(error).__name__}: {error}"[:1000])
+            return None
+        machine, until = self.report.machine, time.monotonic() + SILENT + 2 * EVERY
+        with StopSignals():  # a launcher ends the other ranks as soon as it sees the first of them gone
+            while time.monotonic() < until:
+                others = [h for h in self.heard.values() if not h.report.leaving]
+                if any(heard.absent(machine) or heard.report.failure for heard in others):
+                    self._tell(leaving=True)
+                    return self.verdict(collective)
+                time.sleep(LOOK)
+        return None
+
+    # ---- one thread speaks with the other ranks
+
+    def _exchange(self) -> None:
+        others = list(self.heard)
+        while not self._stop.is_set():
+            self._tell()
+            with suppress(RuntimeError):  # the store does not answer, which the ranks' silence tells
+                self._hear(others[self._number % self._turns :: self._turns])
+            self._hurry.wait(EVERY)
+            self._hurry.clear()
+
+    def _tell(self, **last: Any) -> None:
+        """Report; `last` is of the last report, which no other follows."""
+        with self._telling:
+            if not self._told:
+                self._told, self._number = bool(last), self._number + 1
+                report = replace(self.report, number=self._number, **last)
+                with suppress(RuntimeError):
+                    self._store.set(f"{self.prefix}/{report.rank}", report.as_json())
+
+    def _hear(self, ranks: Sequence[int]) -> None:
+        for report in map(Report.from_json, self._store.multi_get([f"{self.prefix}/{rank}" for rank in ranks])):
+            known = self.heard[report.rank]
+            if report.number != known.report.number:
+                self.heard[report.rank] = Heard(report, known.patience)
+
+    # ---- the other one watches
+
+    def _look(self) -> None:
+        last, warned = time.monotonic(), False
+        while not self._stop.wait(LOOK):
+            now = time.monotonic()
+            passed, last = min(now - last, 2 * LOOK), now
+            self._count(passed)
+            phase = self.whereabouts.phase
+            limit = getattr(self.timeouts, phase)
+            # Who prepares data may take as long as it likes, if only it is alive; waiting for it is not idle.
+            waited = max(h.silence for h in self.heard.values()) if phase == "data" else self.report.idle
+            if waited + 2 * LOOK >= limit:
+                self._end(f"timeouts.{phase} is {limit:g} s, the run ends")
+            elif self.report.idle > SILENT and any(heard.report.leaving for heard in self.heard.values()):
+                self._end("another rank has ended the run")
+            elif waited < limit / 2:
+                warned = False
+            elif not warned:
+                warned = True
+                _say(f"{self.verdict()}; timeouts.{phase} is {limit:g} s")
+
+    def _count(self, passed: float) -> None:
+        """Look whether anything has moved in the thread that trains, and count the others' silence."""
+        frames = list(outwards(sys._current_frames().get(self._watched)))
+        seen = (self.whereabouts.moves, [(id(frame.f_code), frame.f_lasti) for frame in frames])
+        idle = self.report.idle + passed if seen == self._seen else 0.0
+        self._seen = seen
+        collective = collective_of(frames)
+        if idle // SILENT != self.report.idle // SILENT:  # not at every look: it takes time
+            self._recorded = on_device() or collective or on_host() if idle else None
+        collective = self._recorded or collective
+        bars = [str(bar) for bar in list(tqdm._instances)] if self.whereabouts.phase == "data" else []  # type: ignore[attr-defined]
+        self.report = replace(
+            self.report, whereabouts=str(self.whereabouts), collective=collective, idle=idle, progress=" ".join(bars)
+        )
+        for heard in self.heard.values():
+            heard.silence += passed
+
+    def _end(self, why: str) -> None:
+        _say(f"{self.verdict()}; {why}")
+        self.report = replace(self.report, leaving=True)
+        self._hurry.set()
+        _within(SILENT, self._leave_behind)
+        until = time.monotonic() + SILENT
+        while time.monotonic() < until and not self._all_leave():
+            time.sleep(LOOK)
+            self._count(LOOK)
+        os._exit(STATUS)
+
+    def _all_leave(self) -> bool:
+        return all(h.report.leaving or h.absent(self.report.machine) for h in self.heard.values())
+
+    def _leave_behind(self) -> None:
+        """Write stacks and the flight recorder's last collectives to files, and say where."""
+        sys.stdout.flush()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"stacks_{self.report.rank}.txt").open("w") as file:
+            faulthandler.dump_traceback(file)
+        dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", torch._C._distributed_c10d._dump_fr_trace)
+        (self.folder / f"flight_{self.report.rank}").write_bytes(dump())
+        _say(f"rank {self.report.rank}: stacks and the flight recorder's trace are in {self.folder.absolute()}")
+
+
+def _say(text: str) -> None:
+    """To stderr in one piece, whatever happens to be written there."""
+    os.write(2, f"ring-hilbert: {text}\n".encode())
+
+
+def _within(seconds: float, function: Callable[[], None]) -> None:
+    """Call what may itself hang, and wait for it only so long."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    thread.join(seconds)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a rank is in a run, and in which collective: what the watchdog tells the other ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import partial
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ring_hilbert.parallel.wire import Pending
+
+Phase = Literal["start", "data", "step", "save"]
+WAITS = {"wait_for_unshard": "all_gather of parameters"}  # FSDP2's
+
+
+class Whereabouts:
+    """What this rank is at. The training code sets it, the watchdog's threads read it; no lock, no message, no cost.
+
+    Attributes:
+        phase: which of `timeouts` counts.
+        step: the number of the step under way.
+        part: of the step, or of what else is done.
+        layer: the decoder layer that was entered last, in forward or backward; empty outside of the model.
+        moves: counts all changes.
+    """
+
+    def __init__(self) -> None:
+        self.phase: Phase = "start"
+        self.step = 0
+        self.part, self.layer = "start-up", ""
+        self.moves = 0
+
+    def __str__(self) -> str:
+        step = f", step {self.step}" if self.step else ""
+        return f"{self.part}{f' of {self.layer}' if self.layer else ''}{step}"
+
+    def enter(self, part: str, layer: str = "") -> None:
+        """Note what begins."""
+        self.part, self.layer = part, layer
+        self.moves += 1
+
+    def follow(self, layers: Iterable[nn.Module]) -> None:
+        """Note from now on which layer is entered; before what the layers' own hooks do, which gather parameters."""
+        for number, layer in enumerate(layers):
+            name = f"layer {number}"
+            layer.register_forward_pre_hook(partial(self._forward, name), prepend=True)
+            layer.register_forward_hook(partial(self._output, name), prepend=True)
+
+    def _forward(self, name: str, _layer: nn.Module, _args: Any) -> None:
+        self.enter(self.part, name)
+
+    def _output(self, name: str, _layer: nn.Module, _args: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        if tensor.requires_grad:
+            tensor.register_hook(partial(self._backward, name))
+
+    def _backward(self, name: str, _gradient: torch.Tensor) -> None:
+        self.enter(self.part, name)
+
+
+def collective_of(frames: Iterable[FrameType]) -> str | None:
+    """The collective that a thread is in by its stack, innermost frame first; None if it shows none."""
+    found = None
+    for frame in frames:
+        code = frame.f_code
+        if code is Pending.wait.__code__:
+            return frame.f_locals["self"].what.partition(": ")[2]
+        if code.co_name in WAITS:
+            found = WAITS[code.co_name]
+        elif code.co_filename == dist.distributed_c10d.__file__ and not code.co_name.startswith(("_", "get_", "is_")):
+            found = code.co_name
+    return found
+
+
+def outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and its callers."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def on_device() -> str | None:
+    """The first collective that NCCL has not completed, by PyTorch's flight recorder; None if there is none, or no NCCL."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    entries = [] if dump is None else _entries(dump(includeCollectives=True, onlyActive=True))
+    return _named(entries[0]) if entries else None
+
+
+def on_host() -> str | None:
+    """The last collective of Gloo that is not completed; between ranks two by two nothing is recorded."""
+    entries = _entries(torch._C._distributed_c10d._dump_fr_trace_json())
+    return _named(entries[-1]) if entries and not entries[-1]["retired"] else None
+
+
+def _entries(trace: bytes) -> list[dict[str, Any]]:
+    found = json.loads(trace).get("entries", [])
+    return sorted((entry for entry in found if entry["state"] != "completed"), key=lambda entry: entry["record_id"])
+
+
+def _named(entry: dict[str, Any]) -> str:
+    return f"{entry['profiling_name'].partition(':')[2]} (number {entry['collective_seq_id']} of its group)"
