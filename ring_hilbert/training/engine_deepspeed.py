@@ -66,6 +66,18 @@ class DeepSpeedEngine:
             if name in buffers:
                 buffer.data = buffers[name].to(buffer.device)
         self.model = self.engine
+        if config.train.precision == "bf16" and self.stage < 3:
+            self._unround(weights)
+
+    def _unround(self, weights: Weights) -> None:
+        """Give the float32 weights their values again: DeepSpeed takes them from the model that it has made bfloat16."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        named = {name: p for name, p in self.engine.module.model.named_parameters() if p.requires_grad}
+        for part in weights:
+            for name, value in part.items():
+                if name in named:  # else a buffer
+                    safe_set_full_fp32_param(named[name], value)
 
     def backward(self, loss: torch.Tensor) -> None:
         """See `Engine`."""
