@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,14 +121,34 @@ def test_interrupted_anywhere_and_gone_on_it_is_the_same_to_the_byte(
     assert parts(tmp_path / "parts") == parts(tmp_path / "whole")
 
 
-def test_several_processes_write_what_one_does_and_end(
-    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Small batches, all but two of them for other processes; what these were asked to do."""
+    asked: list[str] = []
+    start, submit = encoding._start, encoding.ProcessPoolExecutor.submit
+
+    def started(pool: Any) -> threading.Thread:
+        thread = start(pool)
+        thread.join()
+        return thread
+
+    def submitted(pool: Any, function: Callable[..., Any], *some: Any) -> Any:
+        asked.append(function.__name__)
+        return submit(pool, function, *some)
+
     monkeypatch.setattr(reading, "CHARACTERS", 200)
+    monkeypatch.setattr(encoding, "ALONE", -1.0)
+    monkeypatch.setattr(encoding, "_start", started)
+    monkeypatch.setattr(encoding.ProcessPoolExecutor, "submit", submitted)
+    return asked
+
+
+def test_several_processes_write_what_one_does(tmp_path: Path, texts: Path, processes: list[str]) -> None:
     data = {"tokenizer": words(tmp_path / "words")}
     prepare_folder(config(texts, tmp_path / "one", workers=1, **data), lambda _: None)
-    monkeypatch.setattr(encoding, "ALONE", -1.0)
+    assert not processes
     prepare_folder(config(texts, tmp_path / "three", workers=3, **data), lambda _: None)
+    assert processes.count("_encode_there") > 30
     assert parts(tmp_path / "three") == parts(tmp_path / "one")
     assert np.load(tmp_path / "one" / "data.sources.0" / "tokens.npy").dtype == np.uint8, "seven ids"
 
@@ -136,7 +157,8 @@ PREPARE = """
 import os, sys
 from ring_hilbert.training import encoding, prepare
 from ring_hilbert.cli import main
-encoding.ALONE, prepare.SAVED = 0.0, 0.05
+encoding.ALONE, prepare.SAVED = -1.0, 0.05
+encoding._start = lambda pool, start=encoding._start: (thread := start(pool), thread.join())[0]
 prepare._append = lambda *a, append=prepare._append: (append(*a), print("batch", os.getpid(), flush=True))
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
@@ -184,19 +206,17 @@ def test_killed_and_started_again_it_is_the_same_and_no_process_stays(tmp_path: 
 
 
 def test_a_process_that_dies_is_an_error_and_the_work_goes_on(
-    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, texts: Path, processes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "CHARACTERS", 200)
     append = prepare._append
 
     def killing(*some: Any) -> None:
         append(*some)
-        for process in multiprocessing.active_children():
+        for process in multiprocessing.active_children() if "_encode_there" in processes else []:
             process.kill()
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "_append", killing)
-        patch.setattr(encoding, "ALONE", -1.0)
         with pytest.raises(OSError, match=r"ended from outside.*the same command goes on.*data\.workers"):
             prepare_folder(config(texts, tmp_path / "folder", workers=2), lambda _: None)
     prepare_folder(config(texts, tmp_path / "folder"), lambda _: None)

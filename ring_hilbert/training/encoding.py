@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from ring_hilbert.training.documents import content_hash
 from ring_hilbert.training.reading import Batch
 from ring_hilbert.training.tokens import document_encoder
 
-ALONE = 1.0  # seconds that a process tokenises by itself before it calls others in
+ALONE = 2.0  # seconds that a process tokenises by itself before it calls others in
 
 
 class Encoded(NamedTuple):
@@ -38,30 +39,43 @@ Encode = Callable[[list[str]], Encoded]
 
 def encoded(batches: Iterator[Batch], means: Means, workers: int) -> Generator[tuple[Batch, Encoded], None, None]:
     """Every batch with its columns, in order: made here at first and, if that takes long, by `workers` other processes."""
-    begin, encode = time.monotonic(), _encoder(*means)
-    for batch in batches:
-        yield batch, encode(batch.texts)
-        if workers > 1 and time.monotonic() - begin > ALONE:
-            break
-    else:
-        return
-    # forked, where that can be, from a process without threads that has imported everything, which each would take seconds for
+    begin, encode, starting = time.monotonic(), _encoder(*means), None
+    with ExitStack() as stack:
+        for batch in batches:
+            yield batch, encode(batch.texts)
+            if starting is not None:
+                if not starting.is_alive():
+                    break
+            elif workers > 1 and time.monotonic() - begin > ALONE:
+                pool = stack.enter_context(_pool(workers, means))
+                stack.callback(pool.shutdown, cancel_futures=True)
+                starting = _start(pool)
+        else:
+            return
+        waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+        for batch in batches:
+            waiting.append((batch, pool.submit(_encode_there, batch.texts)))
+            while len(waiting) > 4 * workers or (waiting and waiting[0][1].done()):
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+
+
+def _pool(workers: int, means: Means) -> ProcessPoolExecutor:
+    """Forked, where that can be, from a process without threads that has imported everything, which takes seconds, once."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, context, _set_up, means) as pool:
-        waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
-        try:
-            for batch in batches:
-                waiting.append((batch, pool.submit(_encode_there, batch.texts)))
-                while len(waiting) > 4 * workers or (waiting and waiting[0][1].done()):
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            for first, future in waiting:
-                yield first, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return ProcessPoolExecutor(workers, context, _set_up, means)
+
+
+def _start(pool: ProcessPoolExecutor) -> threading.Thread:
+    """A thread that ends when the first process is ready for work, or cannot be."""
+    thread = threading.Thread(target=lambda: pool.submit(int).exception(), daemon=True)
+    thread.start()
+    return thread
 
 
 _encode_there_by: Encode | None = None  # in a process of a pool
