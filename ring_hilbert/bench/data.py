@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from ring_hilbert.training.config import DataConfig
 from ring_hilbert.training.content import contents
 from ring_hilbert.training.data import open_dataset
-from ring_hilbert.training.documents import COLUMNS, PATHS, RECORD, VERSION, content_hash
+from ring_hilbert.training.documents import COLUMNS, PATHS, RECORD, VERSION, checked, content_hash
 from ring_hilbert.training.prepare import write_record
 from ring_hilbert.training.prepared import prepare, write_manifest
 from ring_hilbert.training.tokens import load_tokenizer
@@ -147,10 +147,10 @@ def _write_part(folder: Path, documents: int) -> None:
     generator = np.random.default_rng(0)
     lengths = generator.integers(20, 101, documents).astype("<u4")
     tokens = generator.integers(3, VOCAB, int(lengths.sum()), dtype=np.uint16)
-    ends = np.cumsum(lengths, dtype=np.int64).tolist()
-    hashes = np.array(
-        [content_hash(tokens[end - n : end]) for end, n in zip(ends, lengths.tolist(), strict=True)], dtype="<u8"
-    )
+    ends = np.cumsum(lengths, dtype=np.int64)
+    hashes = generator.integers(0, 2**64, documents, dtype=np.uint64)
+    for document in checked(documents):
+        hashes[document] = content_hash(tokens[ends[document] - lengths[document] : ends[document]])
     columns = dict(zip(COLUMNS, (tokens, lengths, hashes, np.zeros(documents, "<u4")), strict=True))
     part = folder / "data.sources.0"
     part.mkdir(parents=True)
@@ -168,10 +168,10 @@ def _write_part(folder: Path, documents: int) -> None:
 
 
 def _opening(folder: Path, _cores: list[int]) -> list[dict[str, Any]]:
-    found = []
+    found, before = [], _memory("VmRSS")
     for packing in ("concat", "best_fit"):
         Path("/proc/self/clear_refs").write_text("5")  # peaks are counted anew
-        before, start = _memory("VmRSS"), time.perf_counter()
+        start = time.perf_counter()
         config = DataConfig.model_validate({"prepared": str(folder / "many"), "seq_len": 8192, "packing": packing})
         dataset = open_dataset(config, "train", VOCAB)
         opened = time.perf_counter() - start

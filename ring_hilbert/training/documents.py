@@ -67,12 +67,10 @@ class Part:
             sums = np.add.reduceat(self.lengths, np.arange(0, len(self.lengths), STRIDE), dtype=np.int64)
             np.cumsum(sums[:-1], out=self._starts[1:])
         self._mapped = 0
-        sample, most = CHECKED
-        for document in np.unique(
-            np.linspace(0, len(self.lengths) - 1, min(sample, len(self.lengths)), dtype=np.int64)
-        ):
+        most = CHECKED[1]
+        for document in checked(len(self.lengths)):
             if (most := most - int(self.lengths[document])) >= 0:
-                self.check(int(document))
+                self.check(document)
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens `[start, stop)` of a document: a view of the memory map, in the dtype of the file."""
@@ -129,7 +127,7 @@ class Part:
             raise ValueError(f"{path} is not the one that belongs here: its checksum is another; {MEND}")
 
 
-MEND = "copy it anew, or prepare the data again"
+MEND = "copy the folder anew, or remove it and prepare the data again"
 
 
 class Documents:
@@ -181,6 +179,11 @@ class Documents:
         """The entries of documents that belong here; the column itself if it is one and all of it."""
         picked = [column if some is None else column[some] for column, some in zip(columns, self._chosen, strict=True)]
         return picked[0] if len(picked) == 1 else np.concatenate(picked)
+
+
+def checked(count: int) -> list[int]:
+    """Which of so many documents are compared with their hashes when a part is opened."""
+    return np.unique(np.linspace(0, count - 1, min(CHECKED[0], count), dtype=np.int64)).tolist()
 
 
 def content_hash(ids: np.ndarray) -> np.uint64:

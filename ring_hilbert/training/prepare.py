@@ -132,7 +132,7 @@ def _begin(folder: Path, key: str, reading: Reading, tokenizer: PreTrainedTokeni
     dtypes = dict(zip(COLUMNS, (smallest, "<u4", "<u8", "<u4"), strict=True))
     for name, dtype in dtypes.items():
         (folder / f"{name}.npy").write_bytes(npy_header(dtype, 0))
-    paths = json.dumps([str(file) for file in reading.in_order()]).encode()
+    paths = json.dumps([str(file) for file in reading.in_order]).encode()
     (folder / PATHS).write_bytes(paths)
     return {
         "version": VERSION, "key": key, "finished": False, "kinds": reading.kinds(), "largest_id": -1, "file": 0, "within": 0,

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -37,12 +38,13 @@ class Reading:
 
     def states(self) -> list[tuple[bytes, int, int, int]]:
         """What changes when a file's content does, for each."""
-        found = ((file, file.stat()) for file in self.in_order())
+        found = ((file, file.stat()) for file in self.in_order)
         return [(os.fsencode(file), its.st_size, its.st_mtime_ns, its.st_ctime_ns) for file, its in found]
 
+    @cached_property
     def in_order(self) -> list[Path]:
         """The files as they are read."""
-        return [file for rows in (False, True) for file in self.files if self._has_rows(file) == rows]
+        return sorted(self.files, key=self._has_rows)
 
     def kinds(self) -> str:
         """What the documents are, for a person."""
@@ -56,7 +58,7 @@ class Reading:
         """All texts from value `within` of a file on, by the number of the file; at least one batch, which may be empty."""
         texts: list[str] = []
         owners: list[int] = []
-        files = self.in_order()
+        files = self.in_order
         before, characters = sum(found.stat().st_size for found in files[:file]), 0
         for number in range(file, len(files)):
             raw: list[BinaryIO] = []
