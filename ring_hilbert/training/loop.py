@@ -61,7 +61,7 @@ def pretrain(config: RunConfig) -> Summary:
             config = config.model_copy(update={"data": with_prepared(config.data)})
             hf_config = model_config(config)
             check_model(hf_config)
-        world.from_main(lambda: _open_data(config, hf_config))  # tokenises for the others, if that is to do
+        world.from_main(lambda: _tokenise(config, hf_config))  # for the others, if that is to do
         with world.together():
             train_set, eval_set = _open_data(config, hf_config)
         checkpoints = Checkpoints(config, world, train_set.documents | ({} if eval_set is None else eval_set.documents))
@@ -102,6 +102,11 @@ def pretrain_stages(stages: dict[str, RunConfig]) -> Summary | None:
             if summary.model is None:
                 break
     return summary
+
+
+def _tokenise(config: RunConfig, hf_config: PretrainedConfig) -> None:
+    """Have `_open_data` find everything done; what it opens cannot travel to another rank."""
+    _open_data(config, hf_config)
 
 
 def _open_data(config: RunConfig, hf_config: PretrainedConfig) -> tuple[PackedDataset, PackedDataset | None]:
