@@ -29,10 +29,12 @@ from ring_hilbert.training import batches, encoding, prepare, reading
 from ring_hilbert.training.config import DataConfig
 from ring_hilbert.training.content import contents
 from ring_hilbert.training.data import PackedDataset, open_dataset
+from ring_hilbert.training.loop import pretrain
+from ring_hilbert.training.metrics import read_metrics
 from ring_hilbert.training.prepared import prepare as prepare_folder
 from ring_hilbert.training.prepared import with_prepared
 from tests.test_data import ROOT, VOCAB, equal, whole
-from tests.tiny_run import tiny_config
+from tests.tiny_run import SEQ_LEN, tiny_config, write_texts
 
 WORDS = ["ape", "bee", "cat", "dog", "eel", "<e>", "?"]
 
@@ -375,6 +377,27 @@ def test_foreign_files_are_named(tmp_path: Path, texts: Path) -> None:
     shutil.copytree(other / "data.sources.1", folder / "data.sources.1")
     with pytest.raises(ValueError, match=r"data.sources.1 does not belong in .*folder: it was prepared apart"):
         opened(folder)
+
+
+def test_a_run_goes_on_with_its_data_prepared(tmp_path: Path) -> None:
+    """Its checkpoint is of the same data and configuration, though neither sources nor eval are said any more."""
+    write_texts(tmp_path)
+
+    def run(folder: str, steps: int, **keys: Any) -> list[float]:
+        places = {
+            "checkpoint__dir": str(tmp_path / folder / "checkpoints"),
+            "log__dir": str(tmp_path / folder / "logs"),
+        }
+        asked = tiny_config(tmp_path, train__steps=steps, optim__decay_steps=2, checkpoint__every=1, **places)
+        if keys:
+            asked = asked.model_copy(update={"data": DataConfig(seq_len=SEQ_LEN, **keys)})
+        pretrain(asked)
+        lines = read_metrics(tmp_path / folder / "logs" / "metrics.jsonl")
+        return [line["loss"] for line in lines if line["kind"] == "train"]
+
+    prepare_folder(tiny_config(tmp_path).data.model_copy(update={"prepared": str(tmp_path / "there")}), lambda _: None)
+    run("parts", 1)
+    assert run("parts", 2, prepared=str(tmp_path / "there")) == run("whole", 2)
 
 
 # Held out
