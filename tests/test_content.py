@@ -98,7 +98,7 @@ def documents(path: Path | list[Path], **keys: Any) -> dict[str, Documents]:
 
 @pytest.fixture
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "texts"
     folder.mkdir()
     for n, text in enumerate(TEXTS):

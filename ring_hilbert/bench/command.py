@@ -17,6 +17,7 @@ from ring_hilbert.bench import (
     attention,
     attention_report,
     curves,
+    data,
     exactness,
     kernels,
     overlap,
@@ -150,6 +151,13 @@ MEASUREMENTS = {
         slides.rows,
         slides.add_options,
         over_ranks=True,
+    ),
+    "data": Measurement(
+        "tokenising against the tokenizer alone, ten million documents opened and shuffled, padding and cuts of packings",
+        data.__doc__,
+        lambda chosen, *_: data.rows(chosen),
+        data.add_options,
+        on_device=False,
     ),
     "kernels": Measurement(
         "TFLOP/s of the Triton kernels against dense kernels, FlexAttention and published LongNet; what they compile to",

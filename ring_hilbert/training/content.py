@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ring_hilbert.training.documents import Documents
+from ring_hilbert.training.documents import Documents, Part
 
 MOST_HASHES = 1024  # of a source: a checkpoint stays small, and a change is found to within some documents
 
@@ -29,11 +29,11 @@ class Content:
     hashes: list[str]
 
     @classmethod
-    def of(cls, source: Documents) -> Content:
+    def of(cls, source: Documents | Part) -> Content:
         """What `source` holds now."""
         count = len(source.lengths)
         chunk = 1 << max(0, -(-count // MOST_HASHES) - 1).bit_length()  # a power of two
-        return cls(count, int(source.lengths.sum()), chunk, _hashes(source.hashes, chunk))
+        return cls(count, int(source.lengths.sum(dtype=np.int64)), chunk, _hashes(source.hashes, chunk))
 
     def difference(self, source: Documents) -> str | None:
         """How `source` differs from this, None if it does not."""
@@ -50,7 +50,7 @@ class Content:
         if count < self.documents:
             return f"of {self.documents} documents, those from {count} on are missing"
         if count > self.documents:
-            tokens = int(source.lengths[self.documents :].sum())
+            tokens = int(source.lengths[self.documents :].sum(dtype=np.int64))
             return (
                 f"{count - self.documents} documents of {tokens} tokens have come behind the {self.documents} known ones, from "
                 f"{source.file(self.documents)} on"

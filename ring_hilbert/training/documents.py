@@ -1,182 +1,231 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenised documents: files are read and tokenised once through `datasets`, then memory-mapped.
+"""Tokenised documents on disk: NumPy files, memory-mapped, and checked when they are opened.
 
-Texts and tokens go through the cache of `datasets` (HF_HOME says where): file-locked, written under another name and moved, keyed
-by the files' paths, sizes and times and by the tokenizer. Any number of processes may do it at the same time.
+A part is a folder with the documents of one source in their order: `tokens.npy`, the tokens of all, one after another;
+`lengths.npy`, `hashes.npy` and `files.npy`, a number for each document; `paths.json`, the files that `files.npy` numbers; and
+`part.json`, what there is of each. `prepare` writes parts, whole or so that it can go on.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+import io
+import json
+import mmap
+import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import datasets
 import numpy as np
-from datasets.exceptions import DatasetGenerationError
-from transformers import PreTrainedTokenizerBase
 
-from ring_hilbert.training.texts import Errors, Format, file_format, read_texts
-from ring_hilbert.training.tokens import Encoder, document_encoder, document_prefix, tokenizer_digest
-
-VERSION = 2  # of what is read and how it is tokenised: another one finds nothing in the cache
-BATCH = 128  # documents tokenised together, and rows of one Arrow batch
-TEXTS = datasets.Features({"text": datasets.Value("large_string"), "file": datasets.Value("int32")})
-TOKENS = datasets.Features(
-    {
-        "input_ids": datasets.LargeList(datasets.Value("int32")),
-        "largest_id": datasets.Value("int32"),
-        "hash": datasets.Value("uint64"),
-        "file": datasets.Value("int32"),
-    }
-)
+VERSION = 3  # of what is read, how it is tokenised and how it is kept
+RECORD, PATHS = "part.json", "paths.json"
+COLUMNS = ("tokens", "lengths", "hashes", "files")
+KNOWN = {RECORD, PATHS, *(f"{name}.npy" for name in COLUMNS)}  # what is in the folder of a part
+HEADER = 128  # bytes of a .npy file ahead of its numbers: NumPy leaves room for any length
+STRIDE = 64  # documents between those whose place among the tokens is kept; the others are counted from there
+WINDOW = 2**25  # bytes of tokens that stay mapped; what is let go of stays in the system's cache
+FAULT = 2**16  # bytes that touching one page may map
+CHECKED = (
+    64,
+    2**26,
+)  # documents whose hashes are computed again when a part is opened, and at most so many tokens of them
 
 
-class Documents:
-    """Random access to tokenised documents.
+class Part:
+    """The documents of one source.
 
     Args:
-        tables: of the features `TOKENS`.
-        files: for every table what its `file` numbers.
-        kinds: what they are, for `summary`.
+        folder: what `prepare.tokenise` wrote.
 
     Attributes:
-        lengths: int64 [number of documents], tokens of each, prefix and eos included. Never 0.
-        largest_id: the largest token id.
-        summary: what there is, for the log.
+        record: the content of `part.json`.
+        lengths: uint32 [documents], tokens of each, prefix and eos included; never 0. A memory map.
+
+    Raises:
+        ValueError: it is not finished, a file in it is missing, truncated, changed or does not belong there; names the file.
     """
 
-    def __init__(self, tables: list[datasets.Dataset], files: list[list[Path]], kinds: str) -> None:
-        chunks = [chunk for table in tables for chunk in table.data.column("input_ids").chunks if len(chunk)]
-        offsets = [chunk.offsets.to_numpy() for chunk in chunks]
-        self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
-        self._chunk = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])
-        self._start = np.concatenate([row[:-1] for row in offsets] or [np.zeros(0, dtype=np.int64)])
-        self.lengths = np.concatenate([np.diff(row) for row in offsets] or [np.zeros(0, dtype=np.int64)])
-        self._tables, self._files = tables, files
-        self._ends = np.cumsum([len(table) for table in tables])
-        self.largest_id = int(self._column("largest_id").max(initial=-1))
-        self.summary = f"{len(self.lengths):,} documents, {self.lengths.sum():,} tokens; {kinds}"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.record = read_record(folder)
+        if not self.record["finished"]:
+            raise ValueError(f"{folder} is not prepared to its end; run the same `ring-hilbert prepare-data` again")
+        refuse_foreign(folder, KNOWN)
+        for name in COLUMNS:
+            self._check_size(name)
+        for name in COLUMNS[1:]:
+            self._check_sum(name)
+        paths = folder / PATHS
+        if not paths.is_file() or zlib.crc32(paths.read_bytes()) != self.record["checksums"][PATHS]:
+            raise ValueError(f"{paths} is missing or not the one that belongs here; {MEND}")
+        self._map = np.load(folder / "tokens.npy", mmap_mode="r")
+        self._tokens = np.asarray(self._map)
+        self.lengths = np.asarray(np.load(folder / "lengths.npy", mmap_mode="r"))
+        self._starts = np.zeros(-(-len(self.lengths) // STRIDE), dtype=np.int64)
+        if len(self.lengths):
+            sums = np.add.reduceat(self.lengths, np.arange(0, len(self.lengths), STRIDE), dtype=np.int64)
+            np.cumsum(sums[:-1], out=self._starts[1:])
+        self._mapped = 0
+        most = CHECKED[1]
+        for document in checked(len(self.lengths)):
+            if (most := most - int(self.lengths[document])) >= 0:
+                self.check(document)
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens `[start, stop)` of a document: int32 view of the memory map."""
-        first = self._start[document]
-        return self._values[self._chunk[document]][first + start : first + stop]
+        """Tokens `[start, stop)` of a document: a view of the memory map, in the dtype of the file."""
+        nearest = document // STRIDE
+        before = int(self._starts[nearest]) + int(self.lengths[nearest * STRIDE : document].sum(dtype=np.int64))
+        self._mapped += FAULT + (stop - start) * self._tokens.itemsize
+        if self._mapped > WINDOW and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.base.madvise(mmap.MADV_DONTNEED)  # type: ignore[union-attr]
+            self._mapped = 0
+        return self._tokens[before + start : before + stop]
 
     @property
     def hashes(self) -> np.ndarray:
-        """uint64 [number of documents], of the tokens of each; read anew from the cache, as they are needed once."""
-        return self._column("hash")
+        """uint64 [documents], `content_hash` of each; mapped anew and not kept, being needed once."""
+        return np.asarray(np.load(self.folder / "hashes.npy", mmap_mode="r"))
 
     def file(self, document: int) -> Path:
         """The file that a document was read from."""
-        table = int(np.searchsorted(self._ends, document, side="right"))
-        place = document - int(self._ends[table])  # from the table's end, negative
-        return self._files[table][self._tables[table].data.column("file")[place].as_py()]
+        number = np.load(self.folder / "files.npy", mmap_mode="r")[document]
+        return Path(json.loads((self.folder / PATHS).read_text())[number])
 
-    def _column(self, name: str) -> np.ndarray:
-        columns = [table.data.column(name).to_numpy() for table in self._tables]
-        return np.concatenate([np.zeros(0, dtype=TOKENS[name].dtype), *columns])
+    def check(self, document: int) -> None:
+        """Compare a document's tokens with its hash.
+
+        Raises:
+            ValueError: they are not those that were written.
+        """
+        hashes = np.load(self.folder / "hashes.npy", mmap_mode="r")
+        if content_hash(self.tokens(document, 0, int(self.lengths[document]))) != hashes[document]:
+            path = self.folder / "tokens.npy"
+            raise ValueError(f"{path} is not the one that belongs here: document {document} has other tokens; {MEND}")
+
+    def check_tokens(self) -> None:
+        """Compare all tokens with their checksum; opening a part compares some documents with their hashes."""
+        self._check_sum("tokens")
+
+    def _check_size(self, name: str) -> None:
+        path, column = self.folder / f"{name}.npy", self.record["columns"][name]
+        wanted = HEADER + column["count"] * np.dtype(column["dtype"]).itemsize
+        if not path.is_file() or path.stat().st_size != wanted:
+            found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+            raise ValueError(f"{path} {found}, it was written with {wanted}; {MEND}")
+        with path.open("rb") as file:
+            if file.read(HEADER) != npy_header(column["dtype"], column["count"]):
+                raise ValueError(f"{path} is not the one that belongs here: its header is another; {MEND}")
+
+    def _check_sum(self, name: str) -> None:
+        path, found = self.folder / f"{name}.npy", 0
+        with path.open("rb") as file:
+            file.seek(HEADER)
+            while piece := file.read(2**22):
+                found = zlib.crc32(piece, found)
+        if found != self.record["checksums"][name]:
+            raise ValueError(f"{path} is not the one that belongs here: its checksum is another; {MEND}")
 
 
-def open_documents(
-    files: list[Path],
-    field: str,
-    tokenizer: PreTrainedTokenizerBase,
-    encoding_errors: Errors = "strict",
-    *,
-    chosen: Literal["auto"] | Format = "auto",
-    bos: bool | None = None,
-) -> Documents:
-    """Read and tokenise `files`, or find it done in the cache. Documents without text are left out.
+MEND = "copy the folder anew, or remove it and prepare the data again"
 
-    Files that are one document each come first, then those with rows.
+
+class Documents:
+    """Random access to the documents of one part or several, or to some of them.
 
     Args:
-        files: as `read_texts` reads them.
-        field: where JSON values and Parquet rows have their text; "meta.text" for a nested one.
-        tokenizer: from `load_tokenizer`.
-        encoding_errors: "strict" or "replace", for bytes that are not UTF-8 and for lone surrogates.
-        chosen: what all the files hold; "auto" goes by their names.
-        bos: see `document_prefix`.
+        parts: where they are.
+        chosen: for every part the numbers of those that belong here, ascending; None for all.
+
+    Attributes:
+        lengths: [number of documents], tokens of each; never 0.
+        largest_id: the largest token id, at most.
+        summary: what there is, for the log.
+    """
+
+    def __init__(self, parts: list[Part], chosen: list[np.ndarray | None]) -> None:
+        self._parts, self._chosen = parts, chosen
+        self.lengths = self._each([part.lengths for part in parts])
+        self._ends = np.cumsum(
+            [len(part.lengths) if some is None else len(some) for part, some in zip(parts, chosen, strict=True)]
+        )
+        self.largest_id = max(part.record["largest_id"] for part in parts)
+        kinds = "; ".join(dict.fromkeys(part.record["kinds"] for part in parts))
+        count, known = len(self.lengths), sum(len(part.lengths) for part in parts)
+        found = f"{count:,} of {known:,}" if count < known else f"{count:,}"
+        self.summary = f"{found} documents, {self.lengths.sum(dtype=np.int64):,} tokens; {kinds}"
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens `[start, stop)` of a document: a view of the memory map, in the dtype of its file."""
+        part, place = self._find(document)
+        return part.tokens(place, start, stop)
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """uint64 [number of documents], of the tokens of each; not kept, being needed once."""
+        return self._each([part.hashes for part in self._parts])
+
+    def file(self, document: int) -> Path:
+        """The file that a document was read from."""
+        part, place = self._find(document)
+        return part.file(place)
+
+    def _find(self, document: int) -> tuple[Part, int]:
+        part = int(np.searchsorted(self._ends, document, side="right")) if len(self._ends) > 1 else 0
+        place, chosen = document - (int(self._ends[part - 1]) if part else 0), self._chosen[part]
+        return self._parts[part], place if chosen is None else int(chosen[place])
+
+    def _each(self, columns: list[np.ndarray]) -> np.ndarray:
+        """The entries of documents that belong here; the column itself if it is one and all of it."""
+        picked = [column if some is None else column[some] for column, some in zip(columns, self._chosen, strict=True)]
+        return picked[0] if len(picked) == 1 else np.concatenate(picked)
+
+
+def checked(count: int) -> list[int]:
+    """Which of so many documents are compared with their hashes when a part is opened."""
+    return np.unique(np.linspace(0, count - 1, min(CHECKED[0], count), dtype=np.int64)).tolist()
+
+
+def content_hash(ids: np.ndarray) -> np.uint64:
+    """A number for a document that only the same token ids share, whatever their dtype: eight bytes of BLAKE2b."""
+    return np.frombuffer(hashlib.blake2b(ids.astype("<i4", copy=False), digest_size=8).digest(), dtype="<u8")[0]
+
+
+def npy_header(dtype: str, count: int) -> bytes:
+    """The first `HEADER` bytes of a .npy file of `count` numbers."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": (count,)})
+    return file.getvalue()
+
+
+def read_record(folder: Path, name: str = RECORD) -> dict[str, Any]:
+    """The JSON file that says what is in a folder of prepared data.
 
     Raises:
-        ValueError: a file cannot be read or decoded, or a row has no text in `field`; the message names file and line.
+        ValueError: it is not there, is none, or is of another version.
     """
-    texts = [file for file in files if file_format(file, chosen)[0] == "text"]
-    rows = [file for file in files if file_format(file, chosen)[0] != "text"]
-    groups = ([texts] if texts else []) + [[file] for file in rows]
-    encode, digest = document_encoder(tokenizer, bos), tokenizer_digest(tokenizer)
-    tables = []
-    for group in groups:
-        source = _digest(field, chosen, encoding_errors, *map(_state, group))
-        table = _read(partial(_rows, group, field, chosen, encoding_errors), source)
-        tables.append(
-            table.map(
-                partial(_tokenise, encode=encode),
-                batched=True,
-                batch_size=BATCH,
-                remove_columns=table.column_names,
-                features=TOKENS,
-                new_fingerprint=_digest(source, digest, document_prefix(tokenizer, bos)),
-                desc="Tokenising",
-            )
-        )
-    kinds = (f"a document per {unit}: {_names(some)}" for unit, some in (("file", texts), ("row", rows)) if some)
-    return Documents(tables, groups, "; ".join(kinds))
-
-
-def _names(files: list[Path]) -> str:
-    """How many files have which suffix, the most frequent ones."""
-    packed = (file_format(file, "text")[1] for file in files)
-    names = ("".join(file.suffixes[-2 if some else -1 :]) for file, some in zip(files, packed, strict=True))
-    counts = Counter(name.lower() or "without suffix" for name in names)
-    rest = len(counts) - 8
-    return ", ".join(f"{count:,} {name}" for name, count in counts.most_common(8)) + (
-        f" and {rest} more" if rest > 0 else ""
-    )
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(repr((VERSION, parts)).encode()).hexdigest()[:32]
-
-
-def _state(file: Path) -> tuple[bytes, int, int, int]:
-    """What changes when the file's content does."""
-    found = file.stat()
-    return os.fsencode(file), found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _read(rows: Callable[[], Iterator[dict[str, Any]]], key: str) -> datasets.Dataset:
+    path = folder / name
     try:
-        table = datasets.Dataset.from_generator(rows, TEXTS, fingerprint=key, writer_batch_size=BATCH)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):  # of `read_texts`
-            raise error.__cause__ from None
-        raise
-    assert isinstance(table, datasets.Dataset)
-    return table
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} holds no {name}: it is not what `ring-hilbert prepare-data` writes, or that has not come to its end; "
+            "run it again, or name another folder"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); {MEND}") from None
+    if not isinstance(record, dict) or record.get("version") != VERSION:
+        found = record.get("version") if isinstance(record, dict) else None
+        raise ValueError(f"{path} is of version {found}, this is {VERSION}; prepare the data again")
+    return record
 
 
-def _rows(
-    files: list[Path], field: str, chosen: Literal["auto"] | Format, encoding_errors: Errors
-) -> Iterator[dict[str, Any]]:
-    for number, file in enumerate(files):
-        yield from ({"text": text, "file": number} for text in read_texts(file, field, chosen, encoding_errors))
-    yield {"text": "", "file": 0}  # `datasets` makes no table of nothing
+def refuse_foreign(folder: Path, known: set[str]) -> None:
+    """Refuse a folder with anything in it but `known`.
 
-
-def _tokenise(batch: dict[str, list[Any]], encode: Encoder) -> dict[str, list[Any]]:
-    filled = [number for number, text in enumerate(batch["text"]) if text]
-    ids = encode([batch["text"][number] for number in filled])
-    hashes = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in ids)
-    return {
-        "input_ids": ids,
-        "largest_id": [int(row.max()) for row in ids],
-        "hash": np.frombuffer(hashes, dtype="<u8"),
-        "file": [batch["file"][number] for number in filled],
-    }
+    Raises:
+        ValueError: names what does not belong there.
+    """
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    if foreign:
+        raise ValueError(f"{folder / foreign[0]} does not belong in a folder of prepared data; move it away")

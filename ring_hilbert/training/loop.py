@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import datasets
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
@@ -26,7 +25,10 @@ from ring_hilbert.training.export import export_model
 from ring_hilbert.training.fitting import Fitted, out_of_memory, planned, settled
 from ring_hilbert.training.metrics import Metrics, check_log, peak_memory, read_metrics
 from ring_hilbert.training.model import build_skeleton, check_model, model_config, vocab_size
+from ring_hilbert.training.packing import describe
 from ring_hilbert.training.plots import plot_loss, plot_loss_by_position
+from ring_hilbert.training.prepare import cache_folder
+from ring_hilbert.training.prepared import with_prepared
 from ring_hilbert.training.probe import probe
 from ring_hilbert.training.random_state import seed_rank
 from ring_hilbert.training.schedule import learning_rate, with_decay_steps
@@ -65,11 +67,11 @@ def pretrain(config: RunConfig) -> Summary:
     config = with_decay_steps(config)
     with open_world(config.parallel, config.timeouts, Path(config.log.dir) / HANGS) as world:
         with world.together():
+            config = config.model_copy(update={"data": with_prepared(config.data)})
             hf_config = model_config(config)
             check_model(hf_config)
         with world.phase("data", "preparing data"):
-            cache = Path(datasets.config.HF_DATASETS_CACHE)
-            once_per_disk(world, cache, lambda: _open_data(config, hf_config))
+            once_per_disk(world, cache_folder(), lambda: _open_data(config, hf_config))
         with world.together():
             train_set, eval_set = _open_data(config, hf_config)
         documents = train_set.documents | ({} if eval_set is None else eval_set.documents)
@@ -171,8 +173,9 @@ class Run:
         config = self.config
         self.world.from_main(self._make_folders)
         with StopSignals() as signals, Metrics(config, self.world, resumed_from) as metrics:
-            for name, documents in self.checkpoints.data.items():
-                metrics.say(f"{name}: {documents.summary}")
+            for dataset in [self.train_set] + ([] if self.eval_batches is None else [self.eval_batches.dataset]):
+                for name, packing in dataset.packings.items():
+                    metrics.say(f"{name}: {packing.documents.summary}; {describe(packing)}")
             if resumed_from is not None:
                 metrics.say(f"resumed from step {resumed_from} in {config.checkpoint.dir}")
             for note in self.checkpoints.notes:

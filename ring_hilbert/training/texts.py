@@ -65,7 +65,11 @@ def file_format(file: Path, chosen: Literal["auto"] | Format = "auto") -> tuple[
 
 
 def read_texts(
-    file: Path, field: str, chosen: Literal["auto"] | Format = "auto", errors: Errors = "strict"
+    file: Path,
+    field: str,
+    chosen: Literal["auto"] | Format = "auto",
+    errors: Errors = "strict",
+    opened: Callable[[BinaryIO], object] = lambda _: None,
 ) -> Iterator[str]:
     """The texts in a file, in their order: of every JSON value or Parquet row that in `field`, else the whole file as one.
 
@@ -77,6 +81,7 @@ def read_texts(
         field: the column; "meta.text" is `text` in `meta` where there is no column of that very name. Nothing else is looked at.
         chosen: "auto" goes by the name.
         errors: "replace" puts U+FFFD for bytes that are not UTF-8 and for lone surrogates; "strict" refuses them.
+        opened: is given the open file, whose position tells how far reading is.
 
     Raises:
         ValueError: it cannot be read or decoded, or a row has no text in `field`; the message names file and line (Parquet: row).
@@ -84,6 +89,7 @@ def read_texts(
     kind, packed = file_format(file, chosen)
     try:
         with file.open("rb") as raw, COMPRESSIONS[packed](raw) if packed else nullcontext(raw) as stream:
+            opened(raw)
             if kind == "json":
                 yield from _json_texts(stream, field, errors)
             elif kind == "parquet":

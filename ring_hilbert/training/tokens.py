@@ -38,12 +38,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over the files that the tokenizer saves: its whole behaviour, whatever folder it came from."""
-    digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        for file in sorted(Path(folder).rglob("*")):
-            if file.is_file():
-                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        return saved_digest(Path(folder))
+
+
+def saved_digest(folder: Path) -> str:
+    """The `tokenizer_digest` of the tokenizer that was saved in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 
