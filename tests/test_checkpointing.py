@@ -103,7 +103,7 @@ class Products(TorchDispatchMode):
 def test_products_that_are_computed_again(tmp_path: Path, settings: dict[str, Any], recomputed: int):
     train = {f"train__{key}": value for key, value in settings.items()}
     config = tiny_config(tmp_path, **{"train__checkpoint_activations": True, **train})
-    model = for_training(make_model(model_config(config)), config)
+    model = for_training(make_model(model_config(config)), config, None)
     batch = rh.shard_batch({"input_ids": torch.zeros(1, 256, dtype=torch.long)})
     del batch["shift_labels"]
     hidden = model.base_model(**batch, use_cache=False).last_hidden_state

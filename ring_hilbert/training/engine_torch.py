@@ -67,7 +67,7 @@ class TorchEngine:
 
     def prepare_to_save(self) -> None:
         """See `Engine`."""
-        self._saver = Saver(self.world.device, self.config.checkpoint.asynchronous)
+        self._saver = Saver(self.world.device, self.config.checkpoint.asynchronous, self.config.timeouts.longest)
         self._saver.prepare(self._state())
 
     def save(self, folder: Path, publish: Callable[[Manifest], None]) -> Future[Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
 
 from ring_hilbert.training.storage.tensors import Writer
-from ring_hilbert.training.world import PATIENCE
 
 
 class Saver:
@@ -22,14 +22,15 @@ class Saver:
 
     Args:
         asynchronous: else a save is over when `save` returns.
+        timeout: seconds that ranks wait for each other in it.
 
     With `asynchronous` the host keeps a copy of all that is saved, in page-locked memory where there is a CUDA device.
     """
 
-    def __init__(self, device: torch.device, asynchronous: bool) -> None:
+    def __init__(self, device: torch.device, asynchronous: bool, timeout: float) -> None:
         self._on_cuda = device.type == "cuda"
         # The thread's collectives must not meet those of the loop in one group.
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._stager = self._make_stager() if asynchronous else None
         self._copied: Future[None] | None = None
 
