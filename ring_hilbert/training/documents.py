@@ -24,8 +24,8 @@ COLUMNS = ("tokens", "lengths", "hashes", "files")
 KNOWN = {RECORD, PATHS, *(f"{name}.npy" for name in COLUMNS)}  # what is in the folder of a part
 HEADER = 128  # bytes of a .npy file ahead of its numbers: NumPy leaves room for any length
 STRIDE = 64  # documents between those whose place among the tokens is kept; the others are counted from there
-WINDOW = 2**25  # bytes of tokens that stay mapped; what is let go of stays in the system's cache
-FAULT = 2**16  # bytes that touching one page may map
+WINDOW = 2**26  # bytes of tokens that stay mapped; what is let go of stays in the system's cache
+FAULT = 2**21  # bytes that touching one may map, where the cache has large pages
 CHECKED = (
     64,
     2**26,
