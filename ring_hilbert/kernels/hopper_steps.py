@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from ring_hilbert.kernels import tables
 
-# Triton 3.8 renamed it.
+# The second is its name in Triton 3.6.
 send = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 PLACE, COUNT, RUN = (gl.constexpr(x) for x in (tables.TILE_PLACE, tables.TILE_COUNT, tables.TILE_RUN))
