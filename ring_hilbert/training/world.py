@@ -32,9 +32,8 @@ from ring_hilbert.training.whereabouts import Phase, Whereabouts
 
 HANGS = Path(tempfile.gettempdir()) / "ring_hilbert_hangs"
 T = TypeVar("T")
-_worlds: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = (
-    weakref.WeakKeyDictionary()
-)  # numbers, by process group
+# Counts the worlds of a process group.
+_worlds: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
 
 
 class RankError(ValueError):
