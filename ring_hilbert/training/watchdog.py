@@ -110,6 +110,7 @@ class Watchdog:
                 others = [h for h in self.heard.values() if not h.report.leaving]
                 if any(heard.absent(machine) or heard.report.failure for heard in others):
                     self._tell(leaving=True)
+                    time.sleep(EVERY + LOOK)  # until it is known who has left for the same reason
                     return self.verdict(collective)
                 time.sleep(LOOK)
         return None

@@ -12,6 +12,7 @@ import itertools
 import os
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,8 @@ from ring_hilbert.training.whereabouts import Phase, Whereabouts
 
 HANGS = Path(tempfile.gettempdir()) / "ring_hilbert_hangs"
 T = TypeVar("T")
-_worlds = itertools.count()
+# Counts the worlds of a process group.
+_worlds: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
 
 
 class RankError(ValueError):
@@ -190,7 +192,9 @@ def open_world(
             f"parallel.sp={size} parallel.dp_shard=1 parallel.dp_replicate=1"
         )
     with process_group(device, timeouts):
-        whereabouts, prefix = Whereabouts(), f"ring_hilbert/world {next(_worlds)}"
+        group = dist.group.WORLD
+        assert group is not None
+        whereabouts, prefix = Whereabouts(), f"ring_hilbert/world {next(_worlds.setdefault(group, itertools.count()))}"
         reports = first_reports(prefix)
         timeout = timedelta(seconds=timeouts.longest)
         with Watchdog(whereabouts, timeouts, reports, hangs, prefix) if size > 1 else nullcontext() as watchdog:
