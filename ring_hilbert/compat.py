@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of `dilated-attention-pytorch`'s Hilbert kernels, each with the exact operator behind it.
 
-What differs from the older classes, and why, is the README's table "Coming from dilated-attention-pytorch". The five aliases
+What differs from the older classes, and why, is in docs/dilated_attention_pytorch.md. The five aliases
 (`ALIASES`) are attributes of this module too; the first use of each warns.
 """
 
