@@ -175,6 +175,9 @@ def test_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ):
         with pytest.raises(ValueError, match=r"train.fused: no compile: .*mlp_tiles"):
             taken("llama", cpu, train__fused="compile", **impossible)
+    selective = {"train__recompute": "selective", "train__checkpoint_activations": True}
+    with pytest.raises(ValueError, match=r"train.fused: no compile: .*recompute: selective"):
+        taken("llama", cpu, train__fused="compile", **selective)
     monkeypatch.setattr(fused, "has_triton_package", lambda: True)
     if importlib.util.find_spec("liger_kernel") is not None:
         assert taken("llama", cuda) == "liger (2 RoPE, 2 gated MLP, 5 RMSNorm)"

@@ -85,6 +85,8 @@ def _take_compiler(model: PreTrainedModel, config: RunConfig, device: torch.devi
     """Compile the decoder layers; returns how many."""
     if config.train.offload_activations or config.train.mlp_tiles not in ("auto", 1):
         raise ValueError("compiled layers would not wait on the host nor go by tiles (offload_activations, mlp_tiles)")
+    if config.train.recomputes == "selective":
+        raise ValueError("of a compiled layer nothing shows which products to keep (recompute: selective)")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError("with ZeRO-3 parameters come one by one, by hooks that compiled code does not run")
     if device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
