@@ -334,11 +334,12 @@ def test_overlap_on_a_slow_link(tmp_path: Path):
 )
 def test_measurements_that_need_ranks(measure, words: str):
     with pytest.raises(ValueError, match=words):
-        next(iter(measure.rows(argparse.Namespace(), torch.device("cpu"), None)))
+        next(iter(measure.rows(argparse.Namespace(train=None), torch.device("cpu"), None)))
 
 
 def _peers(_rank: int, _world: int):
-    chosen = argparse.Namespace(dense_length=64, dilated_length=128, heads=2, head_dim=8, buckets=[16], repeats=1)
+    sizes = {"dense_length": 64, "dilated_length": 128, "heads": 2, "head_dim": 8, "buckets": [16], "repeats": 1}
+    chosen = argparse.Namespace(train=None, **sizes)
     return list(peers.rows(chosen, torch.device("cpu"), dist.group.WORLD))
 
 

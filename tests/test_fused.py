@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,21 +93,23 @@ class _Cuda:
     type = "cuda"
 
 
-def put_stand_ins() -> None:
+@contextmanager
+def stand_ins() -> Iterator[None]:
     """Let Liger's functions be their formulas, and the device one that they run on."""
     import liger_kernel.ops as ops
 
-    ops.LigerRMSNormFunction, ops.LigerRopeFunction = _Norm, _Rope
-    ops.LigerSiLUMulFunction, ops.LigerGELUMulFunction = _Silu, _Gelu
-    taken = model.fuse
-    model.fuse = lambda skeleton, config, device: taken(skeleton, config, _Cuda())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, formula in (("RMSNorm", _Norm), ("Rope", _Rope), ("SiLUMul", _Silu), ("GELUMul", _Gelu)):
+            patch.setattr(ops, f"Liger{name}Function", formula)
+        patch.setattr(model, "fuse", lambda skeleton, config, device, fuse=model.fuse: fuse(skeleton, config, _Cuda()))
+        yield
 
 
 def train_with_stand_ins(
     rank: int, world_size: int, config: RunConfig, truth: dict[str, Tensor]
 ) -> dict[str, list[float]]:
-    put_stand_ins()
-    return train(rank, world_size, config, truth)
+    with stand_ins():
+        return train(rank, world_size, config, truth)
 
 
 @pytest.mark.parametrize("model_type", KINDS)
