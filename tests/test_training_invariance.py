@@ -255,8 +255,9 @@ def test_deepspeed_in_bf16_starts_with_float32_weights(tmp_path: Path) -> None:
     expected = run_ranks(whole_state, 2, tiny_config(tmp_path, **odd))[0]
     for stage in (1, 2):
         found = run_ranks(whole_state, 2, tiny_config(tmp_path, **odd, **zero({"stage": stage})), timeout=100)[0]
-        for name, value in expected.items():
-            assert torch.equal(found[name], value), (stage, name)
+        assert expected.keys() - found.keys() <= {"lm_head.weight"}  # which is tied: DeepSpeed's engine names it once
+        for name, value in found.items():
+            assert torch.equal(expected[name], value), (stage, name)
 
 
 def test_bf16_keeps_float32_weights(tmp_path: Path, truth: Gradients, one_rank: dict[str, list[float]]) -> None:
