@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ring_hilbert.training.content import contents
 from ring_hilbert.training.data import PackedDataset, open_dataset
 from ring_hilbert.training.loop import pretrain
 from ring_hilbert.training.metrics import read_metrics
+from ring_hilbert.training.prepare import locked
 from ring_hilbert.training.prepared import prepare as prepare_folder
 from ring_hilbert.training.prepared import with_prepared
 from tests.test_data import ROOT, VOCAB, equal, whole
@@ -525,3 +527,23 @@ def test_the_commands(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture
     assert "holds no manifest.json" in capsys.readouterr().err
     assert main(["prepare-data", "--output", folder]) == 2
     assert "give either --config FILE or --sources PATH" in capsys.readouterr().err
+
+
+def test_who_waits_for_another_process_says_so_apart_from_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def enter() -> None:
+        with locked(tmp_path / "part"):
+            pass
+
+    said, deadline = "", time.monotonic() + 60
+    with ThreadPoolExecutor(1) as pool, locked(tmp_path / "part"):
+        waiting = pool.submit(enter)
+        while "another process" not in said and time.monotonic() < deadline:
+            out, err = capsys.readouterr()
+            assert not out
+            said += err
+            time.sleep(0.01)
+        assert not waiting.done()
+    waiting.result(60)
+    assert "part is being prepared by another process" in said

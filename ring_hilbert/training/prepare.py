@@ -71,7 +71,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
-        tqdm.write(f"{folder} is being prepared by another process; waiting for it")
+        tqdm.write(f"{folder} is being prepared by another process; waiting for it", file=sys.stderr)
         held = lock.acquire()
     with held:
         yield
