@@ -18,8 +18,8 @@ import ring_hilbert as rh
 from ring_hilbert.bench import check, wire
 from ring_hilbert.cli import main
 from ring_hilbert.training.metrics import read_metrics
-from tests.ranks import run_ranks, run_ranks_collect
-from tests.tiny_run import tiny_config, write_texts
+from tests.harness.ranks import run_ranks, run_ranks_collect
+from tests.harness.tiny_run import tiny_config, write_texts
 
 ROOT = Path(__file__).parents[1]
 

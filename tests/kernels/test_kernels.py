@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels against the definition, in Triton's interpreter (on a GPU where there is one).
+
+Memory that is not written yet is NaN. What is visited is the business of test_walk.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ring_hilbert as rh
+from ring_hilbert.bench import kernels, kernels_aot, kernels_shipped
+from ring_hilbert.bench.contenders import Problem
+from ring_hilbert.kernels import tiles
+from ring_hilbert.kernels.tiles import Tile
+from ring_hilbert.ops import triton_core
+from ring_hilbert.ops.nesting import chains
+from ring_hilbert.ops.walk import plan_rows
+from ring_hilbert.parallel.layout import Layout
+from tests.harness.cases import Case, assert_close, cases
+from tests.harness.ranks import run_ranks
+from tests.parallel.test_exchange import EXCHANGE, Way, attend, problems_for, problems_in_every_way, splits, whole
+
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    import tests.harness.interpreter  # noqa: F401
+on_the_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="of CPU tensors, which only the interpreter takes")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_zero_by_chance(monkeypatch: pytest.MonkeyPatch):
+    poison(monkeypatch)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `torch.empty` and `empty_like` return is NaN."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+
+        def poisoned(*args, make=make, **options):
+            tensor = make(*args, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+def answer(case: Case, dtype: torch.dtype, tile: Tile | None = None, strided: bool = False) -> dict[str, Tensor]:
+    """out, lse, dq, dk, dv of the operator on the kernels, with `tile` where the interpreter would choose its own."""
+    x = {name: _laid_out(value.to(DEVICE), strided) for name, value in case.tensors(dtype).items()}
+    q, k, v = (x[name].requires_grad_() for name in "qkv")
+    facts = {name: None if value is None else value.to(DEVICE) for name, value in case.facts().items()}
+    before, tiles.INTERPRETER = tiles.INTERPRETER, tile or tiles.INTERPRETER
+    try:
+        out, lse = rh.dilated_attention(
+            q, k, v, case.pattern, causal=case.causal, order=case.order, backend="triton", return_lse=True, **facts
+        )
+        out.backward(x["dout"])
+    finally:
+        tiles.INTERPRETER = before
+    return {
+        name: t.detach().cpu()
+        for name, t in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, q.grad, k.grad, v.grad), strict=True)
+    }
+
+
+def _laid_out(x: Tensor, strided: bool) -> Tensor:
+    """With `strided`, the same rows within a larger tensor of NaN, `[B, H, S + 6, D]` in memory."""
+    if not strided:
+        return x
+    batch, rows, heads, dim = x.shape
+    view = x.new_full((batch, heads, rows + 6, dim), float("nan")).transpose(1, 2)[:, 3 : rows + 3]
+    view.copy_(x)
+    return view.detach()
+
+
+def check(ours: dict[str, Tensor], case: Case, dtype: torch.dtype, floor: float | None = None) -> None:
+    """Against float64 on the same inputs: max error at most 2x, mean at most 1.5x that of eager autograd in that dtype.
+
+    `floor` is an error that is forgiven where eager makes none, in units of the dtype's rounding of the largest value: small cases
+    have few sums. By default 4 in float32, 1 in others.
+    """
+    floor = (4.0 if dtype == torch.float32 else 1.0) if floor is None else floor
+    exact, eager = case.expected(torch.float64, inputs=dtype), case.expected(dtype)
+    for name, truth in exact.items():
+        covered = truth != float("-inf")
+        assert torch.equal(ours[name] != float("-inf"), covered), f"{name}: other rows uncovered"
+        error, allowed = ((run[name].double() - truth)[covered].abs() for run in (ours, eager))
+        assert torch.isfinite(error).all(), f"{name}: not finite"
+        if error.numel():
+            free = (
+                floor
+                * torch.finfo(torch.float32 if name == "lse" else dtype).eps
+                * max(1.0, truth[covered].abs().max())
+            )
+            assert error.max() <= 2 * allowed.max() + free, f"{name}: {error.max():.3e} > 2 * {allowed.max():.3e}"
+            assert error.mean() <= 1.5 * allowed.mean() + free, (
+                f"{name}: {error.mean():.3e} > 1.5 * {allowed.mean():.3e}"
+            )
+
+
+LADDER = rh.DilatedPattern((32, 64, 128), (1, 2, 4))
+HILBERT = rh.TokenOrder("hilbert", block=32)
+CASES = {
+    "dense": Case(rh.DilatedPattern((None,), (1,)), 113, 2, 2, 1, 16),
+    "ladder": Case(LADDER, 113, 1, 4, 2, 16),
+    "ladder, shifted": Case(replace(LADDER, segment_shift=-37, head_shift=3), 113, 1, 4, 4, 16),
+    "steep ladder": Case(rh.DilatedPattern((16, 64, 256), (1, 4, 16)), 150, 1, 3, 3, 16),
+    "uncovered rows": Case(rh.DilatedPattern((24, 48), (3, 6)), 100, 1, 4, 4, 16),
+    "duplicates": Case(rh.DilatedPattern((16, 16, 64, 64), (1, 1, 2, 4)), 90, 1, 2, 2, 16),
+    "r does not divide w": Case(rh.DilatedPattern((15, 45), (3, 6), segment_shift=4), 100, 1, 4, 4, 16),
+    "not nested": Case(rh.DilatedPattern((16, 40, 50), (1, 2, 3), segment_shift=-5), 113, 1, 2, 1, 16),
+    "block rule": Case(rh.DilatedPattern((16, 64), (2, 4), "block"), 100, 1, 4, 4, 16),
+    "hilbert": Case(LADDER, 113, 1, 2, 2, 16, order=HILBERT),
+    "ties": Case(LADDER, 113, 2, 2, 2, 16, positions="ties"),
+    "positions per entry": Case(LADDER, 70, 2, 2, 1, 16, positions="per-batch"),
+    "documents": Case(LADDER, 113, 2, 2, 2, 16, documents="shared"),
+    "documents per entry, hilbert": Case(LADDER, 70, 2, 2, 1, 16, order=HILBERT, documents="per-batch"),
+    "padding": Case(LADDER, 113, 1, 4, 2, 16, documents="padding"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_float32_is_as_good_as_eager(name: str, causal: bool):
+    case = replace(CASES[name], causal=causal)
+    check(answer(case, torch.float32), case, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "seq_len"),
+    [
+        (torch.bfloat16, 16, 63), (torch.bfloat16, 64, 113), (torch.bfloat16, 128, 1), (torch.bfloat16, 40, 113),
+        (torch.float16, 40, 63), (torch.float16, 96, 113), (torch.float32, 80, 113), (torch.float32, 256, 63),
+    ],
+)  # fmt: skip
+def test_dtypes_head_dims_and_odd_lengths(dtype: torch.dtype, head_dim: int, seq_len: int):
+    case = Case(LADDER, seq_len, 1, 2, 1, head_dim, causal=head_dim != 40)
+    check(answer(case, dtype), case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_logits(dtype: torch.dtype):
+    case = Case(rh.DilatedPattern((128, 256), (1, 2)), 300, 1, 2, 2, 32, logit_scale=16.0)
+    check(answer(case, dtype, Tile(64, 64, 1, 1)), case, dtype, floor=0.0)
+
+
+def test_rows_between_nan_and_at_strides():
+    case = Case(LADDER, 63, 2, 4, 2, 24)
+    check(answer(case, torch.float32, strided=True), case, torch.float32)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_scales_that_are_not_positive(scale: float):
+    case = Case(LADDER, 50, 1, 2, 1, 16)
+    results = []
+    for dtype, run in ((torch.float64, rh.reference.dilated_attention), (torch.float32, rh.dilated_attention)):
+        x = {name: value.to(DEVICE, dtype) for name, value in case.tensors(torch.float32).items()}
+        q, k, v = (x[name].requires_grad_() for name in "qkv")
+        options = {"backend": "triton", "return_lse": True} if dtype == torch.float32 else {}
+        out, lse = run(q, k, v, case.pattern, scale=scale, **options)
+        out.backward(x["dout"])
+        results.append(
+            {name: t.detach().double() for name, t in zip("oldkv", (out, lse, q.grad, k.grad, v.grad), strict=True)}
+        )
+    assert_close(results[1], results[0], 5e-6)
+
+
+def test_results_repeat_to_the_bit():
+    case = replace(CASES["documents per entry, hilbert"], heads=4)
+    first, second = (answer(case, torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def fits(case: Case) -> Case:
+    """A head dim that the kernels have, and logits for which float32 alone can be compared to float64."""
+    return replace(case, head_dim=16, logit_scale=1.0)
+
+
+small_tiles = st.tuples(st.sampled_from([16, 32]), st.sampled_from([16, 32])).map(lambda blocks: Tile(*blocks, 1, 1))
+
+
+@given(cases(), small_tiles)
+@settings(max_examples=12)
+def test_float32_equals_the_reference(case: Case, tile: Tile):
+    check_any(case, tile)
+
+
+@pytest.mark.full
+@given(cases(max_length=120), small_tiles)
+def test_float32_equals_the_reference_on_many(case: Case, tile: Tile):
+    check_any(case, tile)
+
+
+def check_any(case: Case, tile: Tile) -> None:
+    case = fits(case)
+    ours = {name: t.double() for name, t in answer(case, torch.float32, tile).items()}
+    assert_close(ours, case.expected(torch.float64, inputs=torch.float32), 5e-6)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("seq_len", [1, 63, 113, 1023])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.timeout(900)
+def test_matrix(dtype: torch.dtype, head_dim: int, seq_len: int, causal: bool):
+    case = Case(rh.DilatedPattern((64, 256, 512), (1, 4, 8), segment_shift=9), seq_len, 1, 2, 1, head_dim, causal)
+    check(answer(case, dtype, Tile(64, 64, 1, 1)), case, dtype)
+
+
+# ---- ranks
+
+
+RankProblem = tuple[Case, tuple[int, ...], Way]
+
+
+def _run_cases(rank: int, world: int, problems: list[RankProblem], dtype: torch.dtype):
+    import tests.harness.interpreter  # noqa: F401
+
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch)
+        for case, lengths, way in problems:
+            results.append(attend(case, lengths, rank, dist.group.WORLD, dtype, backend="triton", way=way)[0])
+    return results
+
+
+def run_cases(world: int, problems: list[RankProblem], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    ranks = run_ranks(_run_cases, world, problems, dtype, timeout=280)
+    layouts = [Layout(lengths, way.layout) for _, lengths, way in problems]
+    return [whole([rank[i] for rank in ranks], layout) for i, layout in enumerate(layouts)]
+
+
+def check_ranks(world: int, problems: list[RankProblem]) -> None:
+    problems = [(fits(case), lengths, way) for case, lengths, way in problems]
+    for problem, result in zip(problems, run_cases(world, problems, torch.float32), strict=True):
+        try:
+            ours = {name: t.double() for name, t in result.items()}
+            assert_close(ours, problem[0].expected(torch.float64, inputs=torch.float32), 5e-6)
+        except AssertionError as error:
+            raise AssertionError(f"{problem}") from error
+
+
+def every_problem(world: int) -> list[RankProblem]:
+    return [(*problem, EXCHANGE) for problem in problems_for(world)] + problems_in_every_way(world)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_equal_the_reference(world: int):
+    every = every_problem(world)
+    check_ranks(world, every[world // 2 :: 53 if world == 2 else 61])
+
+
+@on_the_cpu
+@pytest.mark.full
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("part", range(16))
+@pytest.mark.timeout(900)
+def test_ranks_equal_the_reference_everywhere(world: int, part: int):
+    check_ranks(world, every_problem(world)[part::16])
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_does_not_grow_with_the_ranks(dtype: torch.dtype):
+    """Against float64 on the same inputs: RMS error at P = 4 at most 1.1x, max at most 2.5x that at P = 1."""
+    case = Case(rh.DilatedPattern((32, 128, 256), (1, 2, 4)), 256, 1, 2, 2, 16, logit_scale=4.0)
+    exact = case.expected(torch.float64, inputs=dtype)
+    one, four = (run_cases(world, [(case, splits(256, world, "even"), EXCHANGE)], dtype)[0] for world in (1, 4))
+    for name, truth in exact.items():
+        covered = truth != float("-inf")
+        alone, together = ((x[name].double() - truth)[covered].abs() for x in (one, four))
+        assert together.square().mean().sqrt() <= 1.1 * alone.square().mean().sqrt(), name
+        assert together.max() <= 2.5 * alone.max(), name
+
+
+# ---- debugging and measuring
+
+
+@on_the_cpu
+def test_compare_tells_what_is_wrong():
+    case = Case(LADDER, 50, 1, 2, 1, 16, documents="padding")
+    x = case.tensors(torch.float32)
+
+    def broken(q, k, v, *args, **options):
+        out, lse = rh.dilated_attention(q, k, v, *args, **options)
+        return out * 1.01, lse
+
+    for call, factor in ((rh.dilated_attention, 2.0), (broken, 1e-3)):
+        errors = rh.reference.compare(call, x["q"], x["k"], x["v"], LADDER, backend="triton", **case.facts())
+        assert set(errors) == {"out", "lse", "dq", "dk", "dv"} and all(e.same_rows_uncovered for e in errors.values())
+        worst = max(
+            errors[name].max_error / (errors[name].eager_max_error * factor + 2e-6 * (factor > 1))
+            for name in ("out", "dv")
+        )
+        assert (worst <= 1) == (call is rh.dilated_attention), errors
+
+
+@on_the_cpu
+def test_bench_kernels_times_what_it_says():
+    chosen = argparse.Namespace(order=["raster", "hilbert"], dense_limit=64, repeats=1, without=[])
+    problem = Problem(LADDER, 128, True, torch.float32, DEVICE, 1, 2, 2, 16)
+    records = {(r["contender"], r["pass"]): r for r in kernels._measure(problem, "ladder", chosen)}
+    assert {label for label, _ in records} >= {"ring_hilbert raster", "ring_hilbert hilbert", "longnet"}
+    pairs = problem.plan(LADDER).attention_flops(0) / 64
+    for (label, pass_), record in records.items():
+        flops = pairs * 16 * {"forward": 4, "backward": 10}[pass_]
+        assert float(record["tflops"]) == pytest.approx(flops / float(record["ms"]) / 1e9, rel=2e-2), label
+    tile, schedule = kernels._core(problem, "raster").schedule("forward")
+    share = schedule.blocks() * tile.block_outer * tile.block_inner / pairs
+    assert float(records["ring_hilbert raster", "forward"]["executed_share"]) == pytest.approx(share, rel=1e-2)
+
+
+@on_the_cpu
+def test_bench_kernels_of_shipped_shapes(monkeypatch: pytest.MonkeyPatch):
+    order = rh.TokenOrder("hilbert", block=32)
+    one = kernels_shipped.Shape("ladder", LADDER, order, 128, 2, 1, 64, longnet=True)
+    monkeypatch.setattr(kernels_shipped, "SHAPES", (one, replace(one, documents=5, longnet=False)))
+    monkeypatch.setattr(kernels_shipped, "DENSE_ROWS", 64)
+    records = list(kernels_shipped.rows(argparse.Namespace(repeats=1), DEVICE))
+    assert [(r["contender"].split(",")[0], r["documents"]) for r in records[::2]] == [
+        ("ring_hilbert", 1), ("cudnn", 1), ("longnet", 1), ("ring_hilbert", 5), ("cudnn", 5),
+    ]  # fmt: skip
+    pairs = one.problem(DEVICE).plan(LADDER, order).attention_flops(0) / 4 / 64
+    assert float(records[0]["tflops"]) == pytest.approx(4 * 64 * pairs / float(records[0]["ms"]) / 1e9, rel=2e-3)
+    assert not any(r["cudnn_healthy"] for r in records)
+    shares = [r["of_one_document"] for r in records]
+    assert float(shares[6]) > 0 and float(shares[7]) > 0 and not any(shares[:6]) and not any(shares[8:])
+
+
+def compile_rows(*arguments: str) -> list[dict[str, str]]:
+    """`kernels_aot.rows` in a process that does not interpret."""
+    code = f"import csv, sys, torch; from ring_hilbert.bench import kernels_aot as a; rows = list(a.rows({', '.join(arguments)})); "
+    code += "w = csv.DictWriter(sys.stdout, list(rows[0])); w.writeheader(); w.writerows(rows)"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return list(csv.DictReader(io.StringIO(result.stdout)))
+
+
+def check_compiled(row: dict[str, str]) -> None:
+    assert int(row["spilled_bytes"]) == 0 and int(row["shared_bytes"]) <= int(row["shared_limit"]), row
+    assert (int(row["wgmma"]) > 0) == (row["capability"] == "90"), row
+
+
+def test_compiles_ahead_of_time_for_hopper():
+    rows = compile_rows("(90,)", "(64,)", "torch.bfloat16", "('forward', 'dkdv')", "('rows at equal steps',)")
+    assert len(rows) == 2
+    for row in rows:
+        check_compiled(row)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles_ahead_of_time(capability: int):
+    rows = compile_rows(f"({capability},)", "(64, 128)", "torch.bfloat16")
+    assert len(rows) == 2 * 3 * len(kernels_aot.VARIANTS)
+    for row in rows:
+        check_compiled(row)
+
+
+# ---- which backend
+
+
+@on_the_cpu
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float64}, "float16, bfloat16 and float32"),
+        ({"head_dim": 20}, "multiples of 8"),
+        ({"head_dim": 264}, "up to 256"),
+        ({"interpret": "0"}, "CUDA device"),
+    ],
+)
+def test_an_explicit_backend_works_or_says_why_not(monkeypatch: pytest.MonkeyPatch, change: dict, message: str):
+    if "interpret" in change:
+        monkeypatch.setenv("TRITON_INTERPRET", change["interpret"])
+    x = torch.zeros(1, 8, 2, change.get("head_dim", 16), dtype=change.get("dtype", torch.float32))
+    with pytest.raises(ValueError, match=message):
+        rh.dilated_attention(x, x, x, LADDER, backend="triton")
+    rh.dilated_attention(x, x, x, LADDER, backend="auto")
+
+
+def test_auto_is_triton_on_cuda_and_torch_elsewhere(monkeypatch: pytest.MonkeyPatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for dtype, dim in itertools.product((torch.float16, torch.bfloat16, torch.float32), (16, 40, 256)):
+        assert triton_core.choose("auto", cuda, dtype, dim) == "triton"
+        assert triton_core.choose("auto", cpu, dtype, dim) == "torch"
+    assert triton_core.choose("auto", cuda, torch.float64, 64) == "torch"
+    assert triton_core.choose("auto", cuda, torch.float32, 20) == "torch"
+    monkeypatch.setattr(triton_core, "has_triton_package", lambda: False)
+    assert triton_core.choose("auto", cuda, torch.float32, 64) == "torch"
+
+
+def test_every_call_the_kernels_take_has_tiles():
+    shapes = itertools.product(tiles.PASSES, (80, 90, 100, 120), range(8, 257, 8), triton_core.DTYPES)
+    for pass_, capability, dim, dtype in shapes:
+        assert all(tile.block_outer >= 16 for tile in tiles.tiles_for(pass_, capability, dim, dtype))
+
+
+def test_walks_that_take_registers_have_smaller_tiles():
+    large, small = Tile(64, 64, 8, 2), Tile(64, 16, 8, 2)
+    rows = torch.arange(256)
+
+    def chosen(length: int, places: Tensor | None = None) -> Tile:
+        of = chains(rh.DilatedPattern((length, None), (1, 2)), 1)
+        return tiles.plan_tile((large, small), lambda t: plan_rows(of, 0, rows, places, block_outer=t.block_outer))[0]
+
+    assert chosen(64) == large
+    assert chosen(4) == small and chosen(64, rows.flip(0)) == small

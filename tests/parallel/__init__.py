@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks: plans, what travels, and the same numbers whatever their count."""

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank that is stopped, killed or stuck in the middle of training: every other rank names it, in time, and ends."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.watchdog import STATUS, RankLost
+from tests.harness.deepspeed_rank import zero
+from tests.harness.tiny_run import tiny_config, write_texts
+
+WORLD, LIMIT = 4, 8.0  # ranks, and seconds of timeouts.step
+PLACE = r"in (?P<collective>[^,;]+), (?P<part>(forward|backward|optimizer|reading a batch|sum of the loss|a step)[^,]*), step \d+"
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["ring_hilbert.training.loop", "tests.harness.tiny_run"])
+
+
+def _rank(rank: int, config: RunConfig, port: int, output: Path, slow: bool) -> None:
+    """What torchrun would start, without the seconds that imports take. `slow`: every linear layer takes 5 ms more."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    from ring_hilbert.training.loop import pretrain
+
+    if slow:
+        forward = torch.nn.Linear.forward
+        torch.nn.Linear.forward = lambda *arguments: (time.sleep(0.005), forward(*arguments))[1]  # type: ignore[method-assign]
+    try:
+        pretrain(config)
+    except RankLost as lost:
+        print(f"ring-hilbert: {lost}; {lost.__cause__}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+class Run:
+    """Ranks in training; their output, one file each, is in `folder`."""
+
+    def __init__(self, folder: Path, slow: int | None = None, **changes: Any) -> None:
+        write_texts(folder)
+        options = {
+            "parallel__sp": 2,
+            "parallel__dp_shard": WORLD // 2,
+            "timeouts__step": LIMIT,
+            "optim__decay_steps": 100,
+        }
+        steps = {"train__steps": 100000, "checkpoint__every": 100000, "data__eval": None}
+        self.config = tiny_config(folder, **options, **steps, **changes)
+        self.store = dist.TCPStore("127.0.0.1", 0, None, True, datetime.timedelta(seconds=60), wait_for_workers=False)
+        self.outputs = [folder / f"output{rank}" for rank in range(WORLD)]
+        self.metrics = folder / "logs" / "metrics.jsonl"
+        self.processes = [
+            _context.Process(target=_rank, args=(rank, self.config, self.store.port, output, rank == slow), daemon=True)
+            for rank, output in enumerate(self.outputs)
+        ]
+
+    def __enter__(self) -> Run:
+        for process in self.processes:
+            process.start()
+        self.wait(lambda: self.metrics.exists() and self.metrics.read_text().count("\n") >= 3, 120)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def wait(self, what: Callable[[], bool], seconds: float) -> float:
+        """How long it took."""
+        began = time.monotonic()
+        while not what():
+            assert time.monotonic() - began < seconds, "\n".join(self.told(rank)[-2000:] for rank in range(WORLD))
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def told(self, rank: int) -> str:
+        """Its output."""
+        return self.outputs[rank].read_text(errors="replace") if self.outputs[rank].exists() else ""
+
+    def strike(self, seed: int, number: signal.Signals) -> int:
+        """Send a signal to some rank at some moment; returns which."""
+        dice = random.Random(seed)
+        victim = dice.randrange(WORLD)
+        time.sleep(dice.uniform(0, 1))
+        os.kill(self.processes[victim].pid or 0, number)
+        return victim
+
+
+def check_stop(folder: Path, seed: int, **changes: Any) -> list[str]:
+    """Stop a rank; the collectives in which the others waited."""
+    with Run(folder, **changes) as run:
+        victim = run.strike(seed, signal.SIGSTOP)
+        survivors = [rank for rank in range(WORLD) if rank != victim]
+        named = f"for rank {victim} ("
+        # A rank may still do a step's work before it waits; it has told after half of its limit.
+        run.wait(lambda: all(named in run.told(rank) for rank in survivors), LIMIT)
+        run.wait(lambda: not any(run.processes[rank].is_alive() for rank in survivors), LIMIT + 8)
+        waited = []
+        for rank in survivors:
+            assert run.processes[rank].exitcode == STATUS
+            lines = [line for line in run.told(rank).splitlines() if named in line]
+            assert len(lines) == 2 and ("the run ends" in lines[1] or "has ended the run" in lines[1]), lines
+            found = re.search(
+                rf"rank {rank} \(.* {PLACE}, {re.escape(named)}.*is stopped since .* when it was in .*, step \d+",
+                lines[0],
+            )
+            assert found, lines
+            waited.append(f"{found['collective']}, {found['part']}")
+            assert "watchdog" in (Path(run.config.log.dir) / "hangs" / f"stacks_{rank}.txt").read_text()
+        return waited
+
+
+def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
+    check_stop(tmp_path, 0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_a_stopped_rank_is_named_at_any_time(tmp_path: Path, seed: int) -> None:
+    check_stop(tmp_path, seed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_a_stopped_rank_is_named_with_deepspeed(tmp_path: Path, seed: int) -> None:
+    check_stop(tmp_path, seed, **zero({"stage": seed % 4}))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_a_killed_rank_is_named(tmp_path: Path, seed: int) -> None:
+    with Run(tmp_path) as run:
+        victim = run.strike(seed, signal.SIGKILL)
+        survivors = [rank for rank in range(WORLD) if rank != victim]
+        run.wait(lambda: not any(run.processes[rank].is_alive() for rank in survivors), LIMIT + 8)
+        for rank in survivors:
+            found = re.search(
+                rf"rank {rank} \(.*, for rank (\d+) \(.* (which has ended since|which failed)", run.told(rank)
+            )
+            assert found and int(found[1]) == victim, run.told(rank)
+
+
+@pytest.mark.full
+def test_a_slow_rank_is_named(tmp_path: Path) -> None:
+    """Though all ranks take as long for a step."""
+    with Run(tmp_path, slow=2, log__straggler_steps=3) as run:
+        run.wait(lambda: "straggler: rank 2 (" in run.told(0), 60)
+        last = json.loads(run.metrics.read_text().splitlines()[-1])
+        assert (last["slowest_rank"], last["stragglers"]) == (2, 1) and last["slowest_ratio"] > 1.5
+
+
+@pytest.mark.full
+def test_a_run_that_is_suspended_goes_on(tmp_path: Path) -> None:
+    """All ranks stopped for longer than the limit, as a scheduler may, and continued: nobody has waited."""
+    with Run(tmp_path) as run:
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in run.processes:
+                os.kill(process.pid or 0, number)
+            time.sleep(LIMIT + 2 if number == signal.SIGSTOP else 0)
+        done = run.metrics.read_text().count("\n")
+        run.wait(lambda: run.metrics.read_text().count("\n") > done + 3, 60)
+        assert all(process.is_alive() for process in run.processes)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole run from a configuration: what it writes, what its export computes, and what a mistake leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ring_hilbert.training.checkpoint import Checkpoints
+from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.data import open_dataset
+from ring_hilbert.training.engine import make_engine
+from ring_hilbert.training.export import export_model
+from ring_hilbert.training.loop import Run, Summary, pretrain
+from ring_hilbert.training.metrics import read_metrics
+from ring_hilbert.training.model import model_config
+from ring_hilbert.training.world import open_world
+from tests.harness.ranks import run_ranks, run_ranks_collect
+from tests.harness.tiny_run import SEQ_LEN, VOCAB, tiny_config, write_texts
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    write_texts(folder)
+    return folder
+
+
+def in_folder(folder: Path) -> dict[str, str]:
+    return {"checkpoint__dir": str(folder / "checkpoints"), "log__dir": str(folder / "logs")}
+
+
+def run(rank: int, world_size: int, config: RunConfig) -> Summary:
+    del rank, world_size
+    return pretrain(config)
+
+
+def test_a_run_learns_and_says_so(tmp_path: Path, texts: Path) -> None:
+    """Two ranks; metrics of every step and evaluation, plots, TensorBoard, a model better than token frequencies."""
+    changes = {"optim__lr": 1e-2, "log__tensorboard": True, "parallel__sp": 2}
+    untied = {"model__config__tie_word_embeddings": False}  # learns faster
+    config = tiny_config(texts, **in_folder(tmp_path), train__steps=40, **changes, **untied)
+    first, second = run_ranks(run, 2, config)
+    assert first == second
+    assert first.eval_loss < 0.9 * first.unigram_loss
+    logs = tmp_path / "logs"
+    lines = read_metrics(logs / "metrics.jsonl")
+    train = [line for line in lines if line["kind"] == "train"]
+    held_out = [line for line in lines if line["kind"] == "eval"]
+    assert [line["step"] for line in train] == list(range(1, 41))
+    assert [line["step"] for line in held_out] == [10, 20, 30, 40]
+    assert held_out[-1]["loss"] == first.eval_loss
+    assert train[-1]["tokens"] == first.progress.tokens
+    assert train[-1]["learning_rate"] < train[10]["learning_rate"]
+    assert all(line["memory_bytes"] > 2**20 and line["tokens_per_second"] > 0 for line in train)
+    for name in ("loss.png", "loss_by_position.png"):
+        assert (logs / name).read_bytes().startswith(PNG)
+    assert list(logs.glob("events.out.tfevents.*"))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "model",
+        "step_00000030",
+        "step_00000040",
+    ]
+
+
+def test_export_computes_what_training_computed(tmp_path: Path, texts: Path) -> None:
+    """Loaded by AutoModelForCausalLM, the first token that `generate` samples from has the training logits."""
+    config = tiny_config(texts, **in_folder(tmp_path))
+    hf_config = model_config(config)
+    prompt = torch.arange(SEQ_LEN)[None] % VOCAB
+    with open_world(config.parallel) as world:
+        engine = make_engine(config, hf_config, world)
+        dataset = open_dataset(config.data, "train", vocab_size=VOCAB)
+        training = Run(config, world, engine, Checkpoints(config, world, {}), dataset, None, hf_config)
+        for _ in range(3):
+            training.train_step()
+        export_model(engine, config, hf_config, world, tmp_path / "model")
+        batch = training.train_batches.shard({"input_ids": prompt, "document_ids": torch.zeros_like(prompt)})
+        with torch.no_grad():
+            losses = engine.model.eval()(**batch)[0]
+    order = batch["ring_hilbert"].rows[0].argsort()  # back to natural order
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.config._attn_implementation == "ring_hilbert"
+    assert loaded.config.ring_hilbert == config.attention.to_mapping()
+    expected = loaded(prompt).logits[0]
+    after = F.cross_entropy(expected[:-1], prompt[0, 1:], reduction="none")
+    torch.testing.assert_close(losses[order][:-1], after, rtol=1e-4, atol=1e-5)
+    generated = loaded.generate(
+        prompt, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    torch.testing.assert_close(generated.logits[0][0], expected[-1], rtol=1e-4, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("é").input_ids == [0xC3 + 3, 0xA9 + 3, tokenizer.eos_token_id]
+    assert loaded.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_continues_from_an_exported_model(tmp_path: Path, texts: Path) -> None:
+    """`model.path` starts from the weights of a folder."""
+    first = pretrain(tiny_config(texts, **in_folder(tmp_path / "first"), train__steps=4))
+    places = in_folder(tmp_path / "second")
+    again = tiny_config(texts, **places, model={"path": str(first.model)}, train__steps=1, optim__lr=1e-9)
+    assert pretrain(again).eval_loss == pytest.approx(first.eval_loss, rel=1e-5)
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"engine": "deepspeed", "deepspeed": {"config": {}}}, r"deepspeed.config: .* no zero_optimization.stage"),
+    ({"parallel__sp": 3}, r"sp 3 = 3 ranks, but 1 is running; start `torchrun --nproc-per-node 3"),
+    ({"model__config__model_type": "lama"}, r"model: .*lama"),
+    ({"model__config__hiden_size": 32}, r"no key 'hiden_size'; did you mean hidden_size\?"),
+    ({"model__config__hidden_size": "wide"}, r"model: .*hidden_size"),
+    ({"model__config__num_key_value_heads": 3}, r"model: .*H=4 .* Hkv=3"),
+    ({"model__config__attention_dropout": 0.1}, r"model: .*attention_dropout = 0"),
+    ({"model__config__vocab_size": 100}, r"vocab"),
+    ({"model": {"path": "/nowhere/model"}}, r"model: .*/nowhere/model"),
+    ({"data__sources": [{"path": "/nowhere/texts"}]}, r"/nowhere/texts"),
+    ({"data__tokenizer": "/nowhere/tokenizer"}, r"/nowhere/tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=[next(iter(changes)) for changes, _ in MISTAKES])
+def test_mistakes_are_told_before_anything_is_written(
+    tmp_path: Path, texts: Path, changes: dict[str, Any], message: str
+) -> None:
+    """A ValueError that names the key and a way out; no folder appears, no process group stays."""
+    with pytest.raises(ValueError, match=message):
+        pretrain(tiny_config(texts, **in_folder(tmp_path), **changes))
+    assert list(tmp_path.iterdir()) == []
+    assert not dist.is_initialized()
+
+
+def test_mistakes_in_folders(tmp_path: Path, texts: Path) -> None:
+    """A file in the place of a folder."""
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(ValueError, match="logs"):
+        pretrain(tiny_config(texts, **in_folder(tmp_path)))
+
+
+def run_with_own_texts(rank: int, world_size: int, folder: Path, texts: Path) -> Summary:
+    """The second rank does not see the data."""
+    changes = {"data__sources": [{"path": str(texts / "elsewhere")}]} if rank else {}
+    return pretrain(tiny_config(texts, **in_folder(folder), parallel__sp=world_size, **changes))
+
+
+def test_a_mistake_on_one_rank_is_an_error_on_all(tmp_path: Path, texts: Path) -> None:
+    """Every rank raises the same error, which names the rank; nobody waits."""
+    errors = run_ranks_collect(run_with_own_texts, 2, tmp_path, texts)
+    assert all(isinstance(error, ValueError) for error in errors)
+    assert len({str(error) for error in errors}) == 1
+    assert str(errors[0]).startswith("rank 1: ")
+    assert "elsewhere" in str(errors[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gradients_that_are_not_finite(tmp_path: Path, texts: Path) -> None:
+    """Nothing is updated; the run goes on with the next batch, and stops after several in a row."""
+    config = tiny_config(texts, **in_folder(tmp_path), optim__max_skipped=3)
+    with open_world(config.parallel) as world:
+        engine = make_engine(config, model_config(config), world)
+        dataset = open_dataset(config.data, "train", vocab_size=VOCAB)
+        training = Run(config, world, engine, Checkpoints(config, world, {}), dataset, None, model_config(config))
+        backward, bad = engine.backward, {1, 3, 4, 5}
+
+        def poisoned(loss: torch.Tensor) -> None:
+            backward(loss * (torch.inf if training.progress.step in bad else 1))
+
+        engine.backward = poisoned  # type: ignore[method-assign]
+        changed = []
+        for _ in range(5):
+            before = {name: value.clone() for name, value in engine.whole_state().items()}
+            training.train_step()
+            changed.append(any(not torch.equal(before[name], value) for name, value in engine.whole_state().items()))
+        assert changed == [True, False, True, False, False]
+        with pytest.raises(FloatingPointError, match=r"3 steps in a row.*lower optim.lr"):
+            training.train_step()
+    assert training.progress.skipped == 4
