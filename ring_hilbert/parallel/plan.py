@@ -80,8 +80,7 @@ class Plan:
         """The visits among the rows of `rank` in an exchange or a ring, for the torch core."""
         chunks = self.layout.chunks(rank)
         local = [visit for chunk in chunks for visit in self._visits_within(chunk)]
-        local += crossing_visits(self.pattern, self.shapes.num_kv_heads, chunks, self.crossings.in_row_order)
-        return sorted(local, key=lambda visit: not visit.opening)
+        return local + crossing_visits(self.pattern, self.shapes.num_kv_heads, chunks, self.crossings.in_row_order)
 
     def hops(self, rank: int) -> tuple[HopCandidates, ...]:
         """What may come to `rank` and leave it, and the visits over it."""
