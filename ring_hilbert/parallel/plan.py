@@ -73,6 +73,13 @@ class Plan:
         self.crossings = crossings_of(pattern, layout, in_row_order, shapes.num_kv_heads, shapes.batch_size)
         # Else only those candidates travel that the batch's documents and positions let be seen.
         self.all_travel = not visible.has_documents and (not visible.causal or in_row_order)
+        self._counts: dict[int, np.ndarray] = {}
+
+    def under(self, strategy: str) -> Plan:
+        """The same under another strategy; what both count is counted once."""
+        other = Plan(self.pattern, self.layout, self.visible, self.shapes, strategy, self.deduplicate)
+        other._counts = self._counts
+        return other
 
     # ---- what a rank executes
 
@@ -150,7 +157,9 @@ class Plan:
         """Payload rows that travel to `reader` from every rank, int64 `[P]`."""
         if self.all_travel:
             return self.crossings.counts(reader)
-        counts = np.zeros(self.layout.world_size, np.int64)
+        if reader in self._counts:
+            return self._counts[reader]
+        counts = self._counts[reader] = np.zeros(self.layout.world_size, np.int64)
         if self.crossings.communicates:
             candidates = Candidates(self.crossings, reader, self.crossings.shipments(reader))
             travel = candidates.travel(self.visible.on(torch.device("cpu")))
