@@ -12,6 +12,8 @@ from ring_hilbert.commands.checkpoints import add_convert, add_export
 from ring_hilbert.commands.data import add_data_info, add_prepare_data
 from ring_hilbert.commands.foresee import add_plan, add_plot
 from ring_hilbert.commands.measure import add_bench, add_check
+from ring_hilbert.commands.mistakes import missing_extra
+from ring_hilbert.commands.parser import Parser
 from ring_hilbert.commands.run import add_pretrain
 
 COMMANDS: tuple[Callable[[Any], None], ...] = (
@@ -29,7 +31,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`, a function of the parsed arguments to the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ring-hilbert", description="Exact sequence-parallel dilated attention in space-filling-curve order."
     )
     parser.add_argument(
@@ -43,8 +45,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, or 2 and a message, without traceback, for what the user can mend."""
-    chosen = build_parser().parse_args(arguments)
-    return chosen.run(chosen)
+    try:
+        chosen = build_parser().parse_args(arguments)
+        return chosen.run(chosen)
+    except ModuleNotFoundError as error:
+        advice = missing_extra(error)
+        if advice is None:
+            raise
+        print(f"ring-hilbert: error: {advice}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

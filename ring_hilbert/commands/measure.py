@@ -12,15 +12,19 @@ from ring_hilbert.commands.mistakes import in_one_line
 
 def add_bench(commands: Any) -> None:
     """`ring-hilbert bench <measurement>`: measure and keep the rows; each measurement declares its own flags."""
-    from ring_hilbert.bench.command import add_measurements
-
     parser = commands.add_parser(
         "bench",
         help="measure, and append rows to a CSV file",
         description="Measure, print, and append a row per figure to a CSV file, with date, commit, device and versions.",
     )
-    add_measurements(parser)
+    parser.declare = _measurements
     parser.set_defaults(run=_bench)
+
+
+def _measurements(parser: argparse.ArgumentParser) -> None:
+    from ring_hilbert.bench.command import add_measurements
+
+    add_measurements(parser)
 
 
 @in_one_line
