@@ -78,18 +78,20 @@ def vocab_size(hf_config: PretrainedConfig) -> int:
 
 
 def build_skeleton(
-    config: RunConfig, hf_config: PretrainedConfig, device: torch.device | None = None
+    config: RunConfig, hf_config: PretrainedConfig, device: torch.device | None = None, **fusing: Any
 ) -> PreTrainedModel:
     """The model without values, on the meta device, in training mode: `Weights` fills it. `check_model` accepts it.
 
-    `device`: where it will compute, None if nowhere.
+    `device`: where it will compute, None if nowhere. `fusing`: further arguments of `fuse`.
     """
     with torch.device("meta"):
         model = make_model(hf_config)
-    return for_training(model, config, device)
+    return for_training(model, config, device, **fusing)
 
 
-def for_training(model: PreTrainedModel, config: RunConfig, device: torch.device | None) -> PreTrainedModel:
+def for_training(
+    model: PreTrainedModel, config: RunConfig, device: torch.device | None, **fusing: Any
+) -> PreTrainedModel:
     """`model` in training mode, with the fused parts, the activation checkpointing and the tiled MLP of `config`.
 
     Raises:
@@ -98,7 +100,7 @@ def for_training(model: PreTrainedModel, config: RunConfig, device: torch.device
     train = config.train
     model.train()
     if device is not None:
-        model.fused = fuse(model, config, device)
+        model.fused = fuse(model, config, device, **fusing)
     if train.recomputes != "none" or train.recompute_layers:
         # The name of Transformers 5.2x; gradient_checkpointing_enable is the older one, deprecated there.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
