@@ -23,7 +23,10 @@ def crossings(draw: st.DrawFn) -> Crossings:
     layout = Layout(tuple(draw(st.lists(st.integers(0, 8), min_size=1, max_size=4))))
     if draw(st.booleans()):
         layout = Layout((2 * draw(st.integers(1, 3)),) * draw(st.integers(1, 4)), "zigzag")
-    return Crossings(draw(patterns(24)), layout, draw(st.booleans()), draw(st.integers(1, 5)), draw(st.integers(1, 2)))
+    taking_turns = st.builds(rh.DilatedPattern, st.tuples(st.integers(4, 24)), st.just((2,)))  # heads 0, 2, 4 and 1, 3
+    return Crossings(
+        draw(patterns(24) | taking_turns), layout, draw(st.booleans()), draw(st.integers(1, 5)), draw(st.integers(1, 2))
+    )
 
 
 def member(pattern: rh.DilatedPattern, branch: rh.Branch, kv_head: int, kv_heads: int, row: int) -> int | None:
@@ -73,12 +76,21 @@ def test_the_rows_that_may_travel_are_those_that_somebody_sees(c: Crossings):
             assert reader in c.readers(owner) or not found
         crosses |= any(needed.values())
     assert c.communicates or not crosses
-    if c.layout.kind == "contiguous":
-        cuts = [rank_rows[0] for rank_rows in rows if rank_rows][1:]  # first rows of ranks but the first
-        shift, lengths = c.pattern.segment_shift, c.pattern.segment_lengths
-        assert c.communicates == any(
-            w is None or (a - 1 + shift) // w == (a + shift) // w for a in cuts for w in lengths
-        )
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=4),
+    st.lists(st.integers(1, 6)),
+    st.integers(1, 4),
+    st.integers(-6, 6),
+)
+def test_whether_a_segment_reaches_over_a_boundary(lengths: list[int], segments: list[int], unit: int, shift: int):
+    layout, segments = Layout(tuple(unit * length for length in lengths)), segments or [unit]
+    pattern = rh.DilatedPattern(tuple(segments), (1,) * len(segments), segment_shift=shift)
+    owner = [rank for rank, length in enumerate(layout.lengths) for _ in range(length)]
+    neighbours = [row for row in range(1, layout.seq_len) if owner[row - 1] != owner[row]]
+    crosses = any((row - 1 + shift) // w == (row + shift) // w for row in neighbours for w in segments)
+    assert Crossings(pattern, layout, False, 1, 1).communicates == crosses
 
 
 @given(crossings())
