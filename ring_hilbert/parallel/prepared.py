@@ -65,7 +65,8 @@ class Prepared:
         strategy: how rows reach other ranks; "auto" is resolved by `strategy_for`.
         save_remote: whether received rows are kept for backward instead of being fetched again.
         rows: int64 `[1 or B, S_local]`, on the device of the batch: the natural token index of every local row.
-        position_ids: what `shard_batch` returned as such, or None; integrations check that the model was given them.
+        position_ids: int64 `[B, S_local]`, what `shard_batch` returned as such, or None; integrations check that the
+            model was given them.
         position_ids_checked: whether that was done for this batch.
         handle: int64 `[]` on the CPU, what compiled graphs and autograd hold of these facts, and keep them alive by. So
             nobody needs to keep this object until backward, but for one case: compiled code under hooks that save copies
@@ -198,7 +199,11 @@ class Prepared:
         """Take another batch's positions and documents in place: for one device, the same shapes, and what was given before.
 
         Layers see them from their next launch on. Nothing is read by the host and nothing checked, so that it can be captured in
-        a CUDA graph together with forward and backward. Document ids must be -1 or more.
+        a CUDA graph together with forward and backward.
+
+        Args:
+            positions: integers `[S]` or `[B, S]`, as in `prepare`.
+            document_ids: integers `[S]` or `[B, S]`, -1 or more.
 
         Raises:
             ValueError: with a group of ranks, other shapes, or facts that were not given when this was prepared.

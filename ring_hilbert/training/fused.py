@@ -200,7 +200,7 @@ def _with_kernel(kernel: str, *, together: bool) -> Callable[..., Tensor]:
 
     product = getattr(liger_kernel.ops, kernel).apply
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if together else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(product(gate, up))
 

@@ -88,7 +88,8 @@ class _LinearLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,) = grad_outputs
         hidden, weight, bias, labels, *gradients = ctx.saved_tensors
         shape, scale = (*upstream.shape, hidden.shape[-1]), upstream.flatten()[:1].sum()
         if any(upstream.stride()):  # not one number for all rows
@@ -99,6 +100,7 @@ class _LinearLoss(torch.autograd.Function):
         dhidden, dweight, dbias = (
             None if g is None else (g * scale).to(x.dtype) for g, x in zip(gradients, like, strict=True)
         )
+        assert dhidden is not None
         return dhidden.view(shape), dweight, dbias, None, None, None
 
 
@@ -120,7 +122,7 @@ def _sum_chunks(
     for rows in _chunks(hidden, weight):
         product = _logits(hidden[rows], weight, bias, losses.dtype)
         losses[rows], dlogits = chunk(product, labels[rows], hidden.dtype if differentiable else None)
-        if dlogits is None:
+        if dlogits is None or dhidden is None or dweight is None:
             continue
         if upstream is not None:
             dlogits = (dlogits * upstream[rows, None]).to(hidden.dtype)

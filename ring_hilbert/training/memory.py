@@ -135,7 +135,7 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig, cuda: bool) -> Mem
     walks, inside = _attention(config.model_copy(update={"train": alike}).model_dump_json(), cuda)
     # Compiled layers count as uncompiled ones, which hold more.
     skeleton = build_skeleton(config, hf_config, torch.device("cuda") if cuda else None, kinds=("liger",))
-    skeleton.fused = None  # the loss by its own passes: nothing is compiled
+    skeleton.fused = None  # pyright: ignore[reportArgumentType]  # the loss by its own passes: nothing is compiled
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _nothing_launched():
         engine = TorchEngine(skeleton, None, config, world)
         parameters = list(engine.model.parameters())
@@ -176,7 +176,9 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig, cuda: bool) -> Mem
     allocated = sum(states) + activations + temporary + exchange + walks
     contexts = CONTEXT + communicators(config.parallel) if cuda else 0
     slack = int(SLACK * allocated) if cuda else 0
-    return MemoryPlan(count, host, *states, activations, temporary, exchange, walks, contexts, slack)
+    return MemoryPlan(
+        count, host, states[0], states[1], states[2], activations, temporary, exchange, walks, contexts, slack
+    )
 
 
 def communicators(parallel: ParallelConfig) -> int:
@@ -228,11 +230,11 @@ class _Held(TorchDispatchMode):
     def __enter__(self) -> _Held:
         self._resize, held = torch.UntypedStorage.resize_, self
 
-        def resize_(storage: torch.UntypedStorage, size: int) -> Any:  # how FSDP lets go of gathered parameters
-            result = held._resize(storage, size)
-            if id(storage) in held._sizes:
-                held._gone(id(storage))
-                held._take(storage)
+        def resize_(self: torch.UntypedStorage, size: int) -> Any:  # how FSDP lets go of gathered parameters
+            result = held._resize(self, size)
+            if id(self) in held._sizes:
+                held._gone(id(self))
+                held._take(self)
             held._most(0)
             return result
 

@@ -51,7 +51,7 @@ def fill(engine: Any, reader: Reader) -> None:
         buffer.copy_(reader[key])
 
 
-def _place_of(parameter: Tensor, engine: Any) -> tuple[Tensor, int, int, int] | None:
+def _place_of(parameter: Any, engine: Any) -> tuple[Tensor, int, int, int] | None:
     """The flat float32 tensor with this rank's part of a parameter, where in it, the part's first element, and how many."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
