@@ -228,7 +228,7 @@ def test_a_compiled_model_checks_position_ids_of_its_own():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"document_ids": torch.zeros(24, dtype=torch.long)}, r"belong into prepared=rh.prepare\(...\)"),
+        ({"document_ids": torch.zeros(24, dtype=torch.long)}, r"belong in prepared=rh.prepare\(...\)"),
         ({"prepared": rh.prepare(24, causal=False), "causal": True}, "causal=True disagrees with prepared"),
         ({"backend": "cuda"}, "backend='cuda' is not supported"),
         ({"prepared": rh.prepare(23), "name": "layer 3"}, "layer 3: q must have the 23 rows that prepared says"),
