@@ -33,7 +33,7 @@ def test_every_head_is_on_one_rank_with_its_kv_head(kv_heads: int, group: int, d
 
 
 def test_more_ranks_than_heads():
-    with pytest.raises(ValueError, match="5 ranks are more than the 4 heads"):
+    with pytest.raises(ValueError, match="there are 5 ranks and only 4 heads"):
         head_shares(4, 2, 5)
 
 
