@@ -194,10 +194,10 @@ def test_places_that_are_not_known() -> None:
     with pytest.raises(ValueError, match="ByHand has neither set_epoch nor generator"):
         ShardedLoader(DataLoader(ROWS, sampler=ByHand()), None).state_dict()
     stream = DataLoader(EpochStream(), num_workers=1, persistent_workers=True)
-    with pytest.raises(ValueError, match="persistent_workers keep a stream as it was"):
+    with pytest.raises(ValueError, match="persistent_workers keep a stream in the state"):
         ShardedLoader(stream, None).state_dict()
     state = ShardedLoader(DataLoader(ROWS, batch_size=2), None).state_dict()
-    with pytest.raises(ValueError, match="has 8 batches, and had 4 where"):
+    with pytest.raises(ValueError, match="has 8 batches, but had 4 when"):
         ShardedLoader(DataLoader(ROWS), None).load_state_dict(state)
 
 

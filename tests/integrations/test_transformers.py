@@ -202,7 +202,7 @@ def _without_positions(rank: int, world: int, how: str):
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [("none", "position_ids"), ("prepare", "position_ids"), ("mask", "belongs into shard_batch")]
+    ("how", "message"), [("none", "position_ids"), ("prepare", "position_ids"), ("mask", "belongs in shard_batch")]
 )
 def test_sharded_calls_without_position_ids_are_refused(how: str, message: str):
     outcomes = run_ranks_collect(_without_positions, 2, how, timeout=40)
