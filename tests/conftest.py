@@ -2,6 +2,8 @@
 """What every test runs under: one thread per process, no network, and hypothesis the same on every machine."""
 
 import os
+import subprocess
+from multiprocessing.process import BaseProcess
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; spawned ranks and commands inherit it
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The first example of a process pays for imports and spawned ranks, so neither deadlines nor slowness say anything.
@@ -19,3 +22,20 @@ settings.register_profile(
 )
 settings.register_profile("full", settings.get_profile("fast"), max_examples=250)
 settings.load_profile("fast")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option of `run.sh --quick`."""
+    parser.addoption("--quick", action="store_true", help="skip a test as soon as it starts a process")
+
+
+@pytest.fixture(autouse=True)
+def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --quick no test gets further than to where it starts ranks or commands."""
+
+    def skip(*_: object, **__: object) -> None:
+        pytest.skip("starts a process (--quick)")
+
+    if request.config.getoption("quick"):
+        monkeypatch.setattr(subprocess.Popen, "__init__", skip)
+        monkeypatch.setattr(BaseProcess, "start", skip)

@@ -250,3 +250,26 @@ def test_torchrun_ends_when_a_rank_fails(tmp_path: Path) -> None:
     done = torchrun(script, "pretrain", "--config", config_file(tmp_path), "parallel.sp=2")
     assert done.returncode != 0
     assert "spam on rank 1" in done.stderr
+
+
+BARE = """
+import contextlib, importlib.metadata, io, re, sys
+for line in importlib.metadata.requires("ring_hilbert"):
+    if "extra ==" in line:
+        sys.modules[re.match(r"[\\w-]+", line)[0].replace("-", "_")] = None
+from ring_hilbert.cli import main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    main(["--help"])
+status = main("plan --length 64 --ranks 2 --segment-lengths 16 all --dilation-rates 1 4".split())
+print([status, *(main(line.split()) for line in sys.argv[1:])])
+"""
+
+
+def test_without_extras_there_are_help_and_plan_and_what_lacks_is_named():
+    lines = ["pretrain --config x.yaml", "bench wire", "convert a b", "plot a.png"]
+    done = subprocess.run([sys.executable, "-c", BARE, *lines], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == str([0, 2, 2, 2, 2])
+    assert done.stderr.splitlines() == [
+        f"ring-hilbert: error: this needs {module}, which is not installed: pip install 'ring_hilbert[train]'"
+        for module in ("pydantic", "pydantic", "tqdm", "matplotlib")
+    ]

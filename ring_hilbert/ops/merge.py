@@ -24,11 +24,6 @@ class RunningSoftmax:
         self.lse.fill_(float("-inf"))
         self.out.zero_()
 
-    def open(self, lse: Tensor, out: Tensor) -> None:
-        """Start with a partial attention, overwriting what was there."""
-        self.lse.copy_(lse)
-        self.out.copy_(out)
-
     def add(self, lse: Tensor, out: Tensor) -> None:
         """Merge a partial attention `lse [...]`, `out [..., D]`, in place; an lse of -inf adds nothing."""
         lse = lse.double()

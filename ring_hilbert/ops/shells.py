@@ -54,7 +54,6 @@ def shell_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causa
     for start, stop, origin in pieces:
         piece = _Piece(pattern, branches, num_kv_heads, start, stop, origin)
         visits += piece.visits(causal_rows)
-    visits.sort(key=lambda visit: not visit.opening)
     move = chunk.local - chunk.start
     return merge_residues([replace(v, queries=_moved(v.queries, move), keys=_moved(v.keys, move)) for v in visits])
 
@@ -127,8 +126,7 @@ class _Piece:
             if query_rows is None or key_rows is None:
                 continue
             repeats = tuple(self._repeats(query_rows, key_rows, shell, heads.start))
-            opening = shell == 0 and stride == 1
-            yield Visit(heads, query_rows, key_rows, causal=causal, repeats=repeats, opening=opening)
+            yield Visit(heads, query_rows, key_rows, causal=causal, repeats=repeats)
 
     def _phase(self, level: int, head: int) -> int:
         """A row of branch `level` for kv head `head`, modulo the dilation rate."""

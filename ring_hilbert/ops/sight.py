@@ -69,11 +69,6 @@ class Sight:
             tensor[None, None, None] if self.order is None else tensor[..., self.order].movedim((-4, -3, -2), (0, 1, 2))
         )
 
-    @property
-    def covers(self) -> bool:
-        """Whether every query row is in some tile."""
-        return len(self.parts) == 1 and self.parts[0][:2] == (EVERYTHING, EVERYTHING)
-
 
 def clear_sight(count: int, triangle: bool) -> Sight:
     """Every query sees every key, or (`triangle`) each of `count` queries its own row and those before it."""

@@ -47,7 +47,7 @@ class TorchCore:
     """Attention of the local rows of one sequence under one pattern.
 
     Args:
-        local: the visits among the local rows, those that open rows first.
+        local: the visits among the local rows.
         own: intervals of the local rows, int64 `[1 or B, S]` each; None where the visits suffice (`Visible.by_row_alone`).
         head_dim, dtype, device: of q, k and v.
         hops: the visits over what each hop brings.
@@ -59,21 +59,7 @@ class TorchCore:
         hops: Sequence[Sequence[RemoteVisit]] = (), incoming: Sequence[Incoming] = (),
     ) -> None:  # fmt: skip
         kernel = dense_kernel(device, dtype, head_dim)
-        scopes = [(visit, _local_scope(visit, own, kernel, device)) for visit in local]
-        opening = [scope for _, scope in scopes if scope.opens_queries]
-        self.opens_queries = bool(opening) and all(scope.sight.covers for scope in opening)
-        self.opens_keys = self.opens_queries and all(scope.opens_keys for scope in opening)
-        self.local = [
-            (
-                visit,
-                replace(
-                    scope,
-                    opens_queries=scope.opens_queries and self.opens_queries,
-                    opens_keys=scope.opens_keys and self.opens_keys,
-                ),
-            )
-            for visit, scope in scopes
-        ]
+        self.local = [(visit, _local_scope(visit, own, kernel, device)) for visit in local]
         bound = [
             [_BoundVisit(visit, arriving, own, kernel, device) for visit in visits]
             for visits, arriving in zip(hops, incoming, strict=True)
@@ -88,8 +74,7 @@ class TorchCore:
         dtype, kv_heads = torch_visit.compute_dtype(q.dtype), k.shape[2]
         out = torch.empty(q.shape, dtype=dtype, device=q.device)
         softmax = RunningSoftmax(out.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float64), out)
-        if not self.opens_queries:
-            softmax.clear()
+        softmax.clear()
         grouped = RunningSoftmax(_grouped(softmax.lse.transpose(1, 2), kv_heads), _grouped(out, kv_heads))
         state = _Forward(softmax, _grouped(q, kv_heads), q.dtype, scale)
         for visit, scope in self.local:
@@ -136,14 +121,9 @@ class TorchCore:
         exact = exact.masked_fill(lse == float("-inf"), float("inf"))  # no key, no gradient
         done = np.cumsum([visit.cost for visit, _ in self.in_parts])
         upto = int(np.searchsorted(done, share * done[-1] - 0.5)) + 1 if share and len(done) else 0
-        opens = upto >= sum(
-            scope.opens_queries for _, scope in self.in_parts
-        )  # otherwise hops would add to rows before they are opened
-        fresh_q = torch.empty if self.opens_queries and opens else torch.zeros
-        fresh_k = torch.empty if self.opens_keys and opens else torch.zeros
-        dq = fresh_q(q.shape, dtype=dtype, device=q.device)
+        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         sums = torch_visit.compute_dtype(sums)
-        dk, dv = (fresh_k(k.shape, dtype=sums, device=k.device) for _ in range(2))
+        dk, dv = (torch.zeros(k.shape, dtype=sums, device=k.device) for _ in range(2))
         q, dout, out, dq_grouped, exact = (_grouped(x, kv_heads) for x in (q, dout, out, dq, exact.transpose(1, 2)))
 
         def add(visit: Visit, scope: Scope, keys: tuple[Tensor, Tensor], dkeys: tuple[Tensor, Tensor]) -> None:
@@ -154,7 +134,6 @@ class TorchCore:
         def add_local(visits: list[tuple[Visit, Scope]]) -> None:
             for visit, scope in visits:
                 k_rows, v_rows, dk_rows, dv_rows = (visit.view(x, visit.keys) for x in (k, v, dk, dv))
-                scope = scope if opens else replace(scope, opens_queries=False, opens_keys=False)
                 add(visit, scope, (k_rows, v_rows), (dk_rows, dv_rows))
 
         add_local(self.in_parts[:upto])
@@ -234,7 +213,7 @@ def _local_scope(visit: Visit, own: RowIntervals | None, kernel: DenseKernel, de
         queries_in, keys_in = visit.depths()
         times = 1 + np.minimum.outer(np.arange(len(visit.repeats) + 1), keys_in)
         weights = Weights(seen.arrange(queries_in, device), seen.arrange(np.log(times), device).to(kernel.dtype))
-    return Scope(kernel, seen, weights, visit.opening, visit.opening and visit.is_self)
+    return Scope(kernel, seen, weights)
 
 
 def _cut(own: RowIntervals, rows: np.ndarray) -> RowIntervals:

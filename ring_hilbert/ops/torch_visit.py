@@ -54,14 +54,11 @@ class Scope:
         kernel: the dense kernel.
         sight: which keys are seen.
         weights: how often the pairs count; None: once each.
-        opens_queries, opens_keys: this visit is the first to write the results of its query (key) rows, and overwrites them.
     """
 
     kernel: DenseKernel
     sight: Sight
     weights: Weights | None = None
-    opens_queries: bool = False
-    opens_keys: bool = False
 
 
 def forward(state: RunningSoftmax, q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> None:
@@ -98,8 +95,9 @@ def forward(state: RunningSoftmax, q: Tensor, k: Tensor, v: Tensor, scope: Scope
                 RunningSoftmax(piece.lse[:, :, tile.queries], piece.out[:, :, tile.queries]).add(lse, out)
             if piece is not None:
                 rows = RunningSoftmax(state.lse[group][index], state.out[group][index])
-                merge = rows.open if scope.opens_queries else rows.add
-                merge(_put_back(piece.lse.unsqueeze(-1), scope, index).squeeze(-1), _put_back(piece.out, scope, index))
+                rows.add(
+                    _put_back(piece.lse.unsqueeze(-1), scope, index).squeeze(-1), _put_back(piece.out, scope, index)
+                )
 
 
 def backward(
@@ -140,11 +138,8 @@ def backward(
                     pieces = [torch.zeros_like(x, dtype=grads[0].dtype) for x in (queries, keys, values)]
                 for piece, where, result in zip(pieces, (rows, columns, columns), results, strict=True):
                     piece[where] += result
-            opens = (scope.opens_queries, scope.opens_keys and group == 0, scope.opens_keys and group == 0)
-            targets = (grads[0][group], grads[1], grads[2])
-            for target, piece, opening in zip(targets, pieces, opens, strict=False):
-                value = _put_back(piece, scope, index)
-                target[index].copy_(value) if opening else target[index].add_(value)
+            for target, piece in zip((grads[0][group], grads[1], grads[2]), pieces, strict=False):
+                target[index].add_(_put_back(piece, scope, index))
 
 
 # ---- pieces: a visit cut into kernel calls

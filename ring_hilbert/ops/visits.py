@@ -72,7 +72,6 @@ class Visit:
     Attributes:
         causal: keys with a larger row index than the query are masked; otherwise the row index masks nothing.
         repeats: a pair counts once, plus once for each of these that holds both rows; each lies within the one before.
-        opening: the opening visits of a list hold every query row of every head exactly once, and come first.
     """
 
     heads: Heads
@@ -82,7 +81,6 @@ class Visit:
     head_step: int = 1
     causal: bool = False
     repeats: tuple[Repeat, ...] = ()
-    opening: bool = False
 
     @property
     def is_self(self) -> bool:
@@ -216,12 +214,11 @@ def branch_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, caus
     """
     visits: list[Visit] = []
     for branch in sorted(pattern.branches, key=lambda branch: branch.dilation_rate):
-        opening = branch.dilation_rate == 1 and not visits
         for segments in segments_of(branch, pattern.segment_shift, chunk.start, chunk.stop):
             for offset, heads in pattern.residues(branch, num_kv_heads):
                 rows = rows_in(segments, branch.dilation_rate, offset, chunk.start - chunk.local)
                 if rows is not None:
-                    visits.append(Visit(heads, rows, rows, causal=causal_rows, opening=opening))
+                    visits.append(Visit(heads, rows, rows, causal=causal_rows))
     return merge_residues(visits)
 
 
@@ -249,7 +246,7 @@ def merge_residues(visits: list[Visit]) -> list[Visit]:
         size = len(visit.heads.indices)
         distance = visit.keys.start - visit.queries.start
         shape = (replace(visit.queries, start=0), replace(visit.keys, start=0), distance, size, visit.heads.step)
-        alike.setdefault((shape, visit.causal, visit.repeats, visit.opening), []).append(visit)
+        alike.setdefault((shape, visit.causal, visit.repeats), []).append(visit)
     merged: list[Visit] = []
     for group in alike.values():
         chain: list[Visit] = []

@@ -78,13 +78,13 @@ def choose(
     """
     speeds = speeds or Speeds()
     visible = Visible(visible.seq_len, visible.causal, order=visible.order)
-    costs, impossible = {}, {}
-    for strategy in ("exchange", "ring", "ulysses"):
+    exchange = _cost(Plan(pattern, layout, visible, shapes))
+    costs, impossible = {"exchange": exchange}, {}
+    for strategy in ("ring", "ulysses"):
         try:
-            costs[strategy] = _cost(Plan(pattern, layout, visible, shapes, strategy))
+            costs[strategy] = _cost(exchange.plan.under(strategy))
         except ValueError as problem:
             impossible[strategy] = str(problem)
-    exchange = costs["exchange"]
     if not exchange.plan.crossings.communicates:
         return Choice("exchange", "no segment crosses a rank boundary: nothing is sent", costs, impossible)
     mine, why = "exchange", "its communication overlaps the local visits"

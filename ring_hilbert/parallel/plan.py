@@ -73,6 +73,13 @@ class Plan:
         self.crossings = crossings_of(pattern, layout, in_row_order, shapes.num_kv_heads, shapes.batch_size)
         # Otherwise only the candidates visible under the batch's documents and positions are sent.
         self.all_travel = not visible.has_documents and (not visible.causal or in_row_order)
+        self._counts: dict[int, np.ndarray] = {}
+
+    def under(self, strategy: str) -> Plan:
+        """The same under another strategy; what both count is counted once."""
+        other = Plan(self.pattern, self.layout, self.visible, self.shapes, strategy, self.deduplicate)
+        other._counts = self._counts
+        return other
 
     # ---- what a rank executes
 
@@ -80,8 +87,7 @@ class Plan:
         """The visits among the rows of `rank` in an exchange or a ring, for the torch core."""
         chunks = self.layout.chunks(rank)
         local = [visit for chunk in chunks for visit in self._visits_within(chunk)]
-        local += crossing_visits(self.pattern, self.shapes.num_kv_heads, chunks, self.crossings.in_row_order)
-        return sorted(local, key=lambda visit: not visit.opening)
+        return local + crossing_visits(self.pattern, self.shapes.num_kv_heads, chunks, self.crossings.in_row_order)
 
     def hops(self, rank: int) -> tuple[HopCandidates, ...]:
         """What `rank` may receive and send, and the visits over it."""
@@ -151,7 +157,9 @@ class Plan:
         """Payload rows sent to `reader` by every rank, int64 `[P]`."""
         if self.all_travel:
             return self.crossings.counts(reader)
-        counts = np.zeros(self.layout.world_size, np.int64)
+        if reader in self._counts:
+            return self._counts[reader]
+        counts = self._counts[reader] = np.zeros(self.layout.world_size, np.int64)
         if self.crossings.communicates:
             candidates = Candidates(self.crossings, reader, self.crossings.shipments(reader))
             travel = candidates.travel(self.visible.on(torch.device("cpu")))

@@ -94,5 +94,8 @@ def plan(
     visible = Visible(seq_len, causal, documents=documents, order=order)
     shapes = Shapes(batch_size, num_heads, num_kv_heads, head_dim, dtype)
     if strategy == "auto":
-        strategy = choose(pattern, rows, visible, shapes).strategy
+        choice = choose(pattern, rows, visible, shapes)
+        if documents is None:
+            return choice.costs[choice.strategy].plan
+        strategy = choice.strategy
     return Plan(pattern, rows, visible, shapes, strategy)

@@ -330,7 +330,7 @@ def test_bench_kernels_times_what_it_says():
 @on_the_cpu
 def test_bench_kernels_of_shipped_shapes(monkeypatch: pytest.MonkeyPatch):
     order = rh.TokenOrder("hilbert", block=32)
-    one = kernels_shipped.Shape("ladder", LADDER, order, 128, 2, 1, 64, longnet=True)
+    one = kernels_shipped.Shape("ladder", LADDER, order, 64, 2, 1, 64, longnet=True)
     monkeypatch.setattr(kernels_shipped, "SHAPES", (one, replace(one, documents=5, longnet=False)))
     monkeypatch.setattr(kernels_shipped, "DENSE_ROWS", 64)
     records = list(kernels_shipped.rows(argparse.Namespace(repeats=1), DEVICE))

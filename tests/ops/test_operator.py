@@ -251,9 +251,9 @@ def test_what_nothing_may_see_reaches_nothing(backend: str, value: float):
     if backend == "triton" and (pytest.importorskip("triton") is None or torch.cuda.is_available()):
         pytest.skip("of CPU tensors, which only the interpreter takes")
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 96, 2, 16, generator=generator) for _ in range(3))
-    documents = torch.zeros(2, 96, dtype=torch.int64)
-    documents[0, 80:], documents[1, 20:30] = -1, -1
+    q, k, v = (torch.randn(2, 48, 2, 16, generator=generator) for _ in range(3))
+    documents = torch.zeros(2, 48, dtype=torch.int64)
+    documents[0, 40:], documents[1, 20:30] = -1, -1
     results = []
     for fill in (0.0, value):
         x = [q, *(t.masked_fill((documents == -1)[..., None, None], fill) for t in (k, v))]

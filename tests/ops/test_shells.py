@@ -73,22 +73,9 @@ def test_every_pair_is_visited_as_often_as_it_counts(pattern: rh.DilatedPattern,
     for make in (shell_visits, branch_visits):
         visits = make(pattern, heads, chunk, causal)
         np.testing.assert_array_equal(counted(visits, chunk.stop - start, heads), expected, err_msg=make.__name__)
-        _check_opening(visits, chunk.stop - start, heads)
     rings = shell_visits(pattern, heads, chunk, causal)
     pairs = counted([Visit(**{**vars(v), "repeats": ()}) for v in rings], chunk.stop - start, heads)
     assert pairs.max(initial=0) <= 1, "a pair is computed twice"
-
-
-def _check_opening(visits: list[Visit], length: int, heads: int) -> None:
-    """Opening visits come first and have every row of every head once, or there are none."""
-    seen = np.zeros((heads, length), np.int64)
-    for visit in visits:
-        for residue in range(visit.residues if visit.opening else 0):
-            for head in visit.heads.indices:
-                seen[head + residue * visit.head_step, visit.rows(visit.queries)[:, residue].ravel()] += 1
-    assert (seen == 1).all() or (seen == 0).all()
-    flags = [visit.opening for visit in visits]
-    assert flags == sorted(flags, reverse=True)
 
 
 def attend(

@@ -245,7 +245,10 @@ def executed(
     return int(schedule.steps.sum()) * block * inner / pairs
 
 
-@pytest.mark.parametrize(("causal", "block", "bound"), [(False, 16, 0.77), (True, 16, 0.93), (True, 8, 0.85)])
+@pytest.mark.parametrize(
+    ("causal", "block", "bound"),
+    [(False, 16, 0.77), (True, 16, 0.93), pytest.param(True, 8, 0.85, marks=pytest.mark.full)],
+)
 @pytest.mark.parametrize("transposed", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_executed_tiles(causal: bool, block: int, bound: float, transposed: bool):
     """Five branches over 32768 rows, tiles of 128 and 64: what deduplication saves and tiles of equal coverage waste."""
@@ -256,7 +259,7 @@ def test_executed_tiles(causal: bool, block: int, bound: float, transposed: bool
 def test_curve_order_executes_hardly_more(block: int):
     """Causal by token, in Hilbert order within blocks: rows are taken by place, so that masks stay as narrow as in raster."""
     order = rh.TokenOrder("hilbert", block=block)
-    rows = 32768 // SCALE
+    rows = 8192 // SCALE
     assert executed(LADDER, rows, True, 16, order=order) <= 1.02 * executed(LADDER, rows, True, 16)
 
 
@@ -275,16 +278,16 @@ def packed(documents: torch.Tensor, order: rh.TokenOrder | None = None) -> tuple
     return prune(walk, seen.low, seen.high, seen.key, block_inner=16, transposed=False), seen
 
 
-@pytest.mark.parametrize("order", [None, rh.TokenOrder("hilbert", block=128)])
+@pytest.mark.parametrize("order", [pytest.param(None, marks=pytest.mark.full), rh.TokenOrder("hilbert", block=128)])
 def test_documents_cost_what_they_see(order: rh.TokenOrder | None):
     """Many documents visit few blocks; ids that are hashes are as good as any; more padding changes no walk."""
-    documents = torch.arange(2048) // 50
-    many, one = packed(documents, order)[0], packed(torch.zeros(2048, dtype=torch.int64), order)[0]
+    documents = torch.arange(1024) // 50
+    many, one = packed(documents, order)[0], packed(torch.zeros(1024, dtype=torch.int64), order)[0]
     assert many.steps.sum() < 0.7 * one.steps.sum()
-    hashes = torch.randint(0, 2**62, (41,), generator=torch.Generator().manual_seed(0))
+    hashes = torch.randint(0, 2**62, (21,), generator=torch.Generator().manual_seed(0))
     hashed = packed(hashes[documents], order)[0]
     assert torch.equal(hashed.steps, many.steps)
-    padded = packed(torch.where(torch.arange(2048) < 1536, documents, -1), order)[0]
+    padded = packed(torch.where(torch.arange(1024) < 768, documents, -1), order)[0]
     assert all(
         torch.equal(a, b) for a, b in ((padded.walk.tiles, many.walk.tiles), (padded.walk.outer, many.walk.outer))
     )

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ring-hilbert pretrain`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+PRETRAIN_EXAMPLES = """\
+examples:
+  ring-hilbert pretrain --config configs/quickstart.yaml parallel.sp=1 train.steps=20
+  torchrun --nproc-per-node 2 -m ring_hilbert.cli pretrain --config configs/quickstart.yaml
+  ring-hilbert pretrain --dry-run --config configs/llama_1b_1m.yaml parallel.sp=64
+
+A run goes on from the newest checkpoint in checkpoint.dir, if there is one. Ranks use Gloo on the CPU, NCCL with CUDA devices.
+"""
+
+
+def add_pretrain(commands: Any) -> None:
+    """`ring-hilbert pretrain`: train a Transformers model from a YAML file."""
+    parser = commands.add_parser(
+        "pretrain",
+        help="train a language model, alone or under torchrun",
+        description="Pretrain a Transformers causal language model with dilated attention, as a YAML file says.",
+        epilog=PRETRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the run; see configs/")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="train nothing: say, from one process and for all ranks of the run, what would travel and what a rank would hold",
+    )  # fmt: skip
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="replaces a value of the file, e.g. train.steps=20 optim.lr=1e-3",
+    )
+    parser.set_defaults(run=_pretrain)
+
+
+def _pretrain(chosen: argparse.Namespace) -> int:
+    # Imported here so that --help answers at once.
+    from ring_hilbert.training.config import load_stages
+    from ring_hilbert.training.loop import pretrain_stages
+    from ring_hilbert.training.watchdog import RankLost
+    from ring_hilbert.training.world import RankError
+
+    try:
+        if chosen.dry_run:
+            return _dry_run(chosen)
+        pretrain_stages(load_stages(chosen.config, chosen.overrides))
+    except (ValueError, FloatingPointError) as error:
+        rank = os.environ.get("RANK", "0")
+        shared = isinstance(error, (RankError, FloatingPointError))  # every rank knows of it
+        if rank == "0" or not shared:
+            where = "" if shared or "RANK" not in os.environ else f" (rank {rank})"
+            print(f"ring-hilbert pretrain: error{where}: {error}", file=sys.stderr)
+        return 2
+    except RankLost as error:
+        print(f"ring-hilbert pretrain: error: {error}: {error.__cause__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _dry_run(chosen: argparse.Namespace) -> int:
+    from ring_hilbert.bench import planning
+    from ring_hilbert.parallel.choice import Speeds
+    from ring_hilbert.training.config import load_stages
+    from ring_hilbert.training.engine import check_engine
+    from ring_hilbert.training.fitting import fit
+
+    for name, config in load_stages(chosen.config, chosen.overrides).items():
+        check_engine(config)
+        parallel, length = config.parallel, config.data.seq_len
+        micro_steps = config.sequences_per_step // (parallel.dp * config.train.micro_batch)
+        print(
+            (f"stage {name}: " if name else "")
+            + f"{parallel.world_size} ranks, dp_replicate {parallel.dp_replicate} * dp_shard {parallel.dp_shard} * "
+            f"sp {parallel.sp}; "
+            f"a step is {config.sequences_per_step} sequences of {length:,} tokens in {micro_steps} micro-steps, "
+            f"{-(-length // parallel.sp):,} rows per rank and sequence\n"
+        )
+        question, speeds = planning.question_of(config), Speeds(300e12, 50e9)
+        print(planning.report(question, planning.answer(question, speeds), speeds, [speeds.link]))
+        fitted = fit(config, None, cuda=True)
+        if fitted.refusal:
+            raise ValueError(fitted.refusal)
+        print(f"\nmemory: {fitted.taken(config)}\n")
+    return 0
