@@ -67,7 +67,7 @@ def document_prefix(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None)
         text = tokenizer("a b", add_special_tokens=False)["input_ids"]
         whole = tokenizer("a b")["input_ids"]
         starts = [n for n in range(len(whole)) if text and whole[n : n + len(text)] == text]
-        return whole[: starts[-1]] if starts else []  # the last one: the tokenizer may put more before the text
+        return whole[: starts[-1]] if starts else []  # the last: "a b" may be unknown tokens, as may those before it
     if bos and tokenizer.bos_token_id is None:
         raise ValueError("data.bos is true, but the tokenizer has no bos token; leave it out or set it to false")
     return [tokenizer.bos_token_id] if bos else []
