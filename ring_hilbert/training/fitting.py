@@ -28,7 +28,9 @@ from ring_hilbert.training.world import World
 
 PATIENCE = 300.0  # seconds; the other ranks wait meanwhile
 SPARE = 0.05  # fraction of the memory that "auto" leaves free
-SPARE_TO_KEEP = 0.15  # the same for what is kept optionally: closer to the limit, the allocator's searches cost what keeping saves
+SPARE_TO_KEEP = (
+    0.15  # the same for what is kept optionally: closer to the limit, the allocator's searches cost what keeping saves
+)
 TILES = (1, 2, 4, 8, 16)
 TILES_COST = {2: "about 2 %", 8: "about 4 %"}  # measured with the 1B model on an H100, as the other costs below
 OFFLOAD_COST = "about 10 % more time, and room in the host's memory"
@@ -189,9 +191,7 @@ def _keeping(config: RunConfig, plan: Plan, room: float) -> RunConfig:
 
 
 def _refusal(config: RunConfig, plan: Plan, room: float) -> str:
-    return (
-        f"memory: {room / GIB:.1f} GiB are there for a rank, which needs {plan(config)}. {_advice(config, plan, room)}"
-    )
+    return f"memory: {room / GIB:.1f} GiB are available per rank, but it needs {plan(config)}. {_advice(config, plan, room)}"
 
 
 def _advice(config: RunConfig, plan: Plan, room: float) -> str:
@@ -203,7 +203,7 @@ def _advice(config: RunConfig, plan: Plan, room: float) -> str:
     if fits:
         return "What would fit: " + "; ".join(fits)
     least, changes, _ = min(told, default=(plan(config).total, "what it is now", ""))
-    return f"The nearest: {changes}, {least / GIB:.1f} GiB; or more ranks (parallel.sp), a shorter data.seq_len, a smaller model"
+    return f"The nearest: {changes}, {least / GIB:.1f} GiB; or more ranks (parallel.sp), a shorter data.seq_len, or a smaller model"
 
 
 def _alternatives(config: RunConfig) -> Iterator[tuple[str, str, RunConfig]]:

@@ -75,7 +75,7 @@ def _take_kernels(model: PreTrainedModel, config: RunConfig, device: torch.devic
     parts = _parts(model)
     inside = [Counter(part.name for part in parts if part.module in set(x.modules())) for x in decoder_layers(model)]
     if not parts or (config.train.fused == "auto" and not all(x["RMSNorm"] and x["gated MLP"] for x in inside)):
-        raise ValueError(f"norms and MLPs of {type(model).__name__} are not what its kernels compute")
+        raise ValueError(f"its kernels do not compute what the norms and MLPs of {type(model).__name__} do")
     for part in parts:
         part.module.forward = MethodType(part.forward, part.module)
     return ", ".join(f"{count} {name}" for name, count in Counter(part.name for part in parts).items())
@@ -84,11 +84,11 @@ def _take_kernels(model: PreTrainedModel, config: RunConfig, device: torch.devic
 def _take_compiler(model: PreTrainedModel, config: RunConfig, device: torch.device) -> str:
     """Compile the decoder layers; returns how many."""
     if config.train.offload_activations or config.train.mlp_tiles not in ("auto", 1):
-        raise ValueError("compiled layers would not wait on the host nor go by tiles (offload_activations, mlp_tiles)")
+        raise ValueError("compiled layers support neither offload_activations nor mlp_tiles")
     if config.train.recomputes == "selective":
-        raise ValueError("of a compiled layer nothing shows which products to keep (recompute: selective)")
+        raise ValueError("compiled layers do not show which products to keep (recompute: selective)")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError("with ZeRO-3 parameters come one by one, by hooks that compiled code does not run")
+        raise ValueError("ZeRO-3 gathers parameters one by one, by hooks that compiled code does not run")
     if device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
         raise ValueError("it needs a C++ compiler on the CPU, and there is no g++")
     if device.type == "cuda" and not has_triton_package():

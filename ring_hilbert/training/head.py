@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-INSTEAD = "train it in a loop of your own, on the logits of model(**rh.shard_batch(...)) (launch/examples)"
+INSTEAD = "train it in a custom loop, on the logits of model(**rh.shard_batch(...)) (launch/examples)"
 
 
 class HiddenStates:
@@ -57,7 +57,7 @@ class OwnHead:
         product = hidden.new_zeros(1, 1, self._size[1], dtype=torch.promote_types(hidden.dtype, torch.float32))
         features, logits = self._run(hidden, product)
         if logits.requires_grad:
-            raise ValueError(f"{self._name} adds to its logits what the loss has no gradient for; {INSTEAD}")
+            raise ValueError(f"{self._name} adds a term to its logits for which the loss has no gradient; {INSTEAD}")
         if _same(logits, product) and product._version == 0:
             return features, None
         if not _same(

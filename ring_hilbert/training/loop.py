@@ -201,7 +201,7 @@ class Run:
                 if stop and not last:
                     metrics.close_bar()
                     metrics.say(
-                        f"{signals.received or 'told to stop'}: left after step {step}; the same command goes on from there"
+                        f"{signals.received or 'told to stop'}: stopped after step {step}; the same command resumes from there"
                     )
                     return Summary(self.progress, None, None, None)
             metrics.close_bar()
@@ -238,7 +238,7 @@ class Run:
         self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
         if self.skipped_in_a_row >= max(1, self.config.optim.max_skipped):
             raise FloatingPointError(
-                f"the global gradient norm is {norm}, and was not finite in {self.skipped_in_a_row} steps in a row; none of them "
+                f"the global gradient norm is {norm}, not finite for {self.skipped_in_a_row} steps in a row; none of them "
                 "updated the model; a lower optim.lr or a longer warm-up may help"
             )
 

@@ -64,7 +64,7 @@ def model_config(config: RunConfig) -> PretrainedConfig:
             hf_config = AutoConfig.for_model(keys.pop("model_type"), **keys)
             _refuse_unknown(hf_config, keys)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        raise ValueError(f"model: Transformers cannot make a configuration of this: {error}") from error
+        raise ValueError(f"model: Transformers cannot make a configuration from this: {error}") from error
     kind = local_rope(hf_config.get_text_config(decoder=True)) if config.parallel.sp > 1 else None
     if kind is not None:
         raise ValueError(f"model: {LOCAL_ROPE.format(kind)} (model.changes.rope_parameters), or parallel.sp=1")

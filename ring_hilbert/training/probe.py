@@ -93,8 +93,8 @@ def check(finding: Finding, tolerance: float, config: RunConfig) -> None:
     )
     if finding.rest <= tolerance:
         raise ValueError(
-            f"{where} {finding.factor:.4g} times the true one{_named(finding.factor, config)}: a mean is taken in place of a sum "
-            "over ranks, or the other way round; the versions in launch/constraints.txt have the right one"
+            f"{where} {finding.factor:.4g} times the true one{_named(finding.factor, config)}: a mean is used in place of a sum "
+            "over ranks, or vice versa; the versions in launch/constraints.txt are correct"
         )
     raise ValueError(
         f"{where} not a multiple of the true one ({finding.rest:.0%} of it is something else): a sum over the ranks of a sequence "

@@ -79,15 +79,15 @@ def check_run(path: Path, config: RunConfig, data: Mapping[str, Documents], rank
         changed = ", ".join(_differences(run["identity"], config.identity()))
         hint = " (the schedule spans train.steps unless it is set)" if "optim.decay_steps" in changed else ""
         raise ValueError(
-            f"checkpoint.dir: {path} was written by a run with another configuration: {changed}{hint}; to go on with it "
-            "use its values, to start anew use another checkpoint.dir"
+            f"checkpoint.dir: {path} was written by a run with another configuration: {changed}{hint}; to resume from it "
+            "use its values, to start afresh use another checkpoint.dir"
         )
     changes = list(differences(run["data"], data))
     if changes and config.checkpoint.changed_data == "refuse":
         raise ValueError(
             f"checkpoint.dir: {path} was written by a run on other data: {'; '.join(changes)}. Give it the same data again, start "
-            "anew with another checkpoint.dir, or set checkpoint.changed_data: accept to go on with the sequence of the same "
-            "number in the data as they are now: of the epoch under way, documents may be read twice or never"
+            "afresh with another checkpoint.dir, or set checkpoint.changed_data: accept to resume at the sequence of the same "
+            "number in the data as they are now: in the current epoch, documents may be read twice or never"
         )
     return [f"accepted by checkpoint.changed_data: {change}" for change in changes]
 
@@ -166,10 +166,10 @@ def _resumed(path: Path) -> int | None:
 
 def _what_then(before: list[int], folder: Path, key: str) -> str:
     if not before:
-        return f"There is none before it; to start anew give another {key}, or move what is in {folder} away"
+        return f"There is none before it; to start afresh set another {key}, or move the contents of {folder} away"
     back = f"checkpoint.resume={before[-1]}, or " if key == "checkpoint.dir" else ""
     return (
-        f"To go on from step {before[-1]} set {back}checkpoint.on_damage=previous, which takes the newest that is whole and sets "
+        f"To resume from step {before[-1]} set {back}checkpoint.on_damage=previous, which uses the newest intact one and sets "
         "the damaged one aside without deleting it"
     )
 

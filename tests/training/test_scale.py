@@ -112,7 +112,7 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path: Path, texts: Path, monkeyp
     monkeypatch.setattr(fitting, "_on_gpu", lambda device: True)
     monkeypatch.setattr(loop, "make_engine", lambda *_: pytest.fail("made"))
     with pytest.raises(
-        ValueError, match=r"memory: 0.0 GiB are there for a rank, which needs 1\.\d\d GiB .* The nearest: "
+        ValueError, match=r"memory: 0.0 GiB are available per rank, but it needs 1\.\d\d GiB .* The nearest: "
     ):
         pretrain(config)
 
