@@ -104,9 +104,9 @@ def trainer(folder: Path, **changes: Any) -> SequenceParallelTrainer:
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"sp_size": 2}, "sp_size=2 with one rank; start torchrun --nproc-per-node 2"),
-    ({"dataloader_num_workers": 1}, "the default of dataloader_num_workers only"),
-    ({"average_tokens_across_devices": False}, "the default of average_tokens_across_devices only"),
-    ({"label_smoothing_factor": 0.1}, "the default of label_smoothing_factor only"),
+    ({"dataloader_num_workers": 1}, "only works with the default of dataloader_num_workers"),
+    ({"average_tokens_across_devices": False}, "only works with the default of average_tokens_across_devices"),
+    ({"label_smoothing_factor": 0.1}, "only works with the default of label_smoothing_factor"),
 ]
 
 

@@ -251,5 +251,5 @@ def test_rope_that_looks_at_the_longest_position_of_a_rank(layout: str):
     for outcomes in run_ranks(_call, 2, layout):
         shared, alone = outcomes[: len(LOCAL_ROPES)], outcomes[len(LOCAL_ROPES) :]
         for outcome, (_, _, kind) in zip(shared, LOCAL_ROPES, strict=True):
-            assert outcome is None if kind is None else f"rope_type '{kind}' takes its frequencies" in (outcome or "")
+            assert outcome is None if kind is None else f"rope_type '{kind}' derives its frequencies" in (outcome or "")
         assert alone == [None] * len(LOCAL_ROPES)

@@ -377,7 +377,7 @@ def test_foreign_files_are_named(tmp_path: Path, texts: Path) -> None:
     assert len(opened(folder))
     shutil.rmtree(folder / "data.sources.1")
     shutil.copytree(other / "data.sources.1", folder / "data.sources.1")
-    with pytest.raises(ValueError, match=r"data.sources.1 does not belong in .*folder: it was prepared apart"):
+    with pytest.raises(ValueError, match=r"data.sources.1 does not belong in .*folder: it was prepared separately"):
         opened(folder)
 
 

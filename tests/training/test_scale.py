@@ -286,5 +286,5 @@ def test_stages(tmp_path: Path, texts: Path) -> None:
 
 def test_rope_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    with pytest.raises(ValueError, match="rope_type 'dynamic' takes its frequencies from the longest position"):
+    with pytest.raises(ValueError, match="rope_type 'dynamic' derives its frequencies from the longest position"):
         model_config(tiny_config(tmp_path, model__config__rope_parameters=rope, parallel__sp=2))
