@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public operator: what a call may say, and that all ranks say it; `parallel/node.py` runs it."""
+"""The public operator: checks a call's arguments and that all ranks agree on them; `parallel/node.py` runs it."""
 
 from __future__ import annotations
 
@@ -70,31 +70,31 @@ def dilated_attention(
     Args:
         q: `[B, S, H, D]`, the rows of this rank; fp16, bf16, fp32 or fp64.
         k, v: `[B, S, Hkv, D]`, `H % Hkv == 0`; query head `h` reads kv head `h // (H / Hkv)`.
-        pattern: segment lengths and dilation rates, in rows of the whole sequence; a `LayerPattern` for layers that are to be one
-            compiled graph.
-        causal: hide keys with a larger position. Default True (or as `prepared` says).
-        order: q, k, v, positions, document ids and results are in natural token order; the pattern acts on rows in this
-            order. Without it rows are as given.
+        pattern: segment lengths and dilation rates, in rows of the whole sequence; a `LayerPattern` for layers that are to share
+            one compiled graph.
+        causal: mask keys with a larger position. Default True (or what `prepared` says).
+        order: the token order on which the pattern acts; q, k, v, positions, document ids and results stay in natural
+            token order. Without it the pattern acts on the rows as given.
         positions: integers `[S]` or `[B, S]`; default the row index (with `order`, the token index).
         document_ids: integers `[S]` or `[B, S]`; documents do not see each other; -1 marks padding rows.
-        group: process group or 1-D DeviceMesh the sequence is sharded over; None is one device, never the world.
+        group: process group or 1-D DeviceMesh over which the sequence is sharded; None is one device, never the world.
         layout: "contiguous" (default) or "zigzag", as in `prepare`.
         strategy: "exchange", "ring", "ulysses" or "auto" (default), as in `prepare`.
         backend: "triton", "torch" or "auto" (default): Triton on CUDA devices where it is installed, for fp16, bf16 and fp32.
-        scale: of the scores; default `D ** -0.5`.
-        save_remote: keep the rows that other ranks sent for backward (default: fetch them again, behind local work).
-        prepared: the facts of this batch from `prepare` or `shard_batch`; then causal, order, positions, document_ids,
-            group, layout, strategy and save_remote are its own, and saying something else here is an error.
+        scale: factor on the scores; default `D ** -0.5`.
+        save_remote: keep the rows received from other ranks for backward (default: fetch them again, overlapped with local work).
+        prepared: this batch's metadata from `prepare` or `shard_batch`; it then fixes causal, order, positions, document_ids,
+            group, layout, strategy and save_remote, and contradicting it here is an error.
         return_lse: also return `lse`.
-        name: what error messages call this layer.
+        name: this layer's name in error messages.
 
     Returns:
         `out [B, S, H, D]` in the dtype of q; with `return_lse` also `lse [B, H, S]`, the natural logarithm of the sum of
         exponentials, float32 (float64 for float64), not differentiable. A row without a key has `out = 0`, `lse = -inf`.
 
     Raises:
-        ValueError: for arguments that are wrong or differ between ranks; on every rank, naming rank and argument.
-        RuntimeError: for forward-mode derivatives, and for second ones.
+        ValueError: for arguments that are wrong or differ between ranks; raised on every rank, naming rank and argument.
+        RuntimeError: for forward-mode and for second derivatives.
     """
     _check_no_tangents(q, k, v)
     if isinstance(pattern, LayerPattern) and not torch.compiler.is_compiling():
@@ -109,7 +109,7 @@ def dilated_attention(
         factor = shapes.head_dim**-0.5 if scale is None else float(scale)
         if not isinstance(pattern, (DilatedPattern, LayerPattern)):
             raise ValueError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}")
-        if backend != "auto" and not torch.compiler.is_compiling():  # there it is checked when it runs
+        if backend != "auto" and not torch.compiler.is_compiling():  # compiled code checks it at run time
             choose(backend, q.device, shapes.dtype, shapes.head_dim)
         if not math.isfinite(factor):
             raise ValueError(f"scale must be a finite number, got {scale!r}")
@@ -126,8 +126,8 @@ def dilated_attention(
     if prepared is None and (group is not None or listed or not all(value is None for value in facts.values())):
         if torch.compiler.is_compiling():
             raise ValueError(
-                "under torch.compile, group, positions, document_ids and an order of coordinates belong into "
-                "prepared=rh.prepare(...), made outside of the compiled function once per batch"
+                "under torch.compile, group, positions, document_ids and an order from coordinates belong in "
+                "prepared=rh.prepare(...), made outside the compiled function once per batch"
             )
         prepared = prepare_call(
             q.shape[1] if q.ndim == 4 else 0, agreed, error, group=group, causal=causal, order=order,
@@ -157,7 +157,7 @@ def dilated_attention(
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """`x` in the dtype that autocast wants on its device."""
+    """`x` in autocast's dtype for its device."""
     kind = x.device.type
     if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(kind):
         return x
@@ -168,7 +168,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def _check_no_tangents(*tensors: Tensor) -> None:
-    """Raise where forward-mode derivatives are asked for: autograd would take them to be 0, without a word."""
+    """Raise where forward-mode derivatives are asked for: autograd would silently take them to be 0."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
@@ -191,7 +191,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> Shapes:
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
     if k.shape[2] != v.shape[2]:
-        raise ValueError(f"k and v must have equally many heads, got {k.shape[2]} and {v.shape[2]}")
+        raise ValueError(f"k and v must have the same number of heads, got {k.shape[2]} and {v.shape[2]}")
     if k.shape[2] < 1 or heads % k.shape[2]:
         raise ValueError(f"H={heads} heads of q must be a multiple of the Hkv={k.shape[2]} heads of k and v")
     if q.dtype not in DTYPES:
@@ -212,13 +212,15 @@ def _check_facts(
 
 
 def _check_prepared(prepared: Prepared, group: Group, chosen: dict[str, Any], facts: dict[str, Tensor | None]) -> None:
-    """That the call does not contradict `prepared`; whether q fits it is seen when the node runs, for its sizes may vary."""
+    """Check that the call does not contradict `prepared`; the node checks q against it when it runs, as its sizes may vary."""
     if not isinstance(prepared, Prepared):
         raise ValueError(f"prepared must come from prepare() or shard_batch(), got {type(prepared).__name__}")
     if not all(value is None for value in facts.values()):
-        raise ValueError("positions and document_ids belong into prepare(); with prepared= leave them out")
+        raise ValueError("positions and document_ids belong in prepare(); leave them out when prepared= is given")
     if group is not None and resolve_group(group)[0] is not prepared.group:
-        raise ValueError("group is not the one prepared was made for; leave it out or make another prepared")
+        raise ValueError(
+            "group is not the one that prepared was made for; leave it out or prepare the batch for this group"
+        )
     for key, value in chosen.items():
         if value is None or (key, value) == ("strategy", "auto"):
             continue

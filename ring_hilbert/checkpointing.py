@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activation checkpointing that neither computes attention nor exchanges rows a second time."""
+"""Activation checkpointing whose recomputation neither repeats attention nor exchanges rows again."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ _PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "
 def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """The policy for `torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=rh.checkpoint_contexts)`.
 
-    Of what runs inside the checkpoint, `dilated_attention` keeps its results, `out [B, S, H, D]` and `lse` and its rounding
-    `[B, H, S]`, and all else is recomputed in backward: rows are exchanged once per layer in forward, and in recomputation not
-    at all. (Backward itself fetches the K and V rows again and returns their gradients, checkpointed or not.) Without
-    the policy, checkpointing is as correct and recomputation communicates again. Works in compiled code too; a
+    Inside the checkpoint only the results of `dilated_attention` are kept, `out [B, S, H, D]` and `lse` with its rounding
+    error `[B, H, S]`; everything else is recomputed in backward. Rows are thus exchanged once per layer in forward and not at
+    all in recomputation. (Backward itself fetches the K and V rows again and returns their gradients, checkpointed or not.)
+    Without the policy, checkpointing is just as correct, but recomputation communicates again. Works in compiled code too; a
     Transformers model takes it as `model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn":
     rh.checkpoint_contexts})`.
 
     Returns:
-        The context of forward and the context of recomputation. Each pair is good for one checkpoint and one backward.
+        The context of forward and the context of recomputation. Each pair serves one checkpoint and one backward.
         Source: selective activation checkpointing, `torch.utils.checkpoint.create_selective_checkpoint_contexts`.
     """
     return create_selective_checkpoint_contexts([_ATTENTION])
 
 
 def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """As `checkpoint_contexts`, for one decoder layer in each checkpoint, of which more is kept.
+    """Like `checkpoint_contexts`, but keeping more, for checkpoints of one decoder layer each.
 
-    Kept is what the matrix product after attention gives, the output projection, and every second one after that: in a gated MLP
-    the up projection, not the gate and not the down projection, which backward has no use for. Those before attention are
-    computed again: an element kept saves as many FLOPs in any of them (two per input feature), and kernels that rotate q and
-    k in place, unseen by PyTorch, would spoil what is kept.
+    It also keeps the result of the first matrix product after attention, the output projection, and of every second one after
+    that: in a gated MLP the up projection, but not the gate, nor the down projection, whose result backward does not need. The
+    products before attention are recomputed: a kept element saves the same FLOPs in any product (two per input feature), and
+    kernels that rotate q and k in place, unseen by PyTorch, would corrupt what is kept.
     """
     return create_selective_checkpoint_contexts(_Selective())
 
 
 class _Selective:
-    """The policy of one checkpoint; counts the products that came after attention, in forward and in recomputation."""
+    """The policy of one checkpoint; counts the products after attention, in forward and in recomputation."""
 
     def __init__(self) -> None:
         self.after: dict[bool, int] = {}

@@ -44,7 +44,7 @@ ATTENTION_TYPES = ("hilbert", "ring", "standard", "auto")
 
 
 class _CurveCache:
-    """Mappings by order, length, direction and device; the least recently used leave first."""
+    """Mappings by order, length, direction and device; the least recently used are evicted first."""
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
         self.max_entries, self.max_bytes = max_entries, max_bytes
@@ -79,15 +79,15 @@ def curve_mapping(
     device: torch.device | str | None = None,
     inverse: bool = False,
 ) -> Tensor:
-    """The tokens of a sequence or of a grid in the order in which a curve visits them, kept per shape and device.
+    """The tokens of a sequence or of a grid in the order in which a curve visits them, cached per shape and device.
 
-    A sequence of `N` tokens lies row-major on a grid of `floor(sqrt N)` rows and as few columns as hold it, cells beyond `N`
+    A sequence of `N` tokens lies row-major on a grid of `floor(sqrt N)` rows and as few columns as hold it; cells beyond `N`
     are skipped: `TokenOrder(curve, block=N)`. Every step of the Hilbert curve and of the snake has length 1 on every rectangle
-    and box, and on every sequence that fills its grid; past the empty cells of another one, in the grid's last row, it is
-    longer. Writing to the result never reaches the cache.
+    and box, and on every sequence that fills its grid; on other sequences the steps past the empty cells of the grid's last row
+    are longer. Writing to the result never changes the cache.
 
     Args:
-        shape: tokens of a sequence, or the sides `(H, W)` or `(T, H, W)` of a row-major grid.
+        shape: number of tokens of a sequence, or the sides `(H, W)` or `(T, H, W)` of a row-major grid.
         curve: "hilbert", "morton", "peano", "snake" or "raster".
         device: of the result; default CPU.
         inverse: give the row of every token instead of the token of every row.
@@ -108,7 +108,7 @@ def curve_mapping(
 
 
 def cache_stats() -> dict[str, int]:
-    """What the cache of `curve_mapping` holds and how it was used since the start or `clear_cache`.
+    """What the cache of `curve_mapping` holds, and its use since the start or the last `clear_cache`.
 
     Returns:
         `hits`, `misses`, `entries`, `max_entries`, `bytes`, `max_bytes` (on all devices together).
@@ -120,7 +120,7 @@ def cache_stats() -> dict[str, int]:
 
 
 def clear_cache() -> None:
-    """Forget the mappings of `curve_mapping` and start its statistics anew.
+    """Empty the cache of `curve_mapping` and reset its statistics.
 
     Returns:
         None.
@@ -129,10 +129,10 @@ def clear_cache() -> None:
 
 
 def create_hilbert_mapping(seq_len: int, device: torch.device | str | None = None) -> Tensor:
-    """`curve_mapping(seq_len)`: a whole sequence in Hilbert order, as the classes here have it.
+    """`curve_mapping(seq_len)`: a whole sequence in Hilbert order, as the classes here order it.
 
     Args:
-        seq_len: tokens, N.
+        seq_len: number of tokens, N.
         device: of the result; default CPU.
 
     Returns:
@@ -184,16 +184,16 @@ def _whole(length: int, curve: str = "hilbert") -> TokenOrder:
 
 
 class HilbertAttentionCore(nn.Module):
-    """Exact dilated self-attention of one branch, not causal, on a whole sequence in Hilbert order, between two projections.
+    """Exact non-causal dilated self-attention of one branch on a whole sequence in Hilbert order, between two projections.
 
     `dropout(out_proj(attention(qkv_proj(x))))`. Nothing is padded and the order is that of `TokenOrder("hilbert", block=N)`:
-    at every N a segment is `segment_size` neighbours on the curve, the last one shorter. Head `h` is dilated at offset
+    for every N a segment is `segment_size` neighbours on the curve, the last one possibly shorter. Head `h` is dilated at offset
     `h mod dilation_rate` (LongNet, arXiv 2307.02486, section 2.2): with `dilation_rate > 1` it sees, and gives a result for,
-    one row in `dilation_rate`, and the others get zeros from it. With fewer heads than `dilation_rate` some rows get no
-    attention at all: `HilbertAttentionTritonWrapper` takes a branch without dilation besides.
+    one row in `dilation_rate`; its result for the others is zero. With fewer heads than `dilation_rate` some rows get no
+    attention at all: `HilbertAttentionTritonWrapper` can take a branch without dilation in addition.
 
-    Parameters are the older class's, without bias: `qkv_proj.weight [3 * hidden_dim, hidden_dim]`, rows of q, k, v in this order
-    and head-major within each, and `out_proj.weight [hidden_dim, hidden_dim]`. Its state dicts load by name.
+    The parameters are the older class's, without bias: `qkv_proj.weight [3 * hidden_dim, hidden_dim]`, the rows of q, k, v in
+    this order, head-major within each, and `out_proj.weight [hidden_dim, hidden_dim]`. Its state dicts load by name.
 
     Args:
         hidden_dim: size of the last axis of input and output.
@@ -201,10 +201,10 @@ class HilbertAttentionCore(nn.Module):
         segment_size: rows of a segment, w.
         dilation_rate: r, with `1 <= r <= segment_size`.
         dropout: probability with which elements of the output are dropped in training.
-        use_custom_backward: True attends by the operator, False by the reference with autograd: the same function, quadratic.
+        use_custom_backward: True uses the operator, False the reference with autograd: the same function, at quadratic cost.
 
     Raises:
-        ValueError: for sizes that do not fit each other.
+        ValueError: for sizes that are inconsistent.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class HilbertAttentionCore(nn.Module):
 
         Args:
             x: `[B, N, hidden_dim]`, in natural token order and in the dtype of the parameters.
-            use_hilbert: cut segments along the Hilbert curve; False cuts the sequence as it stands (raster).
+            use_hilbert: cut segments along the Hilbert curve; False cuts the sequence as given (raster).
 
         Returns:
             `[B, N, hidden_dim]`, tokens as in `x`.
@@ -246,7 +246,7 @@ class HilbertAttentionCore(nn.Module):
         return self.attend(q, k, v, use_hilbert=use_hilbert)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, use_hilbert: bool = True) -> Tensor:
-        """What follows the projection of `x`: attention of `q, k, v [B, N, H, D]`, `out_proj`, dropout.
+        """The part after the projection of `x`: attention of `q, k, v [B, N, H, D]`, `out_proj`, dropout.
 
         Returns:
             `[B, N, hidden_dim]`.
@@ -282,7 +282,7 @@ class HilbertAttentionTritonWrapper(nn.Module):
         use_custom_backward: as in `HilbertAttentionCore`.
 
     Raises:
-        ValueError: for branches or sizes that cannot be.
+        ValueError: for invalid branches or sizes.
     """
 
     def __init__(
@@ -307,7 +307,7 @@ class HilbertAttentionTritonWrapper(nn.Module):
 
         Args:
             q, k, v: `[B, N, num_heads, head_dim]`, in natural token order and in the dtype of the parameters.
-            is_causal: hide later tokens, in natural order whatever the curve.
+            is_causal: mask later tokens, in natural order whatever the curve.
             use_hilbert: as in `HilbertAttentionCore.forward`.
 
         Returns:
@@ -332,14 +332,14 @@ class HilbertAttentionTritonWrapper(nn.Module):
 
 
 class CreatedMultiheadAttention(MultiheadDilatedAttention):
-    """What `create_multihead_dilated_attention` makes: `rh.MultiheadDilatedAttention` as the older classes were called.
+    """What `create_multihead_dilated_attention` returns: `rh.MultiheadDilatedAttention` with the older classes' signature.
 
     Args:
         embed_dim: size of the last axis of input and output.
         num_heads: H.
         pattern: the branches.
-        whole: cut the whole sequence in Hilbert order, `TokenOrder("hilbert", block=N)` of every call's N.
-        order: or cut it in this order; over ranks its `block` must divide every rank's first row. None: as it stands.
+        whole: cut the whole sequence in Hilbert order, `TokenOrder("hilbert", block=N)` with N from each call.
+        order: or cut it in this order; over ranks its `block` must divide every rank's first row. None: as given.
         group: process group or 1-D DeviceMesh over which the sequence is sharded; None is one device.
         strategy: how rows reach other ranks, as in `rh.dilated_attention`.
         dropout: on the output.
@@ -388,18 +388,18 @@ class CreatedMultiheadAttention(MultiheadDilatedAttention):
         Args:
             query: `[B, S, embed_dim]`, the rows of this rank.
             key, value: the same; default `query`.
-            key_padding_mask: bool `[B, S]`, True where a row is padding: it sees nothing and nobody sees it.
-            need_weights: return `(out, None)`, as the older classes did; weights are never made.
+            key_padding_mask: bool `[B, S]`, True where a row is padding: it sees nothing and is seen by nothing.
+            need_weights: return `(out, None)`, as the older classes did; weights are never computed.
             attn_mask: None.
-            is_causal: hide later tokens.
-            prepared: the facts of the batch, which torch.compile needs for a group or a mask; then leave out the mask.
+            is_causal: mask later tokens.
+            prepared: the batch's metadata, which torch.compile needs for a group or a mask; then leave out the mask.
 
         Returns:
-            `[B, S, embed_dim]`, or that and None.
+            `[B, S, embed_dim]`, or a tuple of that and None.
 
         Raises:
-            ValueError: for other shapes, an `attn_mask`, an order that the ranks' rows do not allow; over ranks as
-                `rh.dilated_attention` does.
+            ValueError: for other shapes, an `attn_mask`, or an order that the ranks' rows do not allow; over ranks as
+                `rh.dilated_attention`.
         """
         if attn_mask is not None:
             raise ValueError(
@@ -454,11 +454,11 @@ def create_multihead_dilated_attention(
     dilation_rates: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> CreatedMultiheadAttention:
-    """Multi-head dilated attention by the name of its kind.
+    """Multi-head dilated attention of a named type.
 
     Args:
-        attention_type: "standard": one device, the sequence as it stands; "hilbert": one device, the whole sequence in Hilbert
-            order (or in `order=`); "ring": the sequence sharded over `group=`, which must be given; "auto": "ring" where a
+        attention_type: "standard": one device, the sequence as given; "hilbert": one device, the whole sequence in Hilbert
+            order (or in `order=`); "ring": the sequence sharded over `group=`, which must be given; "auto": "ring" if a
             group is given, else "standard".
         embed_dim: size of the last axis of input and output.
         num_heads: H.
@@ -471,7 +471,7 @@ def create_multihead_dilated_attention(
         A `CreatedMultiheadAttention`.
 
     Raises:
-        ValueError: for an unknown type, listing the known ones; for arguments that a type does not have; as the constructor.
+        ValueError: for an unknown type, listing the known ones; for arguments that the type does not take; as the constructor.
     """
     if attention_type not in ATTENTION_TYPES:
         raise ValueError(f"attention_type={attention_type!r} is unknown, expected one of {', '.join(ATTENTION_TYPES)}")
@@ -500,7 +500,7 @@ def create_multihead_dilated_attention(
 
 
 def _triton_fixed(*args: Any, **kwargs: Any) -> HilbertAttentionCore | HilbertAttentionTritonWrapper:
-    """`HilbertAttentionTritonFixed`, which was the core in some releases and the wrapper in others: its arguments tell."""
+    """`HilbertAttentionTritonFixed`, which was the core in some releases and the wrapper in others: the arguments tell which."""
     core = "hidden_dim" in kwargs or (len(args) > 0 and isinstance(args[0], int))
     return (HilbertAttentionCore if core else HilbertAttentionTritonWrapper)(*args, **kwargs)
 
@@ -523,7 +523,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     target, replacement = ALIASES[name]
     warnings.warn(f"{name} is deprecated, use {replacement}", DeprecationWarning, stacklevel=2)
-    globals()[name] = target  # found without this function from now on: one warning each
+    globals()[name] = target  # bypasses this function from now on: one warning each
     return target
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator as modules: between projections, and for the heads that another library hands to this rank."""
+"""The operator as modules: with its projections, and for the heads that another library assigns to this rank."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ring_hilbert.parallel.prepared import Prepared
 class MultiheadDilatedAttention(nn.Module):
     """Exact dilated self-attention (LongNet, arXiv 2307.02486) with its projections, on one device or sharded over ranks.
 
-    `out_proj(dilated_attention(q_proj(x), k_proj(x), v_proj(x)))`, without dropout, position encoding or cache. Parameters
-    are those of four `nn.Linear` named `q_proj`, `k_proj`, `v_proj`, `out_proj`, initialised as torch initialises them.
+    `out_proj(dilated_attention(q_proj(x), k_proj(x), v_proj(x)))`, without dropout, position encoding or cache. Its parameters
+    are those of four `nn.Linear` named `q_proj`, `k_proj`, `v_proj`, `out_proj`, with torch's initialisation.
     Works under `torch.compile(fullgraph=True)`; a new batch of the same shape recompiles nothing.
 
     Args:
@@ -27,14 +27,14 @@ class MultiheadDilatedAttention(nn.Module):
         pattern: segment lengths and dilation rates.
         num_kv_heads: key and value heads, a divisor of `num_heads`; default `num_heads`.
         head_dim: D; default `embed_dim / num_heads`.
-        order: the order in which the pattern cuts the tokens of a call without `prepared`; tokens go in and come out in
-            natural order all the same. None cuts them as they come.
-        causal: hide keys with a larger position.
+        order: the order in which the pattern cuts the tokens of a call without `prepared`; input and output stay in
+            natural order. None cuts them as given.
+        causal: mask keys with a larger position.
         bias: whether the projections have one.
         device, dtype: of the parameters; float16, bfloat16, float32 or float64.
 
     Raises:
-        ValueError: for sizes that are not positive or do not divide each other, for another type of pattern or order.
+        ValueError: for sizes that are not positive or not multiples as required, or a pattern or order of another type.
     """
 
     def __init__(
@@ -81,21 +81,21 @@ class MultiheadDilatedAttention(nn.Module):
     def forward(self, x: Tensor, *, prepared: Prepared | None = None) -> Tensor:
         """Attend among the rows of `x`.
 
-        Without `prepared`, `x` is one device's whole sequence in natural token order, one document. With it, the rows of `x`
-        are what `prepared` says they are: rows of `shard_batch` are in curve order already and are not permuted again,
+        Without `prepared`, `x` is the whole sequence on one device, in natural token order and one document. With it, the rows
+        of `x` are what `prepared` says they are: rows from `shard_batch` are in curve order already and are not permuted again,
         whatever the module's `order`; only rows prepared with `prepare(order=...)` are in natural order, and then that order
         must be the module's, if it has one.
 
         Args:
             x: `[B, S, embed_dim]`, the rows of this rank, in the dtype of the parameters.
-            prepared: the facts of the batch, from `prepare` or `shard_batch`.
+            prepared: the batch's metadata, from `prepare` or `shard_batch`.
 
         Returns:
             `[B, S, embed_dim]`, rows as in `x`.
 
         Raises:
-            ValueError: for another shape; for a `prepared` that was made for other rows, or is causal where the module is
-                not, or the reverse, or has another order.
+            ValueError: for another shape; for a `prepared` that was made for other rows, or whose `causal` or order differs
+                from the module's.
         """
         if x.ndim != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must be [B, S, embed_dim={self.embed_dim}], got {list(x.shape)}")
@@ -119,23 +119,23 @@ class MultiheadDilatedAttention(nn.Module):
 
 
 class UlyssesAttention(nn.Module):
-    """Dilated attention of the heads of one rank, for libraries that exchange heads for rows themselves (DeepSpeed Ulysses).
+    """Dilated attention of one rank's heads, for libraries that exchange heads for rows themselves (DeepSpeed Ulysses).
 
         attention = deepspeed.sequence.layer.DistributedAttention(rh.UlyssesAttention(pattern, group, 32, 8), group)
         out = attention(q, k, v, 0)  # q [B, S_local, 32, D]; k, v [B, S_local, 8, D]; 0: the axis of the batch
 
     Heads keep the offsets that they have among all heads, so the result is that of `dilated_attention` on all of them. Without
-    another library, `dilated_attention(..., strategy="ulysses")` does all of it. Source: arXiv 2309.14509.
+    such a library, `dilated_attention(..., strategy="ulysses")` does all of it. Source: arXiv 2309.14509.
 
     Args:
         pattern: segment lengths and dilation rates.
         group: process group or 1-D DeviceMesh over which heads are exchanged for rows.
-        num_heads, num_kv_heads: of q, and of k and v, over all ranks; default as many kv heads as heads.
+        num_heads, num_kv_heads: heads of q, and of k and v, over all ranks; `num_kv_heads` defaults to `num_heads`.
         causal, scale, backend: as in `dilated_attention`; `causal` is that of `prepared`, if there is one.
         batch_dim: axis of the batch, 0 for `[B, S, heads, D]`, 1 for `[S, B, heads, D]`.
 
     Raises:
-        ValueError: for more ranks than heads, or heads that do not divide.
+        ValueError: for more ranks than heads, or `num_heads` that is no multiple of `num_kv_heads`.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class UlyssesAttention(nn.Module):
 
         Args:
             q, k, v: `[B, S, heads of this rank, D]`, or as `batch_dim` says; all rows of the sequence.
-            prepared: facts of all rows, from `prepare` or `shard_batch` without a group.
+            prepared: metadata of all rows, from `prepare` or `shard_batch` without a group.
 
         Returns:
             The shape and dtype of q.
@@ -177,11 +177,13 @@ class UlyssesAttention(nn.Module):
         given, own = (q.shape[2], k.shape[2]), (len(self.share.heads), len(self.share.kv_heads))
         if given != own:
             raise ValueError(
-                f"q and k have {given[0]} and {given[1]} heads, but this rank's are {own[0]} (from {self.share.heads.start} on) "
-                f"and {own[1]} (from {self.share.kv_heads.start} on): heads are shared out evenly, first ranks one more"
+                f"q and k have {given[0]} and {given[1]} heads, but this rank has {own[0]} (from {self.share.heads.start} on) "
+                f"and {own[1]} (from {self.share.kv_heads.start} on): heads are split evenly, the remainder to the first ranks"
             )
         if prepared is not None and prepared.group is not None:
-            raise ValueError("prepared is of sharded rows; here all rows are at hand: prepare(...) without a group")
+            raise ValueError(
+                "prepared was made for sharded rows, but this module sees all rows: use prepare(...) without a group"
+            )
         q, k, v = (x.transpose(0, self.batch_dim) for x in (q, k, v))
         out = dilated_attention(
             q, k, v, self.pattern, causal=self.causal if prepared is None else None, scale=self.scale, backend=self.backend,

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of attention on one device: this operator, dense SDPA, the published LongNet algorithm, FlexAttention.
 
-All contenders of a problem (length, mask, dtype) run in turns within one process, forward (without gradients) and forward +
+All contenders of a problem (length, mask, dtype) run alternately in one process, forward (without gradients) and forward +
 backward, and medians are kept. The operator's batch is prepared once, outside the measured time; in curve order its rows are
-permuted already, as in training.
+already permuted, as in training.
 
 Efficiency is floor / measured. The floor is the FLOPs of the allowed pairs, summed over branches, at the rate of dense
 attention in the same run with the same mask and length; above --dense-limit at its rate for the longest length measured, which
 the row names (floor_length). Deduplicated visits can take it past 1.
 
-Memory is the most that PyTorch's allocator holds in forward + backward, with q, k, v and dout; its ratio is to q, k, v, out,
+Memory is the peak of PyTorch's allocator in forward + backward, with q, k, v and dout, and is given relative to q, k, v, out,
 their gradients and lse.
 """
 
@@ -84,13 +84,13 @@ def rows(chosen: argparse.Namespace, device: torch.device) -> Iterator[Record]:
     """One record per contender and problem, as the flags say; lengths ascend within a dtype.
 
     Raises:
-        ValueError: for a pattern, shape or backend that cannot be.
+        ValueError: for an invalid pattern, shape or backend.
     """
     for name, least in (("repeats", chosen.repeats), ("threads", chosen.threads), ("lengths", min(chosen.lengths))):
         if least is not None and least < 1:
             raise ValueError(f"--{name} must be at least 1, got {least}")
     if chosen.plot is not None:
-        from ring_hilbert.bench.picture import check_path  # Matplotlib comes with an extra, as tqdm does
+        from ring_hilbert.bench.picture import check_path  # Matplotlib and tqdm are in an extra
 
         check_path(chosen.plot)
     if chosen.threads is not None:
@@ -125,7 +125,7 @@ def _order(curve: str, block: int | None, problem: Problem) -> rh.TokenOrder | N
 
 @dataclass(frozen=True)
 class Measured:
-    """A contender's times by pass, and the bytes it holds in forward + backward beyond its inputs."""
+    """A contender's times by pass, and the bytes that it holds in forward + backward beyond its inputs."""
 
     contender: Contender
     times: dict[str, Times]
@@ -133,11 +133,11 @@ class Measured:
 
 
 def _measure(problem: Problem, chosen: argparse.Namespace) -> Iterator[Measured]:
-    """Warm all contenders up, then time them in turns."""
+    """Warm up all contenders, then time them alternately."""
     from tqdm import tqdm
 
     if problem.device.type == "cuda":
-        torch.compiler.reset()  # or the graphs of earlier problems count against FlexAttention's limit of recompilations
+        torch.compiler.reset()  # otherwise graphs of earlier problems count towards FlexAttention's recompilation limit
     limit = chosen.dense_limit
     limit = (131072 if problem.device.type == "cuda" else 16384) if limit is None else limit
     orders = [_order(curve, chosen.block, problem) for curve in chosen.order]
@@ -154,7 +154,7 @@ def _measure(problem: Problem, chosen: argparse.Namespace) -> Iterator[Measured]
             for call in passes.values():
                 call()  # compiles, plans, tunes
             ready.append((contender, peak_bytes(passes[BOTH], problem.device)))
-        except RuntimeError as failure:  # out of memory, or a baseline that does not compile: the others go on
+        except RuntimeError as failure:  # out of memory, or a baseline that does not compile: the others continue
             if contender.name == "ring_hilbert" and not isinstance(failure, torch.OutOfMemoryError):
                 raise
             tqdm.write(f"{name}: {contender.label} left out: {type(failure).__name__}: {str(failure).splitlines()[0]}")
@@ -190,7 +190,7 @@ def _passes(contender: Contender, x: dict[str, torch.Tensor]) -> dict[str, Calla
 
 @dataclass
 class Past:
-    """What was measured at shorter lengths with the same mask and dtype."""
+    """Measurements at shorter lengths with the same mask and dtype."""
 
     dense: tuple[int, Measured] | None = None
     medians: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -219,7 +219,7 @@ class Past:
         }
 
     def _efficiency(self, m: Measured, pass_: str) -> str:
-        """Backward is 2.5 times the FLOPs of forward for everybody, so that the factor cancels."""
+        """Backward has 2.5 times the FLOPs of forward for all contenders, so the factor cancels."""
         if self.dense is None:
             return ""
         yardstick = self.dense[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records of `bench attention` as a table and as a picture."""
+"""The records of `bench attention` as a table and as a plot."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ring-hilbert check`: whether the operator is right over these ranks, how fast they are joined, what they run on.
+"""`ring-hilbert check`: whether the operator is correct over these ranks, how fast their links are, and what they run on.
 
     torchrun --nproc-per-node 8 -m ring_hilbert.cli check
 
-Every rank computes the whole of small problems alone, by the definition in float64, and its part of them together with the
-others, for every strategy and layout; the two must agree. Prints one page that ends in OK, or in what is wrong and what to do.
+Every rank computes small problems in full, by the definition in float64, and its part of them together with the others, for
+every strategy and layout; the two must agree. Prints one page that ends in OK, or in what is wrong and what to do.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ LADDER = rh.DilatedPattern((128, 256, None), (1, 2, 4))
 WAYS = [
     ("exchange", "contiguous"), ("exchange", "zigzag"), ("ring", "contiguous"), ("ring", "zigzag"), ("ulysses", "contiguous"),
 ]  # fmt: skip
-BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.15}  # of that difference
-MESSAGE = 32 * 2**20  # bytes that a rank sends in all
+BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.15}  # of the difference
+MESSAGE = 32 * 2**20  # total bytes that a rank sends
 REPEATS = 7
 
 
 @dataclass
 class Page:
-    """What is printed, and what is wrong."""
+    """The page to print, and the faults found."""
 
     lines: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -54,13 +54,13 @@ class Page:
 
 
 def check(timeout: float) -> tuple[Page, bool]:
-    """Run everything on the ranks that torchrun started, or alone; the page, and whether this rank is the one to print it.
+    """Run all checks on the ranks that torchrun started, or alone; returns the page, and whether this rank prints it.
 
     `timeout`: seconds to wait for another rank.
 
     Raises:
-        ValueError: this rank has no device of its own, or the ranks do not find each other.
-        RuntimeError: a rank died or stalled, or a collective failed, which the message names.
+        ValueError: if this rank has no device of its own, or the ranks do not find each other.
+        RuntimeError: if a rank died or stalled, or a collective failed; names it.
     """
     device = _device()
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -143,7 +143,7 @@ def _versions(page: Page, device: torch.device, group: dist.ProcessGroup | None)
 
 
 def _across(machines: list[str]) -> list[str]:
-    """Which sizes of sp groups, neighbouring ranks, have groups over several hosts."""
+    """For which sizes some sp groups (neighbouring ranks) span several hosts."""
     lines = []
     for sp in (size for size in range(2, len(machines) + 1) if len(machines) % size == 0):
         across, groups = groups_across(machines, sp), len(machines) // sp
@@ -182,7 +182,7 @@ def _equality(page: Page, device: torch.device, group: dist.ProcessGroup | None)
             errors = _everybody(max(_differences(strategy, layout, dtype, heads, device, group)), group)
             error, name = max(errors), str(dtype).removeprefix("torch.")
             page.lines.append(f"  {strategy:10}{layout:12}{name:10}{error:.1e}")
-            if not error <= BOUNDS[dtype]:  # not a number is an error too
+            if not error <= BOUNDS[dtype]:  # NaN is an error too
                 page.faults.append(
                     f"{strategy}, {layout}, {name}: rank {errors.index(error)} is off by {error:.1e} (bound "
                     f"{BOUNDS[dtype]:.0e}): do not train with it; report this page, and use another strategy meanwhile"

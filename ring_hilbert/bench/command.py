@@ -35,17 +35,17 @@ Rows = Callable[[argparse.Namespace, torch.device, dist.ProcessGroup | None], It
 
 
 def no_options(parser: argparse.ArgumentParser) -> None:
-    """A measurement without flags of its own."""
+    """For measurements without additional flags."""
 
 
 def print_rows(records: list[Record], _chosen: argparse.Namespace) -> None:
-    """Every record on a line."""
+    """Print one record per line."""
     for record in records:
         print("  ".join(f"{value}" for value in record.values()))
 
 
 def report_attention(records: list[Record], chosen: argparse.Namespace) -> None:
-    """The table, and the picture if one was asked for."""
+    """Print the table, and draw the plot if requested."""
     print(attention_report.table(records))
     if chosen.plot is not None:
         attention_report.draw(chosen.plot, records)
@@ -57,14 +57,14 @@ class Measurement:
     """One thing to measure.
 
     Args:
-        summary: a line for a person.
-        description: what `--help` says above the flags.
-        rows: the records, from the parsed flags, the device and the group of all ranks (None: one process).
-        add_options: declares its own flags; --output is there, and --device if `on_device`.
+        summary: one line of description.
+        description: the text of `--help` above the flags.
+        rows: yields the records, from the parsed flags, the device and the group of all ranks (None: one process).
+        add_options: declares additional flags, besides --output and, if `on_device`, --device.
         report: prints what was measured.
-        file: the name of the CSV by default, without its ending.
-        on_device: it computes, rather than plans.
-        over_ranks: it may run under torchrun.
+        file: the default name of the CSV, without suffix.
+        on_device: whether it computes, rather than plans.
+        over_ranks: whether it may run under torchrun.
     """
 
     summary: str
@@ -217,7 +217,7 @@ def run(chosen: argparse.Namespace) -> None:
 
 
 def _kept(records: Iterable[Record], output: Path, device: torch.device) -> Iterator[Record]:
-    """The records, each in the file before the next is measured."""
+    """The records, each written to the file before the next is measured."""
     for record in records:
         append(output, [record], device)
         yield record

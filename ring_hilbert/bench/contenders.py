@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `bench attention` lets run against each other: this operator, dense SDPA, published LongNet, FlexAttention."""
+"""The contenders of `bench attention`: this operator, dense SDPA, published LongNet, FlexAttention."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Problem:
     head_dim: int = 64
 
     def tensors(self) -> dict[str, Tensor]:
-        """q, k, v, which require gradients, and dout; the same numbers for every contender."""
+        """q, k, v, which require gradients, and dout; the same values for every contender."""
         generator = torch.Generator(self.device).manual_seed(0)
         heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads, "dout": self.heads}
         return {
@@ -69,15 +69,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to attend.
+    """An implementation of attention.
 
     Args:
         name: "ring_hilbert", "dense", "longnet" or "flex".
-        order: the order of the rows, for `ring_hilbert`; the others know only "raster".
-        backend: which kernel it runs.
+        order: the order of the rows, for `ring_hilbert`; the others only support "raster".
+        backend: the kernel that it runs.
         attend: from q, k, v `[B, S, H, D]` to out.
-        flops: of the pairs that its definition allows, forward.
-        executed: FLOPs of the pairs it visits, forward, where that is known.
+        flops: forward FLOPs of the pairs that its definition allows.
+        executed: forward FLOPs of the pairs that it visits, if known.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Contender:
 
 
 def operator(problem: Problem, order: rh.TokenOrder | None, backend: str) -> Contender:
-    """This operator on rows that are in `order` already, as in training: prepared once, outside the measured time."""
+    """This operator on rows already in `order`, as in training: prepared once, outside the measured time."""
     positions = None if order is None else order.permutation(problem.length)
     prepared = rh.prepare(problem.length, positions=positions, causal=problem.causal)
     plan = problem.plan(problem.pattern, order)
@@ -107,7 +107,7 @@ def operator(problem: Problem, order: rh.TokenOrder | None, backend: str) -> Con
 
 
 def dense(problem: Problem, limit: int, backend: SDPBackend = SDPBackend.CUDNN_ATTENTION) -> Contender:
-    """PyTorch's own dense kernel: that of `backend` on CUDA devices in half precision, else what SDPA chooses."""
+    """PyTorch's own dense kernel: that of `backend` on CUDA devices in half precision, else SDPA's choice."""
     if problem.length > limit:
         raise Unsupported(f"{problem.length} rows are above --dense-limit {limit}")
     chosen = problem.device.type == "cuda" and problem.dtype in (torch.float16, torch.bfloat16)
@@ -129,7 +129,7 @@ def dense(problem: Problem, limit: int, backend: SDPBackend = SDPBackend.CUDNN_A
 
 
 def published(problem: Problem) -> Contender:
-    """The published LongNet algorithm over the device's fused kernel."""
+    """The published LongNet algorithm on the device's fused kernel."""
     try:
         longnet.check(problem.pattern, problem.length)
         kernel = longnet.kernel_for(problem.device, problem.dtype, problem.head_dim, problem.causal)
@@ -159,7 +159,7 @@ def programmable(problem: Problem, limit: int) -> Contender:
 def contenders(
     problem: Problem, orders: list[rh.TokenOrder | None], backend: str, dense_limit: int
 ) -> Iterator[Contender | str]:
-    """All that can run the problem; for the others a line that says why not."""
+    """All contenders that can run the problem; for the others a line that says why not."""
     makers: list[tuple[str, Callable[[], Contender]]] = [
         ("dense", lambda: dense(problem, dense_limit)),
         ("longnet", lambda: published(problem)),
@@ -177,7 +177,7 @@ def contenders(
 def core_passes(
     core: TritonCore, x: dict[str, Tensor], scale: float
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Forward and backward of the kernels alone, on rows at hand: `x` is what `Problem.tensors` returns."""
+    """Forward and backward of the kernels alone, on local rows: `x` is what `Problem.tensors` returns."""
     q, k, v = x["q"], x["k"], x["v"]
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers behind the pictures: which keys a token reaches through one layer or more, and which rows a rank needs."""
+"""The numbers behind the plots: which keys a token reaches through one or more layers, and which rows a rank needs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ring_hilbert.parallel.travel import Candidates
 def multiplicity(
     pattern: rh.DilatedPattern, length: int, kv_heads: int, *, order: rh.TokenOrder | None = None, causal: bool = True
 ) -> np.ndarray:
-    """How often each key token counts for each query token: int64 `[Hkv, S, S]` (query, key), 0 where hidden.
+    """How often each key token counts for each query token: int64 `[Hkv, S, S]` (query, key), 0 where masked.
 
     Args:
         pattern: the branches, on rows.
         length: tokens, S.
         kv_heads: Hkv.
-        order: of the rows; the result is in natural token coordinates all the same. None: token t is row t.
-        causal: later tokens are hidden.
+        order: of the rows; the result is still in natural token coordinates. None: token t is row t.
+        causal: mask later tokens.
     """
     count = rh.reference.multiplicity(pattern, length, kv_heads).numpy()
     if order is not None:
@@ -49,7 +49,7 @@ def reach(
         multiplicity(pattern, length, kv_heads, order=order, causal=causal).any(0) | np.eye(length, dtype=bool)
         for pattern in layers
     ]
-    # float32 counts of paths: exact enough to tell none from some, and fast
+    # float32 path counts: exact enough to distinguish none from some, and fast
     return functools.reduce(lambda below, step: step.astype(np.float32) @ below.astype(np.float32) > 0, steps)
 
 

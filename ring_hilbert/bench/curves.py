@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs that ought to learn alike: their losses, step by step, against those of the first.
+"""Whole runs that should learn equally well: their losses, step by step, against those of the first.
 
-Each variant is the run of a configuration with some values replaced, in folders of its own, alone or under torchrun:
+Each variant is a run of the configuration with some values replaced, in its own folders, alone or under torchrun:
 
     torchrun --nproc-per-node 2 -m ring_hilbert.cli bench curves --set parallel.sp=2 train.steps=200 \
         --variants train.precision=fp32 train.precision=bf16 engine=deepspeed
@@ -25,7 +25,7 @@ from ring_hilbert.training.config import load_config
 from ring_hilbert.training.metrics import METRICS_FILE, read_metrics
 
 CONFIG = "configs/quickstart.yaml"
-SMOOTH = 10  # steps that are averaged, besides single ones
+SMOOTH = 10  # steps averaged, in addition to single ones
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -48,11 +48,11 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
             dist.broadcast_object_list(shared, src=0)
         yield from _compared(chosen, Path(shared[0]), is_main)
         if group is not None:
-            dist.barrier()  # nobody's folder goes before all are done
+            dist.barrier()  # no folder is removed before all are done
 
 
 def _compared(chosen: argparse.Namespace, folder: Path, is_main: bool) -> Iterator[dict[str, Any]]:
-    from ring_hilbert.training.loop import pretrain  # its data loading is no business of the other measurements
+    from ring_hilbert.training.loop import pretrain  # imports data loading, which the other measurements do not need
 
     first = None
     for number, variant in enumerate(chosen.variants):
@@ -79,7 +79,7 @@ def _compared(chosen: argparse.Namespace, folder: Path, is_main: bool) -> Iterat
 
 
 def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
-    """A table, and the picture if one was asked for."""
+    """Print the table, and draw the plot if requested."""
     print(
         f"{'variant':32}{'last loss':>11}{'held out':>11}{'largest':>10}{'mean':>10}{'held out':>10}  relative to the first"
     )
@@ -95,7 +95,7 @@ def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
 
 
 def draw(path: Path, records: list[dict[str, Any]]) -> None:
-    """Loss against step, a line per variant, and how far each is from the first."""
+    """Loss against step, a line per variant, and the difference of each from the first."""
     from ring_hilbert.bench.picture import figure_of, save
 
     figure, panels = figure_of(2, height=4.2)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data at scale: tokenising against the tokenizer alone, opening many documents, packing.
 
-tokenising: megabytes of text per second, reading and writing included, next to `tokenizer.encode_batch` on as many cores, which
-neither reads nor writes; a BPE tokenizer of 32768 ids that learns from the standard library's files, and rows of these files.
-opening: seconds, and the memory that a process takes for it beyond its imports, for documents of 20 to 100 random tokens, in three
-shuffled epochs of which it reads sequences. packing: padding and cuts on the standard library's files, by bytes and by that BPE.
+tokenising: megabytes of text per second, including reading and writing, against `tokenizer.encode_batch` on the same number of
+cores, which does neither; with a BPE tokenizer of 32768 ids trained on the standard library's files, on rows of these files.
+opening: seconds, and the process's memory beyond its imports, for documents of 20 to 100 random tokens, reading sequences from
+three shuffled epochs. packing: padding and cuts on the standard library's files, by bytes and by that BPE.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ SOURCE = {
     "exclude": ["site-packages", "**/test", "**/tests"],
 }
 WHAT = ("tokenising", "opening", "packing")
-READ = 500  # sequences of each of three epochs
+READ = 500  # sequences read from each of three epochs
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is measured, and how much of it."""
+    """The flags of `bench data`."""
     parser.add_argument("--what", nargs="+", default=list(WHAT), metavar="NAME", help="default: all three")
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], metavar="N", help="that tokenise; default: 1 2")
     parser.add_argument("--megabytes", type=int, default=200, metavar="N", help="of text for each core; default: 200")
@@ -55,7 +55,7 @@ def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per figure.
 
     Raises:
-        ValueError: there is no such measurement, or fewer cores than are asked for.
+        ValueError: for an unknown measurement, or more cores than there are.
     """
     wrong = set(chosen.what) - set(WHAT)
     cores = sorted(os.sched_getaffinity(0))
@@ -82,7 +82,7 @@ def _record(what: str, setting: str, quantity: str, value: float) -> dict[str, A
 
 
 def _apart(what: str, folder: Path, cores: list[int]) -> list[dict[str, Any]]:
-    """The records of a process of its own, on these cores."""
+    """The records measured in a separate process, on these cores."""
     environment = os.environ | {"RAYON_NUM_THREADS": str(len(cores)), "TOKENIZERS_PARALLELISM": "true"}
     command = [sys.executable, "-m", "ring_hilbert.bench.data", what, str(folder), *map(str, cores)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -90,7 +90,7 @@ def _apart(what: str, folder: Path, cores: list[int]) -> list[dict[str, Any]]:
 
 
 def _learn(folder: Path) -> None:
-    """A byte-level BPE tokenizer."""
+    """Train a byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|endoftext|>"]
@@ -143,7 +143,7 @@ def _tokenising(folder: Path, cores: list[int]) -> list[dict[str, Any]]:
 
 
 def _write_part(folder: Path, documents: int) -> None:
-    """A prepared folder of so many documents, as `prepare` writes it."""
+    """Write a prepared folder of `documents` documents, as `prepare` does."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(20, 101, documents).astype("<u4")
     tokens = generator.integers(3, VOCAB, int(lengths.sum()), dtype=np.uint16)
@@ -170,7 +170,7 @@ def _write_part(folder: Path, documents: int) -> None:
 def _opening(folder: Path, _cores: list[int]) -> list[dict[str, Any]]:
     found, before = [], _memory("VmRSS")
     for packing in ("concat", "best_fit"):
-        Path("/proc/self/clear_refs").write_text("5")  # peaks are counted anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets peak memory
         start = time.perf_counter()
         config = DataConfig.model_validate({"prepared": str(folder / "many"), "seq_len": 8192, "packing": packing})
         dataset = open_dataset(config, "train", VOCAB)
@@ -192,7 +192,7 @@ def _opening(folder: Path, _cores: list[int]) -> list[dict[str, Any]]:
 
 
 def _memory(name: str) -> float:
-    """MiB of this process."""
+    """A memory figure of this process, in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the operator over these ranks is from its definition in float64, and from one rank.
+"""The error of the operator over these ranks, against its definition in float64 and against one rank.
 
     torchrun --standalone --nproc-per-node 4 -m ring_hilbert.cli bench exactness
 
-Every rank draws the same sequence and keeps its rows; rank 0 puts the results together and compares. Gloo on the CPU, NCCL
-with CUDA devices.
+Every rank draws the same sequence and keeps its rows; rank 0 assembles and compares the results. Gloo on the CPU, NCCL with
+CUDA devices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Problem:
-    """One sequence: its pattern, shapes and what its rows know."""
+    """One sequence: its pattern, shapes and metadata."""
 
     name: str
     pattern: rh.DilatedPattern
@@ -40,7 +40,7 @@ class Problem:
     uneven: bool = False
 
     def lengths(self, world: int) -> tuple[int, ...]:
-        """Rows per rank, whole blocks of the order; uneven ones shift half of each odd rank's rows to the rank before it."""
+        """Rows per rank, in whole blocks of the order; if uneven, half of each odd rank's rows go to the rank before it."""
         unit = 1 if self.order is None or self.order.block is None else self.order.block
         lengths = [unit * count for count in Layout.even(self.seq_len // unit, world).lengths]
         for rank in range(1, world if self.uneven else 0, 2):
@@ -102,7 +102,7 @@ def run(
 
 
 def truth(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """The reference in float64 on the inputs as `dtype` holds them."""
+    """The reference in float64 on the inputs rounded to `dtype`."""
     x = {name: value.double() for name, value in draw(problem, dtype, device).items()}
     q, k, v = (x[name].requires_grad_() for name in "qkv")
     out, lse = rh.reference.dilated_attention(
@@ -138,7 +138,7 @@ def rows(device: torch.device, group: dist.ProcessGroup | None) -> Iterator[dict
 
 
 def _whole(local: Tensor, lengths: tuple[int, ...], dim: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Every rank's `local`, put together along `dim`."""
+    """Every rank's `local`, concatenated along `dim`."""
     if group is None:
         return local
     longest = max(lengths)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pattern as a FlexAttention mask: what PyTorch's own programmable kernel makes of the same softmax."""
+"""A pattern as a FlexAttention mask: the same softmax by PyTorch's own programmable kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def multiplicity(pattern: DilatedPattern, kv_heads: int, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """How many branches hold rows `a` and `b` in one segment for kv head `g` (int tensors that broadcast): int32."""
+    """The number of branches that hold rows `a` and `b` in one segment for kv head `g` (broadcastable int tensors): int32."""
     a, b = a + pattern.segment_shift, b + pattern.segment_shift
     count = torch.zeros_like(a, dtype=torch.int32)
     for w, r in pattern.branches:
@@ -37,15 +37,15 @@ def attention(
 ) -> Attention:
     """The operator on rows in natural order by FlexAttention, as a function of q, k, v `[B, S, H, D]`.
 
-    A block mask skips what the pattern leaves out in whole 128 x 128 blocks; log multiplicities are added to the scores.
+    A block mask skips 128 x 128 blocks that the pattern leaves out entirely; log multiplicities are added to the scores.
 
     Args:
         pattern: the branches.
         length: rows, S.
         heads, kv_heads: of q and of k, v.
-        causal: hide keys of later rows.
-        device: where the block mask lives.
-        compiled: without it PyTorch's eager stand-in runs, quadratic in memory: for tests only.
+        causal: mask keys of later rows.
+        device: of the block mask.
+        compiled: if False, PyTorch's eager fallback runs, quadratic in memory: for tests only.
     """
     group = heads // kv_heads
 

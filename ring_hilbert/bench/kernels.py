@@ -2,14 +2,14 @@
 """The Triton kernels alone: TFLOP/s forward and backward, against other kernels in the same run.
 
 A row is one pass of one contender on one problem. `tflops` counts the pairs of the branches (4 D FLOPs each forward, 10 D
-backward, for everybody), `executed_tflops` the pairs in the blocks that are visited: fewer where pairs of several branches are
-visited once, more where masks hide some. `efficiency` is tflops over that of dense cuDNN attention with the same mask in the
-same run, at --dense-limit rows if the problem has more (one head of them does not fill a GPU: compare the milliseconds of
---dilations with each other). Contenders take turns; medians are kept, with the least and the most.
+backward, for all contenders), `executed_tflops` the pairs in the visited blocks: fewer where pairs of several branches are
+visited once, more where some are masked. `efficiency` is tflops relative to dense cuDNN attention with the same mask in the
+same run, at --dense-limit rows if the problem has more (one head of these does not fill a GPU: compare the milliseconds of
+--dilations with each other). Contenders alternate; medians are kept, with minimum and maximum.
 
 With --tune every tile of a list is tried (executed_tflops then counts the products that a pass computes); the table in
-`kernels/tiles.py` is edited by hand. With --aot nothing runs: the rows tell the registers, spills, shared memory and
-instructions of what the kernels compile to, and no GPU is needed.
+`kernels/tiles.py` is edited by hand. With --aot nothing runs: the rows give the registers, spills, shared memory and
+instructions of the compiled kernels, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ from ring_hilbert.ops.visible import Visible
 from ring_hilbert.ops.visits import Chunk
 
 Record = dict[str, Any]
-DILATED_ROWS = 131072  # of one head at every dilation: so many that clearing the rows between them is little beside it
-PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4}  # matrix products that a pass computes of a block
+DILATED_ROWS = (
+    131072  # of one head at every dilation: enough for the cost of clearing the rows between them to be negligible
+)
+PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4}  # matrix products of a pass per block
 CANDIDATES = {
     "forward": [
         (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 2),
@@ -130,7 +132,7 @@ def rows(chosen: argparse.Namespace, device: torch.device, _group: object = None
 
 
 def report(records: list[Record], chosen: argparse.Namespace) -> None:
-    """A line for each record, and the picture if one was asked for."""
+    """Print a line for each record, and draw the plot if requested."""
     for record in records:
         print("  ".join(f"{name} {value}" for name, value in record.items()))
     if chosen.plot is not None:
@@ -138,14 +140,14 @@ def report(records: list[Record], chosen: argparse.Namespace) -> None:
 
 
 def patterns(length: int) -> Iterator[tuple[str, rh.DilatedPattern]]:
-    """What is timed at every length: dense, five branches, and the ladder of the shipped 1B configuration."""
+    """The patterns timed at every length: dense, five branches, and the ladder of the shipped 1B configuration."""
     if length <= 32768:
         yield "dense", DENSE
     yield (
         "five branches",
         rh.DilatedPattern(tuple(min(2048 << i, length) for i in range(5)), tuple(1 << i for i in range(5))),
     )
-    if length >= 65536:  # else its longer segments are one
+    if length >= 65536:  # otherwise its longer segments coincide
         yield "llama_1b_1m", rh.DilatedPattern((4096, 16384, 65536, 262144, None), (1, 4, 16, 64, 256))
 
 
@@ -225,7 +227,7 @@ def _measure(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterato
 
 
 def _tune(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterator[Record]:
-    """Every candidate of every pass, the other passes with the tiles of the table."""
+    """Every candidate for every pass, with the table's tiles for the other passes."""
     from ring_hilbert.kernels import launch
 
     x = {key: value.detach() for key, value in problem.tensors().items()}
@@ -262,7 +264,7 @@ def _tune(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterator[R
 
 
 def _baselines(problem: Problem, limit: int, without: list[str]) -> Iterator[tuple[str, int, Contender]]:
-    """`(label, rows, contender)`: dense attention, at most at the limit, and what others make of the pattern."""
+    """`(label, rows, contender)`: dense attention, up to the limit, and other implementations of the pattern."""
     length = min(problem.length, limit)
     short = replace(problem, length=length)
     makers: dict[str, tuple[int, Callable[[], Contender]]] = {

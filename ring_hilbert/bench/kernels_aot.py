@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels compile to, without a GPU: registers, spills, shared memory and instructions of every variant."""
+"""The compiled kernels, without a GPU: registers, spills, shared memory and instructions of every variant."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ring_hilbert.ops.remote_walk import plan_lists
 from ring_hilbert.ops.walk import plan_rows
 
 CAPABILITIES = (80, 90, 100)
-# Shared memory that a block of threads may have, in bytes (CUDA C++ Programming Guide, technical specifications).
+# Most shared memory of a thread block, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ROWS, HEADS, KV_HEADS = 2048, 8, 4
 
@@ -87,7 +87,7 @@ def rows(
 def compiled(
     variant: Variant, pass_: Pass, tiles: tuple[Tile, ...], head_dim: int, dtype: torch.dtype, capability: int
 ) -> dict[str, Any]:
-    """What one kernel, launched by `launch`, compiles to."""
+    """The compiled form of one kernel, as launched by `launch`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -127,7 +127,7 @@ def compiled(
 def _arguments(
     variant: Variant, pass_: Pass, tile: Tile, walk: Walk, head_dim: int, dtype: torch.dtype
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The kernel and the arguments that `launch` gives it."""
+    """The kernel and the arguments that `launch` passes to it."""
     from ring_hilbert.kernels import backward, forward, launch
 
     if tile.gluon:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patterns, orders and heads of the shipped configurations, and their parts, against dense cuDNN attention in the same run."""
+"""The shipped configurations' patterns, orders and heads, and parts of them, against dense cuDNN attention in the same run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ring_hilbert.ops.visits import Chunk
 FLOPS = {"forward": 4, "backward": 10}  # per pair and column of the head
 ROWS, DENSE_ROWS = 131072, 16384
 FLOOR = "cudnn, 16384 rows"
-# TFLOP/s, forward and backward, that cuDNN makes on an H100 in good health, by head dim: what is below is no denominator.
+# TFLOP/s of cuDNN, forward and backward, on a healthy H100, by head dim: a lower rate is not used as a denominator.
 HEALTHY = {64: (440.0, 400.0), 128: (560.0, 500.0)}
 STEEP = rh.DilatedPattern((4096, 16384, 65536, 262144, None), (1, 4, 16, 64, 256))
 DOUBLING = rh.DilatedPattern(tuple(2048 << i for i in range(5)), tuple(1 << i for i in range(5)))
@@ -32,7 +32,7 @@ DOCUMENTS, SIGMA, SEED = 200, 1.2, 0
 
 @dataclass(frozen=True)
 class Shape:
-    """What is timed; `longnet`: the published algorithm too. `name` is that of a configuration, or says what it is a part of."""
+    """A timed problem; `longnet`: also time the published algorithm. `name`: a configuration, or the part of one."""
 
     name: str
     pattern: rh.DilatedPattern
@@ -75,7 +75,7 @@ def document_ids(length: int, number: int) -> Tensor:
 
 
 def pairs_of(shape: Shape, seen: Visible, device: torch.device) -> int:
-    """Pairs of a head, summed over branches: every branch's own rows by the intervals."""
+    """Pairs of a head, summed over branches, counted on every branch's rows by their intervals."""
     key, low, high = (x[0] for x in seen.on(device))
     total = 0
     for w, r in shape.pattern.branches:
@@ -97,7 +97,7 @@ def rows(chosen: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
     `of_cudnn`: TFLOP/s of branch pairs over those of dense cuDNN attention with the same heads; `of_one_document`: time per pair
     over that of the same shape with one document.
     """
-    one: dict[tuple[object, ...], float] = {}  # milliseconds of a pair of one document
+    one: dict[tuple[object, ...], float] = {}  # milliseconds per pair with one document
     for shape in SHAPES:
         for record in _measure(shape, chosen.repeats, device):
             if record["contender"] == "ring_hilbert":

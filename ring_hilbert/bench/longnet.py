@@ -3,9 +3,9 @@
 
 Written from the paper (arXiv 2307.02486, sections 2.2 and 2.3). Every branch gathers its rows into dense segments, runs the
 device's fused kernel on the segments as a batch, and scatters outputs and log-sum-exps back to all rows; the branches are then
-mixed by the softmax of their log-sum-exps. As in the authors' release the mixing weights are detached, so the forward is the
-operator's and the gradients of q and k are not. With `zero_keys` rows of zeros fill segments up, as there, so that nothing has to
-divide; they are cut off again segment by segment, which the release does not (docs/torchscale.md).
+mixed by the softmax of their log-sum-exps. As in the authors' release the mixing weights are detached, so the forward equals the
+operator's but the gradients of q and k do not. With `zero_keys` rows of zeros fill segments up, as there, so that lengths need not
+divide; they are removed again segment by segment, which the release does not do (docs/torchscale.md).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ring_hilbert.ops.pattern import DilatedPattern, Residue
 
 
 def check(pattern: DilatedPattern, length: int) -> None:
-    """Raise ValueError unless the algorithm is defined: segments start at row 0, and rows of zeros fill them up or none have to."""
+    """Raise ValueError unless the algorithm is defined: segments start at row 0, and are full or filled up with zeros."""
     if pattern.segment_shift:
         raise ValueError(f"LongNet has no segment_shift, got {pattern.segment_shift}; use 0")
     if pattern.zero_keys:
@@ -45,8 +45,8 @@ def dilated_attention(
         q: `[B, S, H, D]`.
         k, v: `[B, S, Hkv, D]`, `H % Hkv == 0`.
         pattern: the branches.
-        causal: hide keys of later rows.
-        scale: of the scores; default `D ** -0.5`.
+        causal: mask keys of later rows.
+        scale: factor on the scores; default `D ** -0.5`.
 
     Returns:
         `[B, S, H, D]`; rows that no branch holds are 0.
@@ -74,7 +74,7 @@ def dilated_attention(
 
 
 def _filled(x: Tensor, w: int, r: int) -> Tensor:
-    """`[B, S, H, D]` as `[B * segments, rows, H, D]`, with rows of zeros behind the last one and up to a multiple of `r` in all."""
+    """`[B, S, H, D]` as `[B * segments, rows, H, D]`, padded with zero rows to whole segments and these to a multiple of `r`."""
     x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % w)) if x.shape[1] % w else x
     x = x.reshape(-1, w, *x.shape[2:])
     return F.pad(x, (0, 0, 0, 0, 0, -w % r)) if w % r else x
@@ -152,16 +152,16 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) 
     else:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
-        lse = lse[..., : q.shape[2]]  # it rounds the rows up
+        lse = lse[..., : q.shape[2]]  # the kernel rounds the rows up
     return out, lse.detach().reshape(q.shape[:3])
 
 
 @functools.cache
 def kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool) -> str:
-    """The fastest fused kernel with an lse that PyTorch has: "cpu", on CUDA devices "cudnn", "flash" or "efficient".
+    """PyTorch's fastest fused kernel that returns lse: "cpu", on CUDA devices "cudnn", "flash" or "efficient".
 
     Raises:
-        ValueError: if none takes such tensors (float64 on CUDA, for one).
+        ValueError: if none takes such tensors (for instance float64 on CUDA).
     """
     if device.type == "cpu":
         return "cpu"

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of the time that rows travel is hidden behind attention, on a link made slow.
+"""How much of the communication time is hidden behind attention, on an artificially slow link.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m ring_hilbert.cli bench overlap --plot trace.png
 
-Under the process group lies a delay: a rank's rows arrive one message after the other, each at the earliest when its bytes would
-have come over a link of a chosen rate. The rate is such that an exchange takes `--load` of the time of the local visits, and
-a hop of the ring that share of the visits of a hop. Hidden is the part of the time that rows travel in which the rank does not
-wait for them (or for a rank that is late); records are of the rank that hides least.
+A delay is inserted below the process group: a rank's messages arrive one after the other, each no earlier than its bytes would
+have over a link of a chosen rate. The rate is such that an exchange takes `--load` of the time of the local visits, and a hop of
+the ring that share of a hop's visits. Communication time counts as hidden unless the rank waits for the rows (or for a late
+rank); records are of the rank that hides least.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.distributed as dist
 import ring_hilbert as rh
 from ring_hilbert.parallel import execution
 
-Event = tuple[str, float, float]  # what, from, to (seconds of the clock that all ranks of a host share)
+Event = tuple[str, float, float]  # what, from, to (seconds, by the clock shared by all ranks of a host)
 LOCAL, REMOTE, WAIT, TRAVEL = "local", "remote", "wait", "rows travel"
 EXCHANGED = rh.DilatedPattern((1024, 4096, None), (1, 2, 4))
 DENSE = rh.DilatedPattern((None,), (1,))
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class SlowLink:
-    """A link by which rows arrive at `rate` bytes per second at most; keeps what it and the operator did.
+    """A link over which rows arrive at no more than `rate` bytes per second; records its events and the operator's.
 
     `events`: what the rank computed, waited for and received, while `recording`.
     """
@@ -55,7 +55,7 @@ class SlowLink:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Under the operator's collectives and its ranges of the profiler."""
+        """Patch the operator's collectives and its profiler ranges."""
         real = dist.all_to_all_single, dist.batch_isend_irecv, execution.record_function
         link = self
 
@@ -88,12 +88,12 @@ class SlowLink:
         return self.free_at
 
     def seconds(self, kind: str) -> list[float]:
-        """Of every event of a kind."""
+        """The duration of every event of a kind."""
         return [stop - start for what, start, stop in self.events if what == kind]
 
 
 class _Delayed:
-    """Works that are done when all are, and a moment has come."""
+    """Works that are done once all have completed and the time `due` has come."""
 
     def __init__(self, works: list[Any], due: float) -> None:
         self.works, self.due = works, due
@@ -163,7 +163,7 @@ def _measure(
         received = [seconds * 1e12 for seconds in link.seconds(TRAVEL)]
         if strategy == "exchange":
             rate = sum(received) / (chosen.load * sum(link.seconds(LOCAL)))
-        else:  # a hop brings K and V, and in backward takes gradients home
+        else:  # a hop brings K and V, and in backward returns gradients
             hops = len(link.seconds(REMOTE))
             rate = sum(received) / (chosen.load * hops * min(link.seconds(REMOTE)))
         rates: list[Any] = [None] * dist.get_world_size(group)
@@ -185,7 +185,7 @@ def _measure(
 
 
 def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
-    """A line per record, and the picture if one was asked for."""
+    """Print a line per record, and draw the plot if requested."""
     for r in records:
         print(
             f"{r['strategy']:9} {r['pass']:9} rows travel {r['travel_ms']} ms, the pass takes {r['ms']} ms, without delay "
@@ -197,7 +197,7 @@ def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
 
 
 def draw(path: Path, traces: dict[tuple[str, str], list[list[Event]]]) -> None:
-    """A panel for each strategy and pass: for every rank a lane of what it does, and under it what arrives."""
+    """A panel per strategy and pass: for every rank a lane with its activity, and below it what arrives."""
     from ring_hilbert.bench.picture import check_path, figure_of, save
 
     check_path(path)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This operator over ranks against `ring-attention-pytorch`, which has to be installed: time, and bytes on the wire.
+"""This operator over ranks against `ring-attention-pytorch`, which must be installed: time, and bytes on the wire.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m ring_hilbert.cli bench peers
 
-With --train, a whole model in training instead, against PyTorch's own `context_parallel`, on GPUs (see `peers_training.py`):
+With --train, training of a whole model instead, against PyTorch's own `context_parallel`, on GPUs (see `peers_training.py`):
 
     torchrun --nproc-per-node 4 -m ring_hilbert.cli bench peers --train configs/llama_1b_1m.yaml --train-lengths 131072 262144
 
 The same rows, dense and causal, on both; and a dilated pattern here against dense attention there, which has no dilation.
-Contenders take turns; medians of the slowest rank are kept. Bytes are what a rank receives in forward and backward, counted
-at the collectives, at the rank with most.
+Contenders alternate; medians of the slowest rank are kept. Bytes are those that a rank receives in forward and backward, counted
+at the collectives, on the rank that receives most.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
     """A record per problem and contender, on rank 0.
 
     Raises:
-        ValueError: without torchrun, without the peer, or if a contender's dense attention is another one.
+        ValueError: without torchrun, without the peer, or if the contenders' dense attention differs.
     """
     if chosen.train is not None:
         yield from _training(chosen, device, 1 if group is None else dist.get_world_size(group))
@@ -158,7 +158,7 @@ def _turns(
 
 @contextmanager
 def _counted() -> Iterator[list[int]]:
-    """Bytes of all that arrives by the collectives of either contender."""
+    """Bytes received through the collectives of either contender."""
     seen: list[int] = []
     real = dist.all_to_all_single, dist.batch_isend_irecv
 

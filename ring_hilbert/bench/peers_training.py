@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model in training over ranks: with this operator, and dense and causal with PyTorch's `context_parallel`.
+"""Training over ranks: with this operator, and with dense causal attention by PyTorch's `context_parallel`.
 
-Model, FSDP2, optimizer, precision and loss are the trainer's in both; what attention gave is kept in both, the rest of a layer is
-recomputed. The peer's attention is `scaled_dot_product_attention`, over ranks by `context_parallel` with its own balance of the
-causal mask; its layers are compiled. With one dense branch both are the same model, and their first losses say so.
+Model, FSDP2, optimizer, precision and loss are the trainer's in both; in both, attention results are kept and the rest of a layer
+is recomputed. The peer's attention is `scaled_dot_product_attention`, over ranks by `context_parallel` with its own balancing of
+the causal mask; its layers are compiled. With one dense branch both are the same model, as their first losses confirm.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class _Ours:
         return TorchEngine(build_skeleton(self.config, self.hf_config), weights, self.config, self.world)
 
     def step(self) -> None:
-        """One step of one sequence, each time another."""
+        """One step on one sequence, a different one each time."""
         assert self.engine is not None
         number = len(self.losses)
         loss, _ = accumulate(self.engine, self.batches.of(number, number + 1), self.world)
@@ -109,7 +109,7 @@ class _Peer(_Ours):
         self.compiled = compiled
 
     def make(self) -> TorchEngine:
-        """The engine: FSDP2 as the trainer's."""
+        """The engine: FSDP2 as in the trainer."""
         AttentionInterface.register(SDPA, _sdpa)
         AttentionMaskInterface.register(SDPA, lambda **_: None)
         weights = initial_weights(self.config, self.hf_config)
@@ -122,7 +122,7 @@ class _Peer(_Ours):
         return TorchEngine(model, weights, self.config, self.world)
 
     def step(self) -> None:
-        """One step of one sequence."""
+        """One step on one sequence."""
         assert self.engine is not None and self.world.mesh is not None
         ids = torch.from_numpy(self.data[len(self.losses)]["input_ids"])[None].to(self.world.device)
         labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
@@ -154,7 +154,7 @@ class _Peer(_Ours):
 
 
 def _recompute(model: PreTrainedModel) -> None:
-    """All of a layer but its attention, as the trainer does."""
+    """Recompute all of a layer but its attention, as the trainer does."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False, "context_fn": lambda: create_selective_checkpoint_contexts(_KERNELS)})
 
@@ -169,7 +169,7 @@ def _sdpa(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface; `context_parallel` replaces what this calls, for as many heads of k as of q."""
+    """Transformers' attention interface; `context_parallel` replaces the function called here, for equal heads of k and q."""
     del module, attention_mask
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2), None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a pattern: which keys a row sees, how the order lays segments out, and who needs whose rows."""
+"""Plots of a pattern: which keys a row sees, how the order lays out segments, and which ranks need which rows."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ SHARDS_LIMIT = 1 << 16  # rows: [P, S] and a plan
 
 @dataclass(frozen=True)
 class Subject:
-    """What is drawn.
+    """The subject of a plot.
 
     Args:
-        layers: a pattern per layer; pictures of one layer show the first.
+        layers: a pattern per layer; plots of one layer show the first.
         order: the token order.
         length: rows of the sequence.
         world: ranks.
-        causal: hide later keys.
-        kv_heads: Hkv; None: as many as the largest dilation rate, so that every residue has a head.
+        causal: mask later keys.
+        kv_heads: Hkv; None: the largest dilation rate, so that every residue has a head.
         head: the kv head whose mask is drawn.
     """
 
@@ -56,18 +56,18 @@ class Subject:
 
     @property
     def pattern(self) -> rh.DilatedPattern:
-        """The first layer's."""
+        """The first layer's pattern."""
         return self.layers[0]
 
     @property
     def heads(self) -> int:
-        """How many kv heads there are."""
+        """Number of kv heads."""
         return max(r for p in self.layers for r in p.dilation_rates) if self.kv_heads is None else self.kv_heads
 
     def plan(self, order: rh.TokenOrder | None) -> rh.Plan:
-        """Of the first layer, over even shards of rows in `order`."""
+        """The plan of the first layer, over even shards of rows in `order`."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # blocks that do not fit the segments: the picture shows it
+            warnings.simplefilter("ignore", UserWarning)  # blocks that do not fit the segments: the plot shows it
             return rh.plan(
                 self.pattern, self.length, self.world, num_heads=self.heads, head_dim=1, dtype=torch.float32,
                 causal=self.causal, order=order,
@@ -81,10 +81,10 @@ def draw_mask(axes: Any, subject: Subject, order: rh.TokenOrder | None = None, r
     """How often each key (across) counts for each query (down) of one kv head.
 
     Args:
-        axes: where.
-        subject: what.
-        order: of the rows; decides what is later. None: rows are tokens.
-        rows: in row coordinates, with the borders of the shards; else in natural token coordinates.
+        axes: to draw on.
+        subject: to draw.
+        order: of the rows; decides which are later. None: rows are tokens.
+        rows: in row coordinates, with the shard boundaries; otherwise in natural token coordinates.
     """
     length = subject.length
     count = coverage.multiplicity(subject.pattern, length, subject.heads, order=order, causal=subject.causal)
@@ -120,7 +120,7 @@ def cells(order: rh.TokenOrder, tokens: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def draw_order(axes: Any, subject: Subject) -> None:
-    """The curve over one block, coloured by the segments of the first branch; dots are the rows that the last branch keeps."""
+    """The curve over one block, coloured by the segments of the first branch; dots are rows kept by the last branch."""
     pattern, order, length = subject.pattern, subject.order, subject.length
     block = length if order.block is None else min(order.block, length)
     x, y = cells(order, order.permutation(length, 0, block).numpy())
@@ -185,7 +185,7 @@ def _colours(world: int) -> Any:
 
 
 def overview(subject: Subject) -> Any:
-    """Mask, order and exchange side by side, with rows as they come."""
+    """Mask, order and exchange side by side, with rows as given."""
     figure, panels = figure_of(3)
     draw_mask(panels[0], subject)
     draw_order(panels[1], subject)
@@ -194,7 +194,7 @@ def overview(subject: Subject) -> Any:
 
 
 def mask(subject: Subject) -> Any:
-    """The mask in rows and in natural tokens; in raster order they are the same and one is drawn."""
+    """The mask in rows and in natural tokens; in raster order these coincide and one is drawn."""
     natural = subject.order.curve == "raster"
     figure, panels = figure_of(1 if natural else 2)
     draw_mask(panels[0], subject, None if natural else subject.order)
@@ -213,7 +213,7 @@ def order(subject: Subject) -> Any:
 
 
 def coverage_picture(subject: Subject) -> Any:
-    """What one layer reaches, what two do, and the share of the possible tokens that each token reaches."""
+    """The reach of one layer and of two, and the share of the possible tokens that each token reaches."""
     first, second = subject.layers[0], subject.layers[-1]
     figure, panels = figure_of(3)
     facts: dict[str, Any] = {"order": subject.order, "causal": subject.causal}
@@ -230,7 +230,7 @@ def coverage_picture(subject: Subject) -> Any:
 
 
 def shards(subject: Subject) -> Any:
-    """Who owns which tokens, whose rows each rank reads, and how many of them."""
+    """Which rank owns which tokens, and which and how many rows of others each rank reads."""
     plan = subject.plan(subject.order)
     owner, needed = coverage.owners(plan), coverage.needed(plan)
     figure, panels = figure_of(3)
@@ -245,10 +245,10 @@ LIMITS = {"overview": DENSE_LIMIT, "mask": DENSE_LIMIT, "coverage": DENSE_LIMIT,
 
 
 def draw(path: Path, subject: Subject, what: str = "overview") -> None:
-    """Draw one of `PICTURES`, as PNG or SVG by the ending of `path`.
+    """Draw one of `PICTURES`, as PNG or SVG by the suffix of `path`.
 
     Raises:
-        ValueError: for another ending, an unknown picture, or more rows than it can show.
+        ValueError: for another suffix, an unknown picture, or more rows than it can show.
     """
     check_path(path)
     if what not in PICTURES:
@@ -264,7 +264,7 @@ def draw(path: Path, subject: Subject, what: str = "overview") -> None:
 
 
 def check_path(path: Path) -> None:
-    """Raise ValueError unless a picture can be written in the format that `path` ends in."""
+    """Raise ValueError unless the suffix of `path` is that of a supported image format."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path} must end in {' or '.join(SUFFIXES)}")
 
@@ -276,7 +276,7 @@ def figure_of(panels: int, height: float = 4.6) -> tuple[Any, Sequence[Any]]:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write and forget the figure."""
+    """Write and close the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ring-hilbert plan`: what every strategy costs, which one "auto" takes and why, and what to look out for."""
+"""`ring-hilbert plan`: the cost of every strategy, which one "auto" chooses and why, and warnings."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ MIB, GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked.
+    """The problem to plan.
 
     Args:
         pattern, order, causal, layout: of the attention.
         seq_len, world: rows of the sequence, and ranks.
         shapes: of q, k and v.
-        strategy: the one that is asked for, or "auto".
-        rotated: head_shift differs between layers, so that every residue has a head in some of them.
-        ranks_per_host: None if it is not known.
+        strategy: the requested one, or "auto".
+        rotated: head_shift differs between layers, so that every residue has a head in some layer.
+        ranks_per_host: None if not known.
     """
 
     pattern: rh.DilatedPattern
@@ -54,7 +54,7 @@ def from_config(path: Path, overrides: Sequence[str]) -> Question:
     """The first dilated layer of a run's configuration; of its last stage, if it has stages.
 
     Raises:
-        ValueError: the file is not the configuration of a run.
+        ValueError: if the file is not the configuration of a run.
     """
     from ring_hilbert.training.config import load_config
 
@@ -87,7 +87,7 @@ def answer(question: Question, speeds: Speeds) -> Choice:
     """The costs of every strategy, and the choice.
 
     Raises:
-        ValueError: for a layout that does not divide, or a strategy asked for that is not possible.
+        ValueError: for a layout that does not divide evenly, or a requested strategy that is not possible.
     """
     layout = Layout.even(question.seq_len, question.world, question.layout)
     visible = Visible(question.seq_len, question.causal, order=question.order)
@@ -100,7 +100,7 @@ def answer(question: Question, speeds: Speeds) -> Choice:
 
 
 def report(question: Question, choice: Choice, speeds: Speeds, links: Sequence[float]) -> str:
-    """A page for a person: what was asked, a line per strategy, the choice, warnings. `links`: bytes per second."""
+    """A readable page: the problem, a line per strategy, the choice, warnings. `links`: bytes per second."""
     shapes = question.shapes
     branches = ", ".join(f"{'all' if w is None else w}/{r}" for w, r in question.pattern.branches)
     lines = [
@@ -132,7 +132,7 @@ def report(question: Question, choice: Choice, speeds: Speeds, links: Sequence[f
 
 
 def _between_hosts(question: Question, choice: Choice) -> Iterator[str]:
-    """What of every strategy crosses hosts, ranks of a sequence being neighbours that begin at a host's first rank."""
+    """Each strategy's traffic between hosts, if a sequence's ranks are neighbours starting at a host's first rank."""
     per_host, world = question.ranks_per_host, question.world
     assert per_host is not None
     hosts = np.arange(world) // per_host
@@ -155,7 +155,7 @@ def _between_hosts(question: Question, choice: Choice) -> Iterator[str]:
 
 
 def cautions(question: Question) -> Iterator[str]:
-    """What a person may not have meant."""
+    """Warnings about settings that may be unintended."""
     yield from order_warnings(question.pattern, question.order, question.causal)
     kv_heads = question.shapes.num_kv_heads
     for branch in question.pattern.branches:
@@ -179,7 +179,7 @@ def cautions(question: Question) -> Iterator[str]:
 
 
 def draw(path: Path, choice: Choice, strategy: str) -> None:
-    """Who needs whose rows: a line per reader, a column per owner, MiB of K and V in forward."""
+    """Which ranks need which rows: a line per reader, a column per owner, MiB of K and V in forward."""
     from ring_hilbert.bench.picture import check_path, figure_of, save
 
     check_path(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmark records: CSV rows that say by themselves what was measured, on what, with which commit, when."""
+"""Benchmark records: self-describing CSV rows that say what was measured, on what, with which commit, and when."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stamp(device: torch.device) -> dict[str, str]:
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]], device: torch.device) -> None:
-    """Append `rows` to the CSV file at `path`, stamped; makes it with a header if it is not there.
+    """Append stamped `rows` to the CSV file at `path`, which is created with a header if missing.
 
     Raises:
         ValueError: if the columns are not those of the file.
@@ -57,7 +57,7 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]], device: torch.device) 
 
 @functools.cache
 def _commit() -> str:
-    """Of the code that runs: looked up once."""
+    """The commit of the running code, looked up once."""
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What checkpoints cost a run: by how much the steps that a save touches are longer than the others.
+"""What checkpoints cost a run: how much longer the steps affected by a save are than the others.
 
 Steps of the trainer's own engine on random tokens, one sequence each, alone or under torchrun with all ranks in one sequence. A
-save touches the step after which it is begun, and those until it is published. Steps are timed by the clock, saves included.
+save affects the step after which it starts, and those until it is published. Steps are timed by the wall clock, including saves.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
 def _measure(
     config: RunConfig, device: torch.device, every: int, saves: int
 ) -> tuple[list[float], list[tuple[int, int]], int]:
-    """Seconds of every step; the first and the last step that each save touches; bytes of one."""
+    """Seconds of every step; the first and last step that each save affects; bytes of one save."""
     hf_config = model_config(config)
     data = RandomSequences(config, hf_config.vocab_size, 1)
     steps: list[float] = []
@@ -92,7 +92,7 @@ def _measure(
             engine.step(config.optim.lr)
             due = number >= WARM_UP and (number - WARM_UP + 1) % every == 0 and len(begun) < saves
             if due:
-                published += [len(steps)] * (len(begun) - len(published))  # it waits for the one before
+                published += [len(steps)] * (len(begun) - len(published))  # a save waits for the previous one
                 checkpoints.save(engine, Progress(number + 1))
             if device.type == "cuda":
                 torch.cuda.synchronize()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank does as ranks are added and each keeps its rows: bytes and FLOPs forward and backward, from the plan.
+"""Weak scaling: a rank's bytes and FLOPs, forward and backward, as ranks are added and each keeps its rows; from the plan.
 
-To 4096 ranks, with 2^18 rows each a billion tokens. Three ladders from a segment length of a quarter of a rank's rows: five
-branches whatever the length of the sequence; segment lengths doubled and dilation rates times four up to the whole sequence;
-and both doubled, of which every doubling of the sequence adds as much again.
+Up to 4096 ranks, which with 2^18 rows each is a billion tokens. Three ladders, from a segment length of a quarter of a rank's rows:
+five branches whatever the length of the sequence; segment lengths times two and dilation rates times four up to the whole sequence;
+and both times two, where every doubling of the sequence adds the same amount again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import ring_hilbert as rh
 from ring_hilbert.parallel.choice import BACKWARD_FLOPS
 
 HEADS, HEAD_DIM, DTYPE = 32, 128, torch.bfloat16
-LADDERS = {  # (segment length, dilation rate) of a branch times these is the next; how many branches at most
+LADDERS = {  # factors from a branch's (segment length, dilation rate) to the next; most branches
     "fixed, w x2, r x2, 5 branches": (2, 5),
     "to N, w x2, r x4": (4, None),
     "to N, w x2, r x2": (2, None),
@@ -45,7 +45,7 @@ def ladder(name: str, first: int, seq_len: int) -> rh.DilatedPattern:
 
 
 def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One record per ladder, causality and number of ranks: mean and most over ranks, of a layer."""
+    """One record per ladder, causality and number of ranks: mean and maximum over ranks, of a layer."""
     for name in LADDERS:
         for causal in (False, True) if chosen.causal is None else (chosen.causal,):
             for world in chosen.ranks:
@@ -70,7 +70,7 @@ def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
-    """A table, and the picture if one was asked for."""
+    """Print the table, and draw the plot if requested."""
     print(f"{'ladder':32} causal   ranks  forward MiB mean, max   backward MiB mean, max  forward TFLOP mean, max")
     for r in records:
         print(
@@ -84,7 +84,7 @@ def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
 
 
 def draw(path: Path, records: list[dict[str, Any]]) -> None:
-    """Bytes forward, bytes backward and FLOPs of the busiest rank against the ranks; dashed: the mean."""
+    """Bytes forward, bytes backward and FLOPs of the busiest rank against the number of ranks; dashed: the mean."""
     from ring_hilbert.bench.picture import figure_of, save
 
     figure, panels = figure_of(3, height=4.2)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole slides: dilated attention and Prov-GigaPath's slide encoder against the published algorithm, and what planning costs.
 
-A slide has --tiles tiles and a class token, 16 heads, torchscale's segment lengths for it and its padding (`zero_keys`), no
-causality. The published algorithm runs on the fastest fused kernel that PyTorch has, in turns with ours. Parts:
+A slide has --tiles tiles and a class token, 16 heads, torchscale's segment lengths for it and its padding (`zero_keys`), and is
+not causal. The published algorithm runs on PyTorch's fastest fused kernel, alternating with ours. Parts:
 
-- attention: forward without gradients, and forward + backward, for every head dim. `extra_mib` is what both hold at most beyond
+- attention: forward without gradients, and forward + backward, for every head dim. `extra_mib` is the peak of both beyond
   q, k, v, dout and the gradients. Heads of 24 and 48 are computed as if they had 32 and 64 columns: compare those rows.
-- encoder: forward + backward of all layers in bfloat16, with and without recomputed layers. `extra_mib` is beyond the weights.
-- planning: attention of a slide whose length is new to the process, `first_ms`, and of another of that length.
+- encoder: forward + backward of all layers in bfloat16, with and without recomputation. `extra_mib` is beyond the weights.
+- planning: attention on a slide of a length new to the process, `first_ms`, and on another of that length.
 
-Under torchrun all ranks share one slide, and only ours runs: times are of the slowest rank, memory of the largest.
+Under torchrun all ranks share one slide, and only ours runs: times are of the slowest rank, memory is the maximum over ranks.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
 
 
 def _shares(total: int, group: dist.ProcessGroup | None) -> int:
-    """How many of `total` are this rank's."""
+    """This rank's share of `total`."""
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     return total // ranks + (rank < total % ranks)
 
@@ -121,7 +121,9 @@ def _encoder(
     at = torch.arange(before, before + tiles)
     coords = 256 * torch.stack((at // side, at % side), dim=1)
     x = torch.randn((tiles, 1536), device=device, dtype=dtype)
-    for recomputed in (True, False) if group is None else (True,):  # a rank alone without memory would keep all waiting
+    for recomputed in (
+        (True, False) if group is None else (True,)
+    ):  # one rank out of memory would keep all others waiting
         encoder = SlideEncoder(
             1536, chosen.embed_dim, chosen.depth, zero_keys=True, num_heads=chosen.heads, max_wsi_size=chosen.max_wsi_size,
             slide_ngrids=side + 1, dropout=0.0, drop_path_rate=0.0, checkpoint_activations=recomputed,
@@ -178,7 +180,7 @@ def _measured(
     chosen: argparse.Namespace, facts: Record, passes: Mapping[str, Passes], known: int, device: torch.device,
     group: dist.ProcessGroup | None,
 ) -> Iterator[Record]:  # fmt: skip
-    """The record of every contender; a row without figures for one that does not fit. `known`: bytes of the gradients."""
+    """The record of every contender; without figures for one that does not fit. `known`: bytes of the gradients."""
     fitting, extra = dict[str, Passes](), dict[str, int]()
     for name, of in passes.items():
         try:
@@ -221,7 +223,7 @@ def _record(
 
 
 def _largest(values: list[float], device: torch.device, group: dist.ProcessGroup | None) -> list[float]:
-    """Over all ranks."""
+    """The maximum of each value over all ranks."""
     if group is None:
         return values
     return torch.stack(from_all(torch.tensor(values, dtype=torch.float64, device=device), group)).amax(0).tolist()

@@ -27,7 +27,7 @@ class Times(NamedTuple):
 
 
 def seconds(call: Call, device: torch.device) -> float:
-    """How long one call takes: by events in the stream on CUDA devices, by the clock elsewhere."""
+    """Duration of one call: by stream events on CUDA devices, by the clock elsewhere."""
     if device.type != "cuda":
         start = time.perf_counter()
         result = call()
@@ -47,13 +47,13 @@ def seconds(call: Call, device: torch.device) -> float:
 def interleaved(
     calls: Mapping[str, Call], repeats: int, device: torch.device, tick: Callable[[str], object]
 ) -> dict[str, Times]:
-    """Time every call `repeats` times, one after the other in rounds, so that a slow moment of the machine hits them all.
+    """Time every call `repeats` times, in rounds, so that a slow period of the machine affects all of them.
 
     Args:
-        calls: what to time, warmed up.
+        calls: to time, already warmed up.
         repeats: rounds.
         device: where the calls run.
-        tick: told the name before each measurement.
+        tick: called with the name before each measurement.
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
@@ -64,12 +64,12 @@ def interleaved(
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """The most memory that PyTorch's allocator holds during `call` beyond what it held before.
+    """The peak of PyTorch's allocator during `call` beyond what it held before.
 
-    CUDA: `max_memory_allocated`. CPU: the running sum of the allocations and releases in a profiler trace: repeatable to
-    the byte, scratch buffers inside kernels included. What libraries take from the system themselves is not in it, nor
-    what malloc wastes: with `MALLOC_MMAP_THRESHOLD_=65536`, which keeps glibc from fragmenting, it is the peak of a
-    process's resident memory within a few per cent, or above it where pages are reserved and never written.
+    CUDA: `max_memory_allocated`. CPU: the running sum of allocations and releases in a profiler trace: repeatable to the
+    byte, including scratch buffers inside kernels, but not memory that libraries take from the system themselves or that
+    malloc wastes. With `MALLOC_MMAP_THRESHOLD_=65536`, which keeps glibc from fragmenting, it equals the peak resident
+    memory of a process within a few per cent, or exceeds it where pages are reserved and never written.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -78,7 +78,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells stderr when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports to stderr when it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         result = call()
     del result

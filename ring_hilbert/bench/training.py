@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model in training: memory against the plan, tokens per second and MFU, as sequences get longer.
+"""Training of a language model: memory against the plan, tokens per second and MFU, as sequences get longer.
 
 Steps of the trainer's own engine on random tokens, for the model and pattern of a run's configuration: one sequence per step, of
-each of the lengths asked for, alone or under torchrun with all ranks in one sequence. Memory is the peak that PyTorch's allocator
-handed out while the engine was made and two steps warmed up; the steps after those are timed, and one more is profiled for where
-its seconds go. What the settings leave to "auto" is in the row (`taken`). A length that does not fit is a row without figures.
+each requested length, alone or under torchrun with all ranks in one sequence. Memory is the peak of PyTorch's allocator while the
+engine is made and two warm-up steps run; the steps after those are timed, and one more is profiled for its time breakdown. Values
+chosen for "auto" are in the row (`taken`). A length that does not fit gives a row without figures.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _config(chosen: argparse.Namespace, length: int, vocab: int | None, ranks: i
 
 
 def one_sequence(path: str, length: int, ranks: int, overrides: list[str]) -> RunConfig:
-    """The configuration of a file for steps of one sequence over all ranks."""
+    """A file's configuration for steps of one sequence over all ranks."""
     sizes = [f"data.seq_len={length}", f"train.global_batch_tokens={length}"]
     sizes += [f"parallel.sp={ranks}", "parallel.dp_shard=1", "parallel.dp_replicate=1", "train.micro_batch=1"]
     return load_config(path, [*sizes, *overrides])
@@ -132,7 +132,7 @@ def _one(config: RunConfig, world: World, device: torch.device, steps: int, docu
 
 
 def _used(device: torch.device) -> str | None:
-    """GiB of the device that are taken now, contexts and what the allocator keeps included."""
+    """GiB of the device in use now, including contexts and the allocator's cache."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -147,7 +147,7 @@ def _mfu(config: RunConfig, hf_config: Any, world: World, seconds: float) -> str
 
 
 class RandomSequences:
-    """Numbered sequences of random tokens, each of so many documents that end at random places."""
+    """Numbered sequences of random tokens, each of `documents` documents that end at random places."""
 
     def __init__(self, config: RunConfig, vocab: int, documents: int) -> None:
         self.length, self.vocab, self.documents = config.data.seq_len, vocab, documents
@@ -165,7 +165,7 @@ class RandomSequences:
 
 
 def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
-    """A table, and the picture if one was asked for."""
+    """Print the table, and draw the plot if requested."""
     print(f"{'tokens per rank':>16}{'vocab':>9}{'planned GiB':>13}{'peak GiB':>10}{'tokens/s':>11}{'MFU':>8}")
     for r in records:
         print(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes on the wire at a million tokens over 64 ranks, from the plans of exchange, ring and Ulysses.
 
-`undeduplicated_mib` is what an exchange would receive if every branch sent rows of its own.
+`undeduplicated_mib` is what an exchange would receive if every branch sent its rows separately.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integrations with the libraries people train with.
+"""Integrations with training libraries.
 
-Importing `ring_hilbert` makes Transformers know `attn_implementation="ring_hilbert"`, without importing Transformers: the
-registration waits until somebody does.
+Importing `ring_hilbert` registers `attn_implementation="ring_hilbert"` with Transformers without importing it: registration
+waits until somebody does.
 """
 
 import sys
@@ -17,7 +17,7 @@ _HOOKS = {
 
 
 def install() -> None:
-    """Register with each library now if it is imported already, else as soon as it is."""
+    """Register with each library now if it is already imported, else as soon as it is."""
     late = sys.modules.get(_CONFIGURATIONS)
     for module, hook in _HOOKS.items():
         register_post_import_hook(hook, module)

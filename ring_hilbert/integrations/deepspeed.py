@@ -9,7 +9,7 @@
         engine.backward(loss_for_backward(loss, engine), scale_wrt_gas=False)
         engine.step()
 
-`engine.save_checkpoint(folder, client_state={"loader": loader.state_dict()})` keeps a ShardedLoader's place. A whole script:
+`engine.save_checkpoint(folder, client_state={"loader": loader.state_dict()})` saves a ShardedLoader's position. A complete script:
 launch/examples/deepspeed_loop.py. Importing this module does not import DeepSpeed.
 """
 
@@ -29,23 +29,23 @@ def loss_for_backward(loss: Tensor, engine: Any) -> Tensor:
     """`loss` times what DeepSpeed divides by, for `engine.backward(..., scale_wrt_gas=False)`.
 
     Args:
-        loss: this rank's part: the sum over its tokens, divided by the number of targets of the whole batch (all ranks, all
-            micro-steps). Then gradients only need to be summed, but DeepSpeed averages them: over the groups of ranks that read
+        loss: this rank's part: the sum over its tokens, divided by the number of targets of the whole batch (all ranks and
+            micro-steps). Gradients then only need to be summed, but DeepSpeed averages them: over the groups of ranks that read
             different data, or with ZeRO-3 and `reduce_scatter` (its default) over all ranks.
         engine: what `deepspeed.initialize` returned.
 
     Returns:
-        The loss to call `backward` with.
+        The loss to pass to `backward`.
 
     Raises:
-        ValueError: DeepSpeed was given sequence-parallel sizes without an mpu, and a ZeRO stage that then leaves out the sum
+        ValueError: if DeepSpeed was given sequence-parallel sizes without an mpu, and a ZeRO stage that then omits the sum
             over the ranks of a sequence.
     """
     return loss * gradient_divisor(engine)
 
 
 def gradient_divisor(engine: Any) -> float:
-    """What DeepSpeed 0.19 divides the sum of all ranks' gradients by; see `loss_for_backward`."""
+    """The divisor that DeepSpeed 0.19 applies to the sum of all ranks' gradients; see `loss_for_backward`."""
     ranks, sp, stage = dist.get_world_size(), engine.sequence_parallel_size, engine.zero_optimization_stage()
     if sp > 1 and getattr(engine, "mpu", None) is None and stage in (1, 2):
         raise ValueError(

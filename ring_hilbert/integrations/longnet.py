@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prov-GigaPath's slide encoder: torchscale's LongNet over the tiles of whole slides, with its names of weights.
+"""Prov-GigaPath's slide encoder: torchscale's LongNet over the tiles of whole slides, with the same weight names.
 
     encoder = SlideEncoder(zero_keys=True, dropout=0.0, drop_path_rate=0.0)  # 12 layers of 768; True: torchscale's numbers
     encoder.load_weights("slide_encoder.pth")
     (slides,) = encoder(tiles, pixels)  # lists of [tiles of a slide, 1536] and [tiles of a slide, 2] -> [slides, 768]
 
-Slides of any lengths are one batch: everything but the attention runs on the rows of all of them at once, and every slide
-attends by itself, so that segments begin anew in each. docs/torchscale.md says what else changes.
+Slides of any lengths form one batch: everything but the attention runs on the rows of all slides at once, and every slide
+attends only to itself, so that segments restart in each. docs/torchscale.md lists the other differences.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from ring_hilbert.parallel.gathering import sum_over_ranks
 from ring_hilbert.parallel.prepare import prepare_call
 from ring_hilbert.parallel.wire import from_all
 
-NORM_EPS = 1e-6  # of the last layer norm, which is Prov-GigaPath's; those of torchscale have 1e-5
-SHOWN = 6  # keys that an error names
+NORM_EPS = 1e-6  # of the last layer norm, Prov-GigaPath's own; torchscale's have 1e-5
+SHOWN = 6  # keys named in an error
 
 
 def segment_lengths_for(max_wsi_size: int = 262144, tile_size: int = 256) -> tuple[int, ...]:
     """Prov-GigaPath's five segment lengths for slides of at most `max_wsi_size` pixels a side, in tiles of `tile_size`.
 
-    Powers of two in equal steps of their exponents, from 1024 to the largest integral one that the slide's tiles reach.
+    Powers of two with evenly spaced exponents, from 1024 to the largest one that the slide's tiles reach.
     """
     most = int(np.log2((max_wsi_size // tile_size) ** 2))
     return tuple(int(2**exponent) for exponent in np.linspace(10, most, 5))
@@ -54,32 +54,32 @@ class _Layers(nn.Module):
 class SlideEncoder(nn.Module):
     """Prov-GigaPath's slide encoder (doi 10.1038/s41586-024-07441-w) over torchscale's LongNet, exactly differentiated.
 
-    State dicts of `LongNetViT` load by name. Sizes that are published: 12 layers of 768, 384 or 1536, 24 layers of 1024.
+    State dicts of `LongNetViT` load by name. Published sizes: 12 layers of 768, 384 or 1536, 24 layers of 1024.
 
     Args:
         in_chans: size of a tile's embedding.
         embed_dim: size of a row, a multiple of 4 and of `num_heads`.
-        depth: layers.
+        depth: number of layers.
         zero_keys: whether torchscale's padding counts as keys (`DilatedPattern.zero_keys`): True for weights that were trained
-            with it, False for a plain softmax. There is no default, because weights do not tell.
-        misplaced: on slides that are long enough, also give outputs the places that torchscale's code gives them, which is no
-            softmax (`longnet_layers.misplaced_attention`); for published weights as they were used. On one device.
+            with it, False for a plain softmax. There is no default, because the weights do not show it.
+        misplaced: on slides that are long enough, also place outputs where torchscale's code places them, which is no
+            softmax (`longnet_layers.misplaced_attention`); to use published weights as they were used. On one device.
         num_heads: of the attention.
         segment_lengths: of the attention, in tiles; default `segment_lengths_for(max_wsi_size, tile_size)`.
-        dilation_rates: as many.
-        max_wsi_size: pixels of a side of the largest slide, as the weights were trained: 262144 pretrained, 250000 fine-tuned.
-        tile_size: pixels of a side of a tile.
-        slide_ngrids: tiles of a side of the largest slide, for checking.
-        mlp_ratio: size within the feed-forward part, of `embed_dim`.
-        dropout: of rows after the embedding, the attention and the feed-forward part.
-        drop_path_rate: by which a slide skips the last layer's branches in training; less in those before, 0 in the first.
+        dilation_rates: one per segment length.
+        max_wsi_size: side of the largest slide in pixels, as the weights were trained: 262144 pretrained, 250000 fine-tuned.
+        tile_size: side of a tile in pixels.
+        slide_ngrids: side of the largest slide in tiles, for validation.
+        mlp_ratio: hidden size of the feed-forward part relative to `embed_dim`.
+        dropout: on rows after the embedding, the attention and the feed-forward part.
+        drop_path_rate: probability that a slide skips the last layer's branches in training; decreasing to 0 in the first layer.
         global_pool: a slide's embedding is the mean of its tiles instead of its class token.
-        order: curve to lay the tiles of a slide along before they are cut into segments (`TokenOrder.from_coordinates`); None:
-            as they come, as the published weights had them.
-        checkpoint_activations: recompute layers in backward, but for their attention.
+        order: curve along which a slide's tiles are ordered before they are cut into segments (`TokenOrder.from_coordinates`);
+            None: as given, as with the published weights.
+        checkpoint_activations: recompute layers in backward, except for their attention.
 
     Raises:
-        ValueError: for sizes that do not divide, or a pattern that cannot be.
+        ValueError: for sizes that do not divide evenly, or an invalid pattern.
     """
 
     places: Tensor
@@ -113,9 +113,9 @@ class SlideEncoder(nn.Module):
         lengths = segment_lengths_for(max_wsi_size, tile_size) if segment_lengths is None else segment_lengths
         pattern = DilatedPattern(tuple(lengths), tuple(dilation_rates), offset_rule="block", zero_keys=zero_keys)
         if misplaced and not zero_keys:
-            raise ValueError("misplaced=True is about the padding of torchscale's code: it needs zero_keys=True")
+            raise ValueError("misplaced=True reproduces the padding of torchscale's code: it needs zero_keys=True")
         if order is not None:
-            TokenOrder(order, block=1)  # raises for a curve that there is not
+            TokenOrder(order, block=1)  # raises for an unknown curve
         self.tile_size, self.slide_ngrids, self.global_pool, self.order = tile_size, slide_ngrids, global_pool, order
         self.checkpoint_activations, self.misplaced = checkpoint_activations, misplaced
         self.drop_path_rates = np.linspace(0, drop_path_rate, depth).tolist()
@@ -130,7 +130,7 @@ class SlideEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as Prov-GigaPath does: Xavier's uniform weights, no biases, a small class token."""
+        """Initialise as Prov-GigaPath does: Xavier-uniform weights, zero biases, a small class token."""
         nn.init.normal_(self.cls_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -138,14 +138,14 @@ class SlideEncoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def load_weights(self, path: str | Path, *, ignore: Sequence[str] = ()) -> None:
-        """Load a state dict with the names of torchscale's: all of it, into all of this.
+        """Load a state dict with torchscale's names, strictly: no key may be missing or unused.
 
         Args:
-            path: a `.safetensors` file, or one of `torch.save` with tensors only, by themselves or under "model".
-            ignore: beginnings of keys of the file to leave out, such as "decoder.".
+            path: a `.safetensors` file, or one of `torch.save` with tensors only, at the top level or under "model".
+            ignore: prefixes of the file's keys to leave out, such as "decoder.".
 
         Raises:
-            ValueError: for keys that are missing or not used, and weights of another shape.
+            ValueError: for missing or unused keys, and weights of another shape.
         """
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -184,22 +184,22 @@ class SlideEncoder(nn.Module):
     ) -> list[Tensor]:
         """Embeddings of slides.
 
-        With a group, every rank passes a contiguous piece of every slide's tiles, in the order of the ranks, and all get the
-        results. A rank's gradients are then its part of those of the *sum* of all ranks' losses: sum them over the ranks, and
-        divide a loss that all compute alike by their number.
+        With a group, every rank passes a contiguous piece of every slide's tiles, in rank order, and all get the results. A
+        rank's gradients are then its part of those of the *sum* of all ranks' losses: sum them over the ranks, and divide a
+        loss that all ranks compute identically by their number.
 
         Args:
             x: `[slides, tiles, in_chans]`, or for slides of different lengths a list of `[tiles, in_chans]`.
-            coords: where the tiles are, in pixels: `[slides, tiles, 2]`, or a list of `[tiles, 2]`.
-            all_layer_embed: also those of the rows that the layers were given.
+            coords: positions of the tiles in pixels: `[slides, tiles, 2]`, or a list of `[tiles, 2]`.
+            all_layer_embed: also return the embeddings of the input rows of each layer.
             group: process group or 1-D DeviceMesh over which the slides are sharded.
 
         Returns:
-            `[slides, embed_dim]`; with `all_layer_embed` one before each layer and one after the last, without the norm of
-            the encoder, as published.
+            `[slides, embed_dim]`; with `all_layer_embed` one before each layer and one after the last, without the encoder's
+            norm, as published.
 
         Raises:
-            ValueError: for shapes that do not fit each other, or coordinates outside of `slide_ngrids` tiles.
+            ValueError: for inconsistent shapes, or coordinates outside `slide_ngrids` tiles.
         """
         tiles = [torch.div(at, self.tile_size, rounding_mode="floor").long() for at in coords]
         embeddings, lengths = list(x), [len(at) for at in tiles]
@@ -242,7 +242,7 @@ class SlideEncoder(nn.Module):
             )
         if group is not None and self.order is not None:
             return (
-                f"order={self.order!r} would move tiles between ranks: order them before they are sharded, by "
+                f"order={self.order!r} would move tiles between ranks: order them before sharding, by "
                 "TokenOrder.from_coordinates, and make the encoder with order=None"
             )
         if group is not None and self.misplaced:
@@ -251,12 +251,12 @@ class SlideEncoder(nn.Module):
         if len(every) and not 0 <= int(every.min()) <= int(every.max()) < self.slide_ngrids:
             return (
                 f"coords lie in tiles {int(every.min())} to {int(every.max())} of {self.tile_size} pixels, expected 0 to "
-                f"{self.slide_ngrids - 1}; give pixels, counted from the slide's corner, or a larger slide_ngrids"
+                f"{self.slide_ngrids - 1}; give pixels relative to the slide's corner, or a larger slide_ngrids"
             )
         return None
 
     def _paths(self, number: int, rows: Tensor, group: Group) -> Sequence[Tensor | None]:
-        """What the residual branches of every layer count for every slide, `[2, slides]` each, alike on all ranks."""
+        """The weights of every layer's residual branches for every slide, `[2, slides]` each, the same on all ranks."""
         if not self.training or not any(self.drop_path_rates):
             return [None] * len(self.drop_path_rates)
         keep = 1 - torch.tensor(self.drop_path_rates, device=rows.device)[:, None, None]
@@ -281,7 +281,7 @@ class SlideEncoder(nn.Module):
 
 
 def _slides(lengths: Sequence[int], error: str | None, group: Group) -> Slides:
-    """The rows of slides of which this rank has so many tiles: a collective for every slide, the first with its mistake."""
+    """The rows of slides of which this rank has `lengths` tiles: a collective per slide, the first of which carries `error`."""
     leading = int(resolve_group(group)[1] == 0)
     counts = [leading + n for n in lengths]
     fields = {"slides": len(lengths)}
@@ -301,7 +301,7 @@ def _slides(lengths: Sequence[int], error: str | None, group: Group) -> Slides:
 
 
 def _sine_cosine(number: int, size: int) -> Tensor:
-    """The fixed embedding of a coordinate: `[number, size]`, float32, sines before cosines."""
+    """The fixed embeddings of coordinates: `[number, size]`, float32, sines before cosines."""
     rates = 10000.0 ** -(torch.arange(size // 2, dtype=torch.float64) / (size // 2))
     angles = torch.arange(number, dtype=torch.float64)[:, None] * rates
     return torch.cat((angles.sin(), angles.cos()), dim=1).float()

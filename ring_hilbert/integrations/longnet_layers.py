@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of torchscale's LongNet, with its names of weights, on the rows of several slides one after the other."""
+"""The layers of torchscale's LongNet, with the same weight names, on the concatenated rows of several slides."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Slides:
-    """The rows `[T, embed_dim]` of a batch: slide after slide, of each this rank's, the class token first on the first rank.
+    """The rows `[T, embed_dim]` of a batch: this rank's rows of one slide after another, class tokens first on the first rank.
 
     Attributes:
-        rows: of every slide.
-        prepared: what its attention needs to know.
-        leading: 1 where each slide's first row is its class token, else 0.
-        tiles: of every slide, over all ranks.
+        rows: number of every slide's local rows.
+        prepared: every slide's metadata for attention.
+        leading: 1 if each slide's first row is its class token, else 0.
+        tiles: number of every slide's tiles, over all ranks.
     """
 
     rows: tuple[slice, ...]
@@ -33,13 +33,13 @@ class Slides:
     tiles: tuple[int, ...]
 
     def per_row(self, x: Tensor) -> Tensor:
-        """`x [slides]` as `[T, 1]`, the value of a slide in each of its rows."""
+        """`x [slides]` as `[T, 1]`, each slide's value in all of its rows."""
         counts = torch.tensor([rows.stop - rows.start for rows in self.rows], device=x.device)
         return x.repeat_interleave(counts, output_size=self.rows[-1].stop)[:, None]
 
 
 class SelfAttention(nn.Module):
-    """Dilated attention of every slide by itself, between its projections."""
+    """Dilated attention within every slide, between its projections."""
 
     def __init__(self, embed_dim: int, num_heads: int, pattern: DilatedPattern, misplaced: bool) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ def misplaces(pattern: DilatedPattern, length: int) -> bool:
 
 
 def misplaced_attention(q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern) -> Tensor:
-    """What torchscale's code computes of any length, on one device; no softmax where it `misplaces`.
+    """What torchscale's code computes for any length, on one device; not a softmax where it `misplaces`.
 
-    Rows of zeros fill segments up, to a multiple of `r`, and the code does not cut them off before it joins segments: the outputs
-    of segment j stand j times the padding too late, and those of the zeros on rows of the slide. So every branch attends by itself,
-    over its padding as well, and a row mixes what has come to it. As published, no gradient goes through the mixture.
+    Segments are padded with zero rows to a multiple of `r`, and the code does not remove them before joining segments: the outputs
+    of segment j land j times the padding too late, and those of the zeros on rows of the slide. So every branch attends separately,
+    including its padding, and each row mixes what landed on it. As published, no gradient flows through the mixing weights.
 
     Args:
         q, k, v: `[B, L, H, D]`, not causal.
@@ -93,7 +93,7 @@ def misplaced_attention(q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern
 
 
 def _filled(x: Tensor, w: int, r: int) -> Tensor:
-    """`[B, L, H, D]` with rows of zeros behind the last, to whole segments of `w`, and behind each, to a multiple of `r`."""
+    """`[B, L, H, D]` padded with zero rows to whole segments of `w`, and each segment to a multiple of `r`."""
     x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % w)).unflatten(1, (-1, w))
     return F.pad(x, (0, 0, 0, 0, 0, -w % r)).flatten(1, 2)
 
@@ -112,7 +112,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """A layer of the encoder, normalised before and within."""
+    """An encoder layer with norms before and within its branches."""
 
     def __init__(
         self, embed_dim: int, ffn_dim: int, num_heads: int, pattern: DilatedPattern, misplaced: bool, dropout: float
@@ -125,7 +125,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, slides: Slides, paths: Tensor | None) -> Tensor:
-        """`[T, embed_dim]` to the same; `paths [2, slides]`: what the two residual branches of a slide count, None for 1."""
+        """`[T, embed_dim]` to the same; `paths [2, slides]`: weights of each slide's two residual branches, None for 1."""
         attention = self.dropout(self.self_attn(self.self_attn_layer_norm(x), slides))
         x = x + (attention if paths is None else attention * slides.per_row(paths[0]).to(x.dtype))
         hidden = self.ffn(self.final_layer_norm(x))

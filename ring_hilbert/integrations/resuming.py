@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A resumed Trainer reads what it would have read: a check of its place in the data, and streams, which it takes for one epoch."""
+"""Resuming a Trainer at the same place in its data: a check of that place, and streams, which the Trainer takes for one epoch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers.trainer_utils import has_length
 
 
 class SamePlace(TrainerCallback):
-    """Refuses to resume where a checkpoint's step is not the place in the data that it was: the Trainer skips by steps alone."""
+    """Refuses to resume if a checkpoint's step is no longer the same place in the data: the Trainer skips by steps alone."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, train_dataloader: Any = None, **__: Any
     ) -> None:
-        """When the state is loaded."""
+        """Check, once the state is loaded."""
         loader, micro_steps = train_dataloader, args.gradient_accumulation_steps
         if args.ignore_data_skip or not state.global_step or not has_length(loader):
             return
@@ -27,16 +27,16 @@ class SamePlace(TrainerCallback):
         here, there = epochs + steps * micro_steps / len(loader), state.epoch or 0.0
         if abs(here - there) > 1e-6:
             raise ValueError(
-                f"the checkpoint's step {state.global_step} was epoch {there:.4f} of its run, and is epoch {here:.4f} of this one: "
-                "with another number of groups, batch size, gradient_accumulation_steps or dataset, what was read is not what "
-                "would be skipped; resume with those of then, or begin an epoch anew by ignore_data_skip=True"
+                f"the checkpoint's step {state.global_step} was epoch {there:.4f} of its run, but is epoch {here:.4f} of this one: "
+                "with another number of groups, batch size, gradient_accumulation_steps or dataset, the data already read is not "
+                "what would be skipped; resume with the original ones, or start a new epoch by ignore_data_skip=True"
             )
 
 
 class Passes(IterableDataset[Any]):
-    """A stream from the pass that the epoch says; without a length, pass after pass.
+    """A stream that starts at the pass given by the epoch; without a length, pass after pass.
 
-    To the Trainer a stream without a length is one epoch: a resumed run skips as many batches as were read, over all its passes.
+    The Trainer takes a stream without a length for one epoch: a resumed run skips the batches already read over all passes.
     """
 
     def __init__(self, stream: IterableDataset[Any]) -> None:
@@ -46,7 +46,7 @@ class Passes(IterableDataset[Any]):
         return len(self.stream)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
-        """Where to begin."""
+        """The pass to begin with."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
@@ -62,8 +62,8 @@ class Passes(IterableDataset[Any]):
                 yield row
             if has_length(self.stream) and rows != len(self):
                 raise ValueError(
-                    f"train_dataset has a length of {len(self)} and gave {rows} rows in epoch {epoch}: a resumed run would not "
-                    "read what this one does; leave out its __len__ and set max_steps"
+                    f"train_dataset has a length of {len(self)} but gave {rows} rows in epoch {epoch}: a resumed run would not "
+                    "read the same data; leave out its __len__ and set max_steps"
                 )
             if has_length(self.stream) or not rows:
                 return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For a training loop of one's own: which ranks share a sequence, and a data loader that gives each its rows.
+"""For custom training loops: which ranks share a sequence, and a data loader that gives each its rows.
 
     groups = SequenceParallel(sp_size=4)
     sampler = DistributedSampler(dataset, num_replicas=groups.dp_size, rank=groups.dp_rank)
@@ -8,7 +8,7 @@
         logits = model(**batch).logits
         predicted = rh.gather_rows(logits.argmax(-1), batch["ring_hilbert"])  # for metrics: [B, S] in natural order, on every rank
 
-How the loss is to be scaled depends on what sums the gradients: see `deepspeed`, `accelerate` and `trainer` beside this module.
+How to scale the loss depends on what sums the gradients: see `deepspeed`, `accelerate` and `trainer` in this package.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from ring_hilbert.parallel.sharding import shard_batch
 
 
 class SequenceParallel:
-    """Which ranks share a sequence: neighbours. All of them share the optimizer's state. Also the `mpu` of `deepspeed.initialize`.
+    """Groups of neighbouring ranks that share a sequence; also the `mpu` of `deepspeed.initialize`. Optimizer state is sharded
+    over all ranks.
 
     Args:
-        sp_size: ranks of a sequence; it divides the number of ranks. A collective: every rank of the world makes one.
-        group: this rank's group of neighbours, if there is one already; instead of `sp_size`.
+        sp_size: ranks per sequence, a divisor of the number of ranks. A collective: every rank of the world must construct one.
+        group: this rank's group of neighbours, if it exists already; instead of `sp_size`.
 
-    Attributes: `group`, and `dp_rank` and `dp_size`, which number the groups: ranks of a group read the same data; and `peers`,
-    the ranks that have this rank's place in their groups, by which results of all groups are put together.
+    Attributes: `group`; `dp_rank` and `dp_size`, which number the groups, whose ranks read the same data; and `peers`, the ranks
+    with this rank's position in their groups, over which the results of all groups are gathered.
 
     Raises:
-        ValueError: for ranks that cannot be divided so.
+        ValueError: if the ranks cannot be divided like this.
     """
 
-    # What DeepSpeed looks for in an mpu. There is no get_data_parallel_world_size, which it would take for the world's.
+    # What DeepSpeed expects of an mpu. get_data_parallel_world_size is absent: DeepSpeed would take it for the world's.
     initialize_sequence_parallel = True
 
     def __init__(self, sp_size: int | None = None, *, group: dist.ProcessGroup | None = None) -> None:
@@ -67,28 +68,28 @@ class SequenceParallel:
         return self.group
 
     def get_sequence_parallel_world_size(self) -> int:
-        """How many they are."""
+        """Number of ranks per sequence."""
         return dist.get_world_size(self.group)
 
     def get_sequence_parallel_rank(self) -> int:
-        """Which of them this is."""
+        """This rank's index among them."""
         return dist.get_rank(self.group)
 
     def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
-        """All ranks: gradients are reduced over them, ZeRO divides among them."""
+        """All ranks: gradients are reduced over them, and ZeRO shards over them."""
         assert dist.group.WORLD is not None
         return dist.group.WORLD
 
     def get_sequence_data_parallel_world_size(self) -> int:
-        """How many ranks there are."""
+        """Number of all ranks."""
         return dist.get_world_size()
 
     def get_sequence_data_parallel_rank(self) -> int:
-        """Which of them this is."""
+        """This rank's index among all."""
         return dist.get_rank()
 
-    # Nothing is tensor-parallel. With the sequence's ranks here, DeepSpeed would leave all but the first of them out of gradient
-    # norms in BF16_Optimizer and with offloading: it takes them for copies.
+    # Nothing is tensor-parallel. If these were the sequence's ranks, DeepSpeed would omit all but the first from gradient norms in
+    # BF16_Optimizer and with offloading, taking them for replicas.
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         """This rank alone."""
         assert isinstance(self._alone, dist.ProcessGroup)
@@ -106,15 +107,15 @@ class SequenceParallel:
 class ShardedLoader:
     """Batches of a data loader, each cut to this rank's rows by `shard_batch`. Every iteration is an epoch.
 
-    An interrupted loop goes on where it was: `state_dict()` goes into the checkpoint, by `accelerator.register_for_checkpointing`
-    or as DeepSpeed's `client_state`, and after `load_state_dict()` the next iteration gives what is left of its epoch; the
-    batches before are read again and dropped. For that, the order of an epoch is to depend on its number alone: whatever in
-    `loader` has a `set_epoch` is told of it, samplers and streams with a `generator` are seeded with it, and the rest (datasets,
-    loaders of other kinds) is to give the same every time.
+    An interrupted loop resumes where it was: put `state_dict()` into the checkpoint, by `accelerator.register_for_checkpointing`
+    or as DeepSpeed's `client_state`; after `load_state_dict()` the next iteration yields the rest of its epoch, re-reading and
+    dropping the batches before. This requires that the order of an epoch depend on its number alone: everything in `loader` with
+    a `set_epoch` is told the number, samplers and streams with a `generator` are seeded with it, and the rest (datasets, other
+    kinds of loaders) must yield the same every time.
 
     Args:
-        loader: gives mappings of integer tensors `[B, S]` as `shard_batch` takes them, the same on all ranks of `group`; with
-            `DistributedSampler(dataset, num_replicas=mpu.dp_size, rank=mpu.dp_rank)`, for instance.
+        loader: yields mappings of integer tensors `[B, S]` as `shard_batch` takes them, the same on all ranks of `group`, for
+            instance by `DistributedSampler(dataset, num_replicas=mpu.dp_size, rank=mpu.dp_rank)`.
         group: the ranks of a sequence, or None for one device.
         order: order of the rows.
         device: where the tensors go.
@@ -137,7 +138,7 @@ class ShardedLoader:
         self._seeded = [part for part in random if hasattr(part, "generator") and not hasattr(part, "set_epoch")]
         generators = [part.generator for part in self._seeded if part.generator is not None]
         self._seed = generators[0].initial_seed() if generators else torch.initial_seed()
-        self._epoch, self._given, self._skipped = 0, 0, 0  # of the epoch: batches given, and batches not to be given
+        self._epoch, self._given, self._skipped = 0, 0, 0  # of the epoch: batches yielded, and batches to skip
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
@@ -152,11 +153,11 @@ class ShardedLoader:
 
     @property
     def epoch(self) -> int:
-        """Of this iteration, or of the next one if none is under way; what the sampler was told, if somebody else told it."""
+        """The epoch of this iteration, or of the next if none is running; the sampler's, if somebody else set it."""
         return next((part.epoch for part in self._told if hasattr(part, "epoch")), self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """What the next iteration gives."""
+        """Set the epoch of the next iteration."""
         if epoch != self._epoch:
             self._given = self._skipped = 0
         self._epoch = epoch
@@ -168,29 +169,29 @@ class ShardedLoader:
             part.generator.manual_seed(self._seed + epoch)
 
     def state_dict(self) -> dict[str, int]:
-        """Where this loop is, after the batch that it was given last: the same on all ranks.
+        """The position of the loop after the last batch yielded: the same on all ranks.
 
         Raises:
-            ValueError: for a sampler or workers that may give another order when they are asked again.
+            ValueError: for a sampler or workers whose order may differ after a restart.
         """
         for part in self._samplers:
             known = type(part) in (BatchSampler, SequentialSampler) or isinstance(part, Sequence)
             if not (known or hasattr(part, "set_epoch") or hasattr(part, "generator")):
                 raise ValueError(
                     f"the loader's {type(part).__name__} has neither set_epoch nor generator, so that its order after a restart is "
-                    "not known: give it a set_epoch(epoch), of which alone its order depends"
+                    "not known: give it a set_epoch(epoch) that alone decides its order"
                 )
         if getattr(self.loader, "persistent_workers", False) and any(
             isinstance(x, IterableDataset) for x in self._others
         ):
             raise ValueError(
-                "persistent_workers keep a stream as it was in their first epoch, whichever that was: leave them out"
+                "persistent_workers keep a stream in the state of their first epoch, whichever that was: leave them out"
             )
         length = len(self) if hasattr(self.loader, "__len__") and self._samplers else -1
         return {"epoch": self.epoch, "batches": self._given, "seed": self._seed, "batches_per_epoch": length}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where `state` was, in the next iteration.
+        """Resume from `state` in the next iteration.
 
         Raises:
             ValueError: as in `state_dict`, or for an epoch with another number of batches: other data, batch size or ranks.
@@ -198,7 +199,7 @@ class ShardedLoader:
         here, there = self.state_dict()["batches_per_epoch"], state["batches_per_epoch"]
         if here != there:
             raise ValueError(
-                f"an epoch of this loader has {here} batches, and had {there} where the state was saved: its place is known only "
+                f"an epoch of this loader has {here} batches, but had {there} when the state was saved: its place is only known "
                 "for the same data, batch size and number of groups"
             )
         self._seed = state["seed"]
@@ -209,7 +210,7 @@ class ShardedLoader:
 def _parts(loader: Any) -> tuple[list[Any], list[Any]]:
     """(samplers that decide on the order of a loader, the loader itself and its datasets)."""
     found: list[tuple[Any, bool]] = [(loader, False)]
-    for part, _ in found:  # which grows
+    for part, _ in found:  # grows during the loop
         dataset = getattr(part, "dataset", None)
         names = ["dataset"] if isinstance(dataset, IterableDataset) else ["dataset", "batch_sampler", "sampler"]
         for name in names:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Trainer of Transformers with sequences sharded over ranks.
+"""Transformers' Trainer with sequences sharded over ranks.
 
     trainer = SequenceParallelTrainer(model, arguments, train_dataset=dataset, sp_size=4)
     trainer.train()
 
-A whole script: launch/examples/trainer.py. The Trainer divides by the number of targets of all ranks and micro-steps and undoes the
-mean over ranks by itself (`average_tokens_across_devices`), in training and evaluation; what is left is to give the ranks of a
-sequence the same one, and each its rows of it, and to put the results together for metrics.
+A complete script: launch/examples/trainer.py. The Trainer itself divides by the number of targets of all ranks and micro-steps and
+undoes the mean over ranks (`average_tokens_across_devices`), in training and evaluation; what remains is to give the ranks of a
+group the same sequence and each its rows of it, and to gather the results for metrics.
 """
 
 from __future__ import annotations
@@ -33,32 +33,31 @@ from ring_hilbert.parallel.sharding import IGNORED, KEYS, shard_batch
 class SequenceParallelTrainer(Trainer):
     """`transformers.Trainer` whose ranks share sequences, `sp_size` neighbours each.
 
-    The model's `config.ring_hilbert` says how rows are ordered and laid over the ranks. A row of a dataset has `input_ids` and
-    whatever else `shard_batch` takes, of a fixed length or padded by a `data_collator`. Batch sizes are those of a group of
-    ranks; groups take the batches of a dataset in turn, as ranks do with the Trainer, so that one group reads what one rank would
-    read there. A resumed run reads what it would have read, in the middle of any epoch; with other batches it is refused.
+    The model's `config.ring_hilbert` decides how rows are ordered and distributed over the ranks. A row of a dataset has
+    `input_ids` and whatever else `shard_batch` takes, of a fixed length or padded by a `data_collator`. Batch sizes are per group
+    of ranks; groups take the batches of a dataset in turn, as ranks do in the Trainer, so that one group reads what one rank would
+    read there. A resumed run continues with the same data, even in mid-epoch; with different batches it is refused.
 
-    An `IterableDataset` must give the same rows on all ranks and in every run, for one epoch each time, in an order that depends on
-    nothing but `set_epoch(epoch)` or the seed of its `generator`, if it has one of these. Without a length it is read pass after
-    pass, all of which the Trainer takes for one epoch; evaluation takes one only where all ranks share every sequence.
+    An `IterableDataset` must yield the same rows on all ranks and in every run, one epoch per pass, in an order that depends only
+    on `set_epoch(epoch)` or the seed of its `generator`, if it has either. Without a length it is read pass after pass, all of
+    which the Trainer takes for one epoch; evaluation accepts one only if all ranks share every sequence.
 
-    `compute_metrics` and `predict` get what the Trainer gives them: rows of the dataset in its order, tokens in natural order,
+    `compute_metrics` and `predict` get what the Trainer would give them: rows of the dataset in its order, tokens in natural order,
     labels not shifted. Labels are -100 where no token predicts them: padding, and the first tokens of further documents.
-    `preprocess_logits_for_metrics(logits, labels)` runs where logits are, on this rank's rows `[B, S_local, ...]` in the
-    order of the model, with the labels of the same tokens, not shifted either: what it returns has a value for every row, as
-    `logits.argmax(-1)` does, and is put together in natural order. To compare a token with its prediction is for
-    `compute_metrics`: the row before may be another rank's.
+    `preprocess_logits_for_metrics(logits, labels)` runs on this rank's rows `[B, S_local, ...]` in the order of the model, with
+    the labels of the same tokens, also not shifted: its result must have a value for every row, like `logits.argmax(-1)`, and is
+    gathered in natural order. Compare tokens with their predictions in `compute_metrics`: the row before may be another rank's.
 
     Gradients are averaged over all ranks by DDP, FSDP2, or DeepSpeed without sequence-parallel settings of its own.
 
     Args:
-        arguments, options: as of `transformers.Trainer`.
-        sp_size: ranks of a sequence; it divides the number of ranks.
-        max_logits_bytes: how large all logits of an evaluation may be, in float32, to be put together on every rank; more is
-            refused before the model runs. It asks for `preprocess_logits_for_metrics`.
+        arguments, options: as for `transformers.Trainer`.
+        sp_size: ranks per sequence, a divisor of the number of ranks.
+        max_logits_bytes: limit on all logits of an evaluation, in float32, to be gathered on every rank; more is refused before
+            the model runs, asking for `preprocess_logits_for_metrics`.
 
     Raises:
-        ValueError: for ranks that cannot be divided so, or settings that would scale the loss or share the data out otherwise.
+        ValueError: if the ranks cannot be divided like this, or for settings that would change how loss or data are divided.
     """
 
     def __init__(self, *arguments: Any, sp_size: int = 1, max_logits_bytes: int = 2**32, **options: Any) -> None:
@@ -67,7 +66,7 @@ class SequenceParallelTrainer(Trainer):
         accelerator: Any = args.accelerator_config  # an AcceleratorConfig by now
         settings_of(self._text_config)
         self.sampling = getattr(args, "train_sampling_strategy", "random")
-        wrong = {  # ranks of a sequence have unequal numbers of targets, and shard a batch together in their main processes
+        wrong = {  # ranks of a sequence have different numbers of targets, and shard batches together in their main processes
             "average_tokens_across_devices": not args.average_tokens_across_devices,
             "compute_loss_func": self.compute_loss_func is not None,
             "label_smoothing_factor": args.label_smoothing_factor != 0,
@@ -79,7 +78,7 @@ class SequenceParallelTrainer(Trainer):
         }
         if any(wrong.values()):
             names = ", ".join(name for name, is_wrong in wrong.items() if is_wrong)
-            raise ValueError(f"SequenceParallelTrainer works with the default of {names} only: leave out what sets it")
+            raise ValueError(f"SequenceParallelTrainer only works with the default of {names}: do not set it")
         if not self.model_accepts_loss_kwargs:
             raise ValueError(
                 f"{type(self.model).__name__}.forward does not take num_items_in_batch, which the loss is divided by"
@@ -93,11 +92,11 @@ class SequenceParallelTrainer(Trainer):
         self.add_callback(SamePlace)
         self.max_logits_bytes = max_logits_bytes
         self._logits_bytes = 0  # that are held
-        self._held: tuple[int, int] | None = None  # rows and batches, 0 if not known; None if a batch is held at a time
+        self._held: tuple[int, int] | None = None  # rows and batches, 0 if not known; None if held one batch at a time
         self._preprocess: Callable[[Any, Tensor], Any] | None = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Every group of ranks reads a share of its own, drawn anew in every epoch by `data_seed` or `seed`: this rank's rows."""
+        """This rank's rows of its group's share of the data, reshuffled in every epoch by `data_seed` or `seed`."""
         dataset, args = self.train_dataset, self.args
         if dataset is None:
             raise ValueError("training needs a train_dataset")
@@ -112,7 +111,7 @@ class SequenceParallelTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Whole batches, in the order of the Trainer's `eval_dataset`, of one of several by name, or of another."""
+        """Whole batches in order, from the Trainer's `eval_dataset`, one of several by name, or another dataset."""
         dataset: Any = self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset
         if isinstance(eval_dataset, str):
             dataset = dataset[eval_dataset]
@@ -121,7 +120,7 @@ class SequenceParallelTrainer(Trainer):
         if isinstance(dataset, IterableDataset) and self.dp_size > 1:
             raise ValueError(
                 f"an IterableDataset is evaluated only where all ranks share every sequence, sp_size={self.args.world_size}: "
-                f"{self.dp_size} groups of ranks do not know which of its rows fill up the last batch; give a dataset with a length"
+                f"{self.dp_size} groups of ranks cannot tell which of its rows pad the last batch; give a dataset with a length"
             )
         return self._loader(dataset, self.args.eval_batch_size, self._collate)
 
@@ -132,7 +131,7 @@ class SequenceParallelTrainer(Trainer):
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, *arguments: Any, **options: Any
     ) -> EvalLoopOutput:
-        """As of the Trainer, which here puts together what groups have: what is in a group is whole when it gets it."""
+        """As in the Trainer, which here gathers over groups: results within a group are already whole."""
         kept = self.preprocess_logits_for_metrics, self.gather_function
         self._preprocess, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
         self.gather_function, self._logits_bytes = self._of_all_groups, 0
@@ -151,7 +150,7 @@ class SequenceParallelTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Of a group's whole batch `[B, S]`.
+        """Evaluate a group's whole batch `[B, S]`.
 
         Returns:
             The mean loss of all groups' targets, the logits or what `preprocess_logits_for_metrics` makes of them `[B, S, ...]`,
@@ -165,10 +164,10 @@ class SequenceParallelTrainer(Trainer):
             if size != self.args.eval_batch_size:
                 raise ValueError(
                     f"the data_collator makes {size} rows of {self.args.eval_batch_size}, so that {self.dp_size} groups of ranks "
-                    "cannot leave out what fills up the last batch; give an eval_dataset of whole batches of all groups, or take "
+                    "cannot leave out the padding of the last batch; give an eval_dataset of whole batches for all groups, or use "
                     f"sp_size={self.args.world_size}"
                 )
-            real = max(state.remainder - self.dp_rank * size, 0)  # the others fill up the last batch
+            real = max(state.remainder - self.dp_rank * size, 0)  # the others pad the last batch
             batch["labels"][real:] = IGNORED
         loss, outputs, _ = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
         mean: Any = self.accelerator.reduce(loss, "mean")
@@ -186,8 +185,8 @@ class SequenceParallelTrainer(Trainer):
                 source = "the model has" if self._preprocess is None else "preprocess_logits_for_metrics returns"
                 got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise ValueError(
-                    f"metrics are of rows, [B={size}, S_local={prepared.local_len}, ...], but {source} {got}; leave it out by "
-                    "ignore_keys or in preprocess_logits_for_metrics"
+                    f"metrics need one value per row, [B={size}, S_local={prepared.local_len}, ...], but {source} {got}; drop it "
+                    "by ignore_keys or in preprocess_logits_for_metrics"
                 )
             return gather_rows(x, prepared)
 
@@ -201,7 +200,7 @@ class SequenceParallelTrainer(Trainer):
     def _loader(
         self, dataset: Any, batch_size: int, collate: Callable[..., Any], shuffle: bool = False, drop_last: bool = False
     ) -> DataLoader[Any]:
-        """A loader of this group's share, with which the Trainer can do what it does with its own: epochs, skipping, ends."""
+        """A loader of this group's share that supports all that the Trainer does with its own: epochs, skipping, ends."""
         groups, options = (self.dp_size, self.dp_rank), {"batch_size": batch_size, "drop_last": drop_last}
         if isinstance(dataset, IterableDataset):
             if self.dp_size > 1:
@@ -220,7 +219,7 @@ class SequenceParallelTrainer(Trainer):
         return dict(self.data_collator(rows))
 
     def _shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This rank's rows of a batch, as the Trainer counts its targets and the model computes its loss."""
+        """This rank's rows of a batch, in the form in which the Trainer counts targets and the model computes its loss."""
         settings = settings_of(self._text_config)
         given = {key: settings[key] for key in ("layout", "strategy") if key in settings}
         group, order = None if self.groups is None else self.groups.group, order_of(self._text_config)
@@ -228,23 +227,23 @@ class SequenceParallelTrainer(Trainer):
         return {**batch, "labels": batch["shift_labels"]}
 
     def _check_logits(self, batch_size: int, length: int) -> None:
-        """Raise ValueError, on all ranks, if with those of a batch `[B, S]` logits become more than may be put together."""
+        """Raise ValueError, on all ranks, if a batch `[B, S]` brings the logits to be gathered above the limit."""
         lengths: Any = self.accelerator.gather(torch.tensor([length], device=self.args.device))
         longest = int(lengths.max())
         row, held = 4 * longest * self._text_config.vocab_size, self._logits_bytes
         rows = self.dp_size * batch_size
         size = self._logits_bytes = row * rows + (0 if self._held is None else held)
-        if held == 0 and self._held is not None:  # the first batch speaks for all
+        if held == 0 and self._held is not None:  # the first batch stands for all
             size = max(size, row * min(self._held[0], rows * self._held[1]))
         if size > self.max_logits_bytes:
             raise ValueError(
-                f"compute_metrics and predict would put {size / 2**30:.1f} GiB of logits together on every rank, more than "
+                f"compute_metrics and predict would gather {size / 2**30:.1f} GiB of logits on every rank, more than "
                 f"max_logits_bytes={self.max_logits_bytes}; pass preprocess_logits_for_metrics, which keeps of each row what is "
                 "needed, such as lambda logits, labels: logits.argmax(-1), or raise max_logits_bytes"
             )
 
     def _of_all_groups(self, value: Any) -> Any:
-        """What every group has, in the order of the dataset, on all ranks, without the rows that fill up the last batch."""
+        """The values of all groups, in dataset order, on all ranks, without the rows that pad the last batch."""
         state = self.accelerator.gradient_state
         rows = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
         if self.groups is not None and self.dp_size > 1:

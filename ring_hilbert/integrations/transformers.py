@@ -5,8 +5,8 @@
     model = AutoModelForCausalLM.from_config(config)
     logits = model(**rh.shard_batch(batch, group, order=order)).logits
 
-With `ring_hilbert=Prepared` among the model's arguments the rows are sharded and ordered already. Without it the call is one
-device in natural token order, and a 2-D attention mask or restarting position ids are honoured as documents.
+With `ring_hilbert=Prepared` among the model's arguments the rows are already sharded and ordered. Without it the call is on one
+device in natural token order, and a 2-D attention mask or restarting position ids are respected as documents.
 """
 
 from __future__ import annotations
@@ -35,25 +35,27 @@ from ring_hilbert.ops.pattern import LayerPattern
 from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.parallel.sharding import prepare_tokens
 
-LAYER = "ring_hilbert_layer"  # the number of an attention layer as a tensor, which compiled code takes as data
-ROWS_ALONE = f"{NAME}_rows_alone"  # refuses what NAME refuses; every row sees itself: to find out what else mixes rows
+LAYER = "ring_hilbert_layer"  # an attention layer's number as a tensor, which compiled code takes as data
+ROWS_ALONE = (
+    f"{NAME}_rows_alone"  # refuses what NAME refuses; every row sees only itself: to detect what else mixes rows
+)
 UNSUPPORTED = {
     "softcap": "config.attn_logit_softcapping = None",
     "sliding_window": "config.sliding_window = None (and layer_types all 'full_attention')",
     "s_aux": "a model without attention sinks",
 }
 COMPILED_DOCUMENTS = (
-    "a compiled model takes padding and packed documents as model(**rh.shard_batch(batch)), not as attention_mask or "
+    "a compiled model takes padding and packed documents by model(**rh.shard_batch(batch)), not by attention_mask or "
     "restarting position_ids"
 )
 WRONG_POSITIONS = (
-    "position_ids are not those of the sharded rows; pass what shard_batch returns: model(**rh.shard_batch(...)). "
+    "position_ids are not those of the sharded rows; pass all that shard_batch returns: model(**rh.shard_batch(...)). "
     "Without position_ids a model counts from 0 on every rank"
 )
 
 
 def register(module: ModuleType) -> None:
-    """Called with `transformers.modeling_utils` once that is imported."""
+    """Register with `transformers.modeling_utils`, called once that is imported."""
     from transformers.masking_utils import AttentionMaskInterface
 
     for name, forward in ((NAME, attention_forward), (ROWS_ALONE, rows_alone)):
@@ -65,7 +67,7 @@ def register(module: ModuleType) -> None:
 def _number_layers(
     wrapped: Callable[..., None], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """What ends the making of a model: its attention layers get their numbers as data as well."""
+    """Runs at the end of a model's construction: gives its attention layers their numbers as data as well."""
     wrapped(*args, **kwargs)
     for module in model.modules():
         number = getattr(module, "layer_idx", None)
@@ -80,16 +82,16 @@ def _number(module: nn.Module) -> None:
 
 
 def _check_number(module: nn.Module, number: int) -> None:
-    """That a layer's number as data is still its number: layers may have been taken out."""
+    """Check that a layer's number as data is still correct: layers may have been removed."""
     if module.layer_idx != number:
         raise ValueError(
-            f"layer {number} of the model has the layer_idx {module.layer_idx} by now, and compiled code was given the number that "
-            "it was made with; after renumbering layers, run the model once without torch.compile"
+            f"layer {number} of the model now has layer_idx {module.layer_idx}, but compiled code was given its original number; "
+            "after renumbering layers, run the model once without torch.compile"
         )
 
 
 def attention_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-    """The mask function of the implementation: a 2-D mask goes on as it is, to become document ids."""
+    """The mask function of the implementation: a 2-D mask is passed on as is, to become document ids."""
     return attention_mask
 
 
@@ -120,7 +122,7 @@ def attention_forward(
         `[B, S, H, D]`, and None for the attention weights.
 
     Raises:
-        ValueError: for what dilated attention does not have: soft-capping, sliding windows, sinks, dropout in training,
+        ValueError: for what dilated attention does not support: soft-capping, sliding windows, sinks, dropout in training,
             key-value caches, other masks.
     """
     for name, instead in UNSUPPORTED.items():
@@ -149,7 +151,9 @@ def attention_forward(
     if ring_hilbert is not None:
         _check_sharded(ring_hilbert, attention_mask, causal, config)
         v = _only_if(_has_its_positions(ring_hilbert, position_ids), WRONG_POSITIONS, v)
-        if not torch.compiler.is_compiling():  # compiled code neither reads nor writes what changes within a batch
+        if (
+            not torch.compiler.is_compiling()
+        ):  # compiled code neither reads nor writes state that changes within a batch
             ring_hilbert.position_ids_checked = True
         return dilated_attention(q, k, v, **call, prepared=ring_hilbert), None
 
@@ -172,7 +176,7 @@ def attention_forward(
 def rows_alone(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """`attention_forward` of the shapes and settings alone; the result of every row is its own value and query."""
+    """`attention_forward` in shapes and settings only; the result of every row is its own value and query."""
     if kwargs.get("ring_hilbert") is None:
         raise ValueError(
             f"{type(module).__name__} is not given the ring_hilbert= of the model call: the layers around it drop keyword arguments"
@@ -184,8 +188,8 @@ def rows_alone(
 
 
 def _breaks(mask: Tensor | None, position_ids: Tensor | None, q: Tensor) -> Tensor | None:
-    """What keeps natural-order tokens from being one document, bool `[1 or B, S]`, or None: with a mask the padding, without
-    one the first tokens of further documents, where position ids jump (Transformers' convention for packed sequences).
+    """Where natural-order tokens are not one document, bool `[1 or B, S]`, or None: with a mask the padding, without one the
+    first tokens of further documents, where position ids jump (Transformers' convention for packed sequences).
     """
     batch, rows = q.shape[:2]
     if mask is not None:
@@ -202,7 +206,7 @@ def _breaks(mask: Tensor | None, position_ids: Tensor | None, q: Tensor) -> Tens
 def _check_sharded(prepared: Prepared, mask: Tensor | None, causal: bool, config: Any) -> None:
     if mask is not None:
         raise ValueError(
-            "with ring_hilbert= the mask belongs into shard_batch({'attention_mask': ...}), not into the model call"
+            "with ring_hilbert= the mask belongs in shard_batch({'attention_mask': ...}), not in the model call"
         )
     if causal != prepared.causal:
         raise ValueError(
@@ -214,13 +218,13 @@ def _check_sharded(prepared: Prepared, mask: Tensor | None, causal: bool, config
 
 
 def _has_its_positions(prepared: Prepared, position_ids: Tensor | None) -> Tensor | bool:
-    """Whether the model was given the position ids of the sharded rows; a tensor where their values must be compared."""
+    """Whether the model was given the position ids of the sharded rows; a tensor if their values must be compared."""
     expected = prepared.position_ids
     if position_ids is expected or (not torch.compiler.is_compiling() and prepared.position_ids_checked):
         return True
     if expected is not None:
         return position_ids is not None and (position_ids == expected).all()
-    # Made by prepare(): only the default that Transformers fills in can be recognised.
+    # From prepare(): only the default that Transformers fills in can be recognised.
     if prepared.rank == 0 or prepared.local_len < 2 or prepared.visible.has_documents:
         return True
     if position_ids is None:
@@ -229,7 +233,7 @@ def _has_its_positions(prepared: Prepared, position_ids: Tensor | None) -> Tenso
 
 
 def _only_if(condition: Tensor | bool, otherwise: str, x: Tensor) -> Tensor:
-    """`x`, or a ValueError that says `otherwise`. Compiled code cannot branch on a tensor: there the error comes as it runs."""
+    """`x`, or ValueError(`otherwise`). Compiled code cannot branch on a tensor: there the error is raised at run time."""
     if isinstance(condition, Tensor) and torch.compiler.is_compiling():
         return _passed(x, condition, otherwise)
     if not condition:

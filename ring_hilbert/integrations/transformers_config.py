@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.ring_hilbert` of a Transformers model: what it may hold, and the pattern and order it means for a layer.
+"""`config.ring_hilbert` of a Transformers model: its keys, and the pattern and order that it gives each layer.
 
-A plain mapping, so that `save_pretrained` and `from_pretrained` keep it. Setting it selects `use_cache=False`, and
-`attn_implementation="ring_hilbert"` unless another was asked for. The saved file names the implementation, which Transformers
-refuses where nobody imported `ring_hilbert`: a saved model is never silently loaded with dense attention.
+A plain mapping, so that `save_pretrained` and `from_pretrained` preserve it. Setting it selects `use_cache=False`, and
+`attn_implementation="ring_hilbert"` unless another was requested. The saved file names the implementation, which Transformers
+refuses unless `ring_hilbert` was imported: a saved model is never silently loaded with dense attention.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PATTERN_KEYS = ("segment_lengths", "dilation_rates", "offset_rule", "head_shift"
 KEYS = (*PATTERN_KEYS, "order", "layers", "strategy", "backend", "layout")
 LAYER_KEYS = ("dense", "head_shift", "segment_shift")
 LOCAL_ROPE = (
-    "rope_type {!r} takes its frequencies from the longest position that a rank holds, so that the ranks of a sequence would "
+    "rope_type {!r} derives its frequencies from the longest position on a rank, so that the ranks of a sequence would "
     "rotate by different angles; use yarn, linear or llama3 in config.rope_parameters"
 )
 
@@ -34,7 +34,7 @@ def settings_of(config: Any) -> Mapping[str, Any]:
     """The checked mapping `config.ring_hilbert`.
 
     Raises:
-        ValueError: if there is none, or it has unknown or missing keys.
+        ValueError: if it is not set, or has unknown or missing keys.
     """
     settings = getattr(config, NAME, None)
     if not isinstance(settings, Mapping):
@@ -58,8 +58,8 @@ def pattern_of(config: Any, layer: int) -> DilatedPattern:
 def layer_rule(config: Any) -> LayerRule:
     """The patterns of all layers.
 
-    `head_shift: auto` is `layer * Hkv`, so that every residue is some layer's where `r > Hkv`. `layers` maps layer numbers (as
-    text) to `{"dense": true}` or to a `head_shift` or `segment_shift` of their own.
+    `head_shift: auto` is `layer * Hkv`, so that where `r > Hkv` some layer covers every residue. `layers` maps layer numbers
+    (as text) to `{"dense": true}` or to their own `head_shift` or `segment_shift`.
     """
     settings = settings_of(config)
     fields = {key: settings[key] for key in PATTERN_KEYS if key in settings}
@@ -73,7 +73,7 @@ def layer_rule(config: Any) -> LayerRule:
     different = []
     for key, own in layers.items():
         if not str(key).isdecimal():
-            raise ValueError(f"config.ring_hilbert['layers'] has the key {key!r}; its keys are numbers of layers")
+            raise ValueError(f"config.ring_hilbert['layers'] has the key {key!r}; its keys must be layer numbers")
         unknown = set(own) - set(LAYER_KEYS)
         if unknown:
             raise ValueError(
@@ -95,9 +95,9 @@ def order_of(config: Any) -> TokenOrder | None:
 
 
 def local_rope(config: Any) -> str | None:
-    """The kind of RoPE of `config` whose frequencies depend on the longest position that a rank holds, or None.
+    """The RoPE type of `config` if its frequencies depend on the longest position on a rank, else None.
 
-    Ranks of a sequence would rotate by other angles than each other, and than one rank would.
+    The ranks of a sequence would then rotate by angles different from each other's and from one device's.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [each.get("rope_type") or "" for each in (rope, *rope.values()) if isinstance(each, Mapping)]
@@ -105,7 +105,7 @@ def local_rope(config: Any) -> str | None:
 
 
 def register(module: ModuleType) -> None:
-    """Called with `transformers.configuration_utils` once that is imported."""
+    """Register with `transformers.configuration_utils`, called once that is imported."""
     config = module.PreTrainedConfig
     config.ring_hilbert = _SelectsImplementation()
     wrap_function_wrapper(config, "__post_init__" if hasattr(config, "__post_init__") else "__init__", _init)
@@ -113,21 +113,21 @@ def register(module: ModuleType) -> None:
 
 
 def adopt(module: ModuleType) -> None:
-    """See to the configurations that were made before `ring_hilbert` was imported: select it, or warn where it is too late."""
+    """Handle configurations made before `ring_hilbert` was imported: select the implementation, or warn if it is too late."""
     for found in gc.get_objects():
         if issubclass(type(found), module.PreTrainedConfig) and vars(found).get(NAME) is not None:
             setattr(found, NAME, vars(found)[NAME])
             if found._attn_implementation != NAME:
                 warnings.warn(
                     f"a {type(found).__name__} with ring_hilbert settings has attn_implementation={found._attn_implementation!r}: "
-                    "models made or loaded before `import ring_hilbert` compute that; import it first",
+                    "models made or loaded before `import ring_hilbert` use that; import it first",
                     stacklevel=2,
                 )
 
 
 def _init(wrapped: Callable[..., None], config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What makes a configuration: `ring_hilbert` selects the implementation, and not its name in the file, which would outdo
-    another one that was asked for. Transformers gives all parts of a configuration the implementation of the whole, be it None.
+    """Wraps a configuration's constructor: `ring_hilbert` selects the implementation, not its name in the file, which would
+    override another one requested. Transformers gives all parts of a configuration the implementation of the whole, even None.
     """
     saved = kwargs.get(SAVED_NAME)
     if NAME in (saved.values() if isinstance(saved, Mapping) else [saved]):
@@ -138,19 +138,19 @@ def _init(wrapped: Callable[..., None], config: Any, args: tuple[Any, ...], kwar
 
 
 def _to_dict(wrapped: Callable[..., dict[str, Any]], config: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
-    """What goes into `config.json`: the implementation besides, of the whole or of its parts, as the property takes it."""
+    """The contents of `config.json`: adds the implementation, of the whole or of its parts, as the property takes it."""
     saved = NAME if vars(config).get(NAME) is not None else dict.fromkeys(_parts(config), NAME)
     return wrapped(*args, **kwargs) | ({SAVED_NAME: saved} if saved else {})
 
 
 def _parts(config: Any) -> dict[str, Any]:
-    """The parts of a configuration, such as its text_config, that have settings of their own."""
+    """The parts of a configuration, such as text_config, that have their own settings."""
     parts = {name: vars(config).get(name) for name in config.sub_configs}
     return {name: part for name, part in parts.items() if getattr(part, NAME, None) is not None}
 
 
 class _SelectsImplementation:
-    """The attribute `ring_hilbert` of every Transformers configuration; its value lives in the instance, as any other."""
+    """The attribute `ring_hilbert` of every Transformers configuration; its value is stored in the instance as usual."""
 
     def __get__(self, config: Any, owner: type) -> Any:
         if config is None:

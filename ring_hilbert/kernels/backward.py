@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backward of the merged softmax: delta, then dQ over the walk of the queries, then dK and dV over that of the keys.
+"""Backward of the merged softmax: delta, then dQ over the queries' walk, then dK and dV over the keys' walk.
 
-Every row of a gradient is written by one program, so results repeat to the bit (FlashAttention-2, arXiv 2307.08691, with the
-two passes apart).
+Every row of a gradient is written by one program, so results are bitwise reproducible (FlashAttention-2, arXiv 2307.08691, with
+the two passes separate).
 """
 
 import triton
@@ -54,7 +54,7 @@ def add_keys(
     D: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr,
     INDEXED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to `dq [M, D]` what `number` blocks of keys, from `at` on, give it, without the scale."""
+    """Add to `dq [M, D]` the contribution of `number` blocks of keys, from `at` on, without the scale."""
     for _ in tl.range(0, number):
         inner, exists, weight = step_rows(at, BLOCK_N, INDEXED)
         keys = load_rows(k, k_stride, inner, exists, columns, D, MASKED)
@@ -85,7 +85,7 @@ def dq_kernel(
     SEGMENTS: tl.constexpr, INDEXED: tl.constexpr,
     STAGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(tiles, H, B)`: the outer rows are queries. STAGED as in the forward kernel, of sums."""
+    """Grid `(tiles, H, B)`: the outer rows are queries. STAGED as in the forward kernel, but for sums."""
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     kv_head = head // GROUP
     count, outer, runs, run, full, masked = tile_of(
@@ -144,7 +144,7 @@ def add_queries(
     D: tl.constexpr, BLOCK_M: tl.constexpr, SEGMENTS: tl.constexpr,
     INDEXED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to `dk, dv [N, D]` what `number` blocks of queries, from `at` on, give them; dk without the scale."""
+    """Add to `dk, dv [N, D]` the contribution of `number` blocks of queries, from `at` on; dk without the scale."""
     for _ in tl.range(0, number):
         inner, exists, weight = step_rows(at, BLOCK_M, INDEXED)
         queries = load_rows(q, q_stride, inner, exists, columns, D, MASKED)
@@ -156,7 +156,7 @@ def add_queries(
         else:
             log = tl.load(lse2 + places)
             shift = tl.load(delta + places)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # first: fewer registers are alive at once
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # computed first: fewer live registers
         scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
         if k.dtype == tl.float32:
             p = tl.math.exp2(above(scores, scale2, (log - weight)[None, :]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward: one launch walks everything a query tile visits and writes out and lse once, from registers.
+"""Forward: one launch walks all that a query tile visits and writes out and lse once, from registers.
 
 Online softmax (Milakov and Gimelshein, arXiv 1805.02867) in tiles (FlashAttention-2, arXiv 2307.08691), in powers of two.
 """
@@ -41,7 +41,7 @@ def attend(
             powers = tl.where(visible, scores * scale2[0], float("-inf"))
             higher = tl.maximum(maximum, tl.max(powers, 1))
             finite = tl.where(higher == float("-inf"), 0.0, higher)
-            if q.dtype == tl.float32:  # to the last bit as in backward
+            if q.dtype == tl.float32:  # bitwise as in backward
                 p = tl.where(visible, tl.math.exp2(above(scores, scale2, (finite - weight)[:, None])), 0.0)
             else:
                 p = tl.math.exp2(powers - (finite - weight)[:, None])
@@ -74,8 +74,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Grid `(tiles, H, B)`. See `launch.forward` for the tensors; strides are of `(batch, row, head)`, in elements.
 
-    STAGED 1: the running softmax of rows with a slot is left in it, instead of a result; 2: it is taken up again from there;
-    3: both.
+    STAGED 1: rows with a slot leave their running softmax there instead of a result; 2: they resume from it; 3: both.
     """
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     kv_head = head // GROUP

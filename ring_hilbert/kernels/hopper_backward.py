@@ -39,7 +39,7 @@ def add_keys(
     dq, at, rows, flat, weights, step, queries, douts, k_ring, v_ring, key_ring, k, v, key, k_stride, v_stride,
     index, columns, full, number, log, delta, low, high, scale2, BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Add to `dq [M, D]`, a product in flight, what `number` blocks of keys give it, without the scale."""
+    """Add to `dq [M, D]`, a product in flight, the contribution of `number` blocks of keys, without the scale."""
     M: gl.constexpr = queries.shape[0]
     SCORES: gl.constexpr = products(BLOCK_N, gl.num_warps())
     ROWS: gl.constexpr = gl.SliceLayout(1, copied(queries.shape[1], gl.num_warps()))
@@ -165,7 +165,7 @@ def send_queries(
     q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, member, rows, flat, columns,
     q_ring, dout_ring, terms, bounds, step, is_masked,
 ):  # fmt: skip
-    """Send for the queries of a step, of one head of the group, and for what is known of them."""
+    """Start copying the queries of a step, for one head of the group, and their row terms."""
     to = step % STAGES
     head = member.to(gl.int64)
     send_rows(q_ring.index(to), q + head * q_strides[2], rows, q_strides[1], columns)
@@ -181,7 +181,7 @@ def send_queries(
 
 @gluon.jit
 def next_of_group(at, start, left, member, number, BLOCK: gl.constexpr, GROUP: gl.constexpr):
-    """Where a walk that every head of the group goes once, in `number` steps, stands after a step; behind the last at the first."""
+    """The next state of a walk that each head of the group repeats in `number` steps; after the last, the first step again."""
     left -= 1
     if left == 0:
         at = start
@@ -198,7 +198,7 @@ def add_queries(
     q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, index, columns, start, full, masked, key, scale2,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Add to `dk, dv [N, D]` what the blocks of queries of one head give; `dv` is in flight, `dk` lacks `ds` of the last one."""
+    """Add to `dk, dv [N, D]` what one head's blocks of queries contribute; `dv` is in flight, `dk` lacks the last one's `ds`."""
     N: gl.constexpr = keys.shape[0]
     SCORES: gl.constexpr = products(BLOCK_M, gl.num_warps())
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
@@ -280,7 +280,7 @@ def dkdv_kernel(
     send(keys, outer_cells(k, k_strides, batch, kv_head, own, none, columns), exists)
     send(values, outer_cells(v, v_strides, batch, kv_head, own, none, columns), exists)
     at, left = start, full + masked
-    member = full * 0  # a number that changes
+    member = full * 0  # a run-time value, not a constant
     weights = ()
     for i in gl.static_range(AHEAD):
         rows = step_rows(at, index, BLOCK_M, INDEXED, gl.SliceLayout(1, COPIED))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward for compute capability 9.0, in Gluon: the walk of `forward.py`, with copies and matrix products in flight.
 
-The softmax of a step runs beside the product of the one before with its values (FlashAttention-3, arXiv 2407.08608, section 3.2).
-A tile may hold its rows of several query heads of a kv head: these share keys and values.
+The softmax of a step overlaps the previous step's product with its values (FlashAttention-3, arXiv 2407.08608, section 3.2).
+A tile may hold its rows for several query heads of a kv head, which share keys and values.
 """
 
 from triton.experimental import gluon
@@ -38,14 +38,14 @@ from ring_hilbert.kernels.steps import VARIES
 
 @gluon.jit
 def summed(x):
-    """`x [M, N]` added up over the columns of each thread: `[M, 4]`, so that no thread waits for another."""
+    """`x [M, N]` summed over the columns of each thread: `[M, 4]`, so that no thread waits for another."""
     columns: gl.constexpr = x.shape[1] // 8
     return gl.sum(gl.sum(gl.reshape(x, [x.shape[0], columns, 4, 2]), 3), 1)
 
 
 @gluon.jit
 def send_keys(k, v, key, k_stride, v_stride, rows, flat, columns, k_ring, v_ring, key_ring, step, full):
-    """Send for the keys and values of a step, and, from step `full` on, for what decides who sees them."""
+    """Start copying the keys and values of a step and, from step `full` on, the `key` numbers that decide visibility."""
     to = step % STAGES
     send_rows(k_ring.index(to), k, rows, k_stride, columns)
     send_rows(v_ring.index(to), v, rows, v_stride, columns)
@@ -59,9 +59,9 @@ def attend(
     values, maximum, total, p, at, rows, flat, weights, step, queries, k_ring, v_ring, key_ring, k, v, key, k_stride, v_stride,
     index, columns, full, number, low, high, scale2, BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Merge `number` blocks of keys into the running softmax; `p` of the last one is not in `values` yet.
+    """Merge `number` blocks of keys into the running softmax; the last one's `p` is not in `values` yet.
 
-    `at`, with `rows` and `flat`, is where the walk stands that sends for rows, `AHEAD` of `step`.
+    `at`, with `rows` and `flat`, is the state of the walk that prefetches rows, `AHEAD` of `step`.
     """
     M: gl.constexpr = queries.shape[0]
     SCORES: gl.constexpr = products(BLOCK_N, gl.num_warps())
@@ -105,7 +105,7 @@ def attend(
 
 @gluon.jit
 def slot_of(slots, slot_strides, row_strides, batch, head, row, member):
-    """The places of staged rows, -1 of others, and where what is known of them lies."""
+    """The staging index of each row, -1 if not staged, and the offset of its terms."""
     slot = gl.load(slots + row.to(gl.int64) * slot_strides[1], mask=row >= 0, other=-1)
     return slot, row_cells(row_strides, batch, head, slot, member)
 
@@ -119,7 +119,7 @@ def forward_kernel(
     GROUP: gl.constexpr, MEMBERS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     INDEXED: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
-    """Grid `(tiles, H / MEMBERS, B)`; else as the Triton kernel. A program has its rows of MEMBERS heads, one after the other."""
+    """As the Triton kernel, but with grid `(tiles, H / MEMBERS, B)`. A program has its rows for MEMBERS heads, head by head."""
     M: gl.constexpr = BLOCK_M * MEMBERS
     WARPS: gl.constexpr = gl.num_warps()
     SCORES: gl.constexpr = products(BLOCK_N, WARPS)
@@ -190,7 +190,7 @@ def forward_kernel(
     fence_async_shared()
     values = warpgroup_mma(p, v_ring.index(gl.maximum(step - 1, 0) % STAGES), values)
 
-    # Looked up once more, to keep nothing of it in registers over the loops.
+    # Loaded again, so as not to occupy registers during the loops.
     own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))
     row, member = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, SCORES))
     exists = row >= 0
@@ -202,7 +202,7 @@ def forward_kernel(
         own_slot = gl.convert_layout(slot, gl.SliceLayout(1, COPIED))
         s_cells = outer_cells(s_values, values_strides, batch, head, own_slot, members, columns)
         gl.store(s_cells, gl.convert_layout(values, COPIED), mask=gl.expand_dims(own_slot >= 0, 1))
-        if STAGED == 3:  # all its rows have a slot
+        if STAGED == 3:  # all rows of the tile have a slot
             return
         exists = exists & (slot < 0)
         own = gl.where(own_slot < 0, own, -1)

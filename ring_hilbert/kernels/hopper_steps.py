@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schedule inside a kernel for compute capability 9.0, in Gluon: what `steps.py` is to the Triton kernels.
+"""The schedule inside a kernel for compute capability 9.0, in Gluon: the counterpart of `steps.py`.
 
-A program sends for the rows of a step two steps before it uses them, whatever rows they are, into a ring of `STAGES` places in
-shared memory. `attend` of `hopper_forward.py` is the pattern of all loops.
+A program starts copying the rows of a step two steps before it uses them, wherever they lie, into a ring of `STAGES` buffers in
+shared memory. All loops follow `attend` of `hopper_forward.py`.
 """
 
 from triton.experimental import gluon
@@ -11,16 +11,16 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from ring_hilbert.kernels import tables
 
-# The second is its name in Triton 3.6.
+# The second is the name in Triton 3.6.
 send = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 PLACE, COUNT, RUN = (gl.constexpr(x) for x in (tables.TILE_PLACE, tables.TILE_COUNT, tables.TILE_RUN))
 FIRST, STEP, LEFT, TIMES, WIDTH = (
     gl.constexpr(x) for x in (tables.RUN_FIRST, tables.RUN_STEP, tables.RUN_COUNT, tables.RUN_TIMES, tables.RUN_WIDTH)
 )
-NOTHING = gl.constexpr(tables.ENDLESS // 2)  # the run behind the last has more rows
+NOTHING = gl.constexpr(tables.ENDLESS // 2)  # the sentinel run after the last one has more rows
 STAGES = gl.constexpr(4)
-AHEAD = gl.constexpr(2)  # steps: 2 less than STAGES, for the product with the step before may be in flight
+AHEAD = gl.constexpr(2)  # in steps: STAGES - 2, since the product with the previous step may be in flight
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of vectors in shared memory
 
 
@@ -32,7 +32,7 @@ def copied(dim, warps):
 
 @gluon.constexpr_function
 def products(columns, warps):
-    """Accumulators: 16 rows to a warp."""
+    """Layout of accumulators: 16 rows per warp."""
     return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 16])
 
 
@@ -44,13 +44,13 @@ def vectors(warps):
 
 @gluon.constexpr_function
 def operand(rows, dim, dtype):
-    """Rows in shared memory as the matrix units take them."""
+    """Shared-memory layout of rows for the tensor cores."""
     return gl.NVMMASharedLayout.get_default_for([rows, dim], dtype)
 
 
 @gluon.jit
 def tile_of(tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head):
-    """This program's tile: `(rows there are, place of the first, where its walk starts, blocks without a mask, with one)`."""
+    """This program's tile: `(number of rows, place of the first, start of its walk, blocks without a mask, with one)`."""
     table = gl.load(tables + batch * table_strides[0] + kv_head).to(gl.int64)
     number = table + batch * table_strides[1]
     name = gl.load(order + number * num_tiles + gl.program_id(0))
@@ -63,7 +63,7 @@ def tile_of(tables, order, tiles, steps, runs, table_strides, num_tiles, tile_wi
 
 @gluon.jit
 def outer_rows(outer, place, count, BLOCK: gl.constexpr, MEMBERS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Rows of a tile, -1 where there is none, once for each of its heads; and which head of them."""
+    """The rows of a tile, -1 where there is none, repeated for each of its heads; and the head of each."""
     within = gl.arange(0, BLOCK * MEMBERS, LAYOUT)
     rows = gl.load(outer + place + within % BLOCK, mask=within % BLOCK < count, other=-1)
     return rows, within // BLOCK
@@ -71,7 +71,7 @@ def outer_rows(outer, place, count, BLOCK: gl.constexpr, MEMBERS: gl.constexpr, 
 
 @gluon.jit
 def next_step(at, BLOCK: gl.constexpr):
-    """Where a walk `(run, first row, its step, rows left, how often they count)` stands after a step."""
+    """The state of a walk, `(run, first row, stride, rows left, multiplicity)`, after a step."""
     run, first, step, left, times = at
     if left <= BLOCK:
         run += WIDTH
@@ -87,7 +87,7 @@ def next_step(at, BLOCK: gl.constexpr):
 
 @gluon.jit
 def step_rows(at, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr, LAYOUT: gl.constexpr):
-    """The inner rows of the step that a walk stands at, -1 where there is none."""
+    """The inner rows of a walk's current step, -1 where there is none."""
     _, first, step, left, _ = at
     places = gl.arange(0, BLOCK, LAYOUT)
     if INDEXED:
@@ -99,21 +99,21 @@ def step_rows(at, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr, LAYOUT: gl.
 
 @gluon.jit
 def step_weight(at):
-    """log2 of how often the pairs of a step count: a small number, 0 exactly for 1."""
+    """log2 of the multiplicity of a step's pairs: small, and exactly 0 for 1."""
     times = at[4].to(gl.float32)
     return gl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [times], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def inner_cells(pointer, rows, stride, columns):
-    """Pointers to `rows [N]`, which are a multiple of 8 elements apart; in units of these their offsets fit 32 bits."""
+    """Pointers to `rows [N]`, which are multiples of 8 elements apart; in units of 8 their offsets fit in 32 bits."""
     offsets = (rows * (stride // 8)).to(gl.uint32).to(gl.int64) * 8
     return pointer + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
 
 
 @gluon.jit
 def send_rows(place, pointer, rows, stride, columns):
-    """Send for rows of a tensor; 0 where a row is -1."""
+    """Start copying rows of a tensor; 0 where a row is -1."""
     send(place, inner_cells(pointer, rows, stride, columns), gl.expand_dims(rows >= 0, 1))
 
 
@@ -126,13 +126,13 @@ def outer_cells(pointer, strides, batch, head, rows, members, columns):
 
 @gluon.jit
 def row_cells(strides, batch, head, rows, members):
-    """Offsets of what is known of the outer rows of several heads."""
+    """Offsets of the per-row terms of the outer rows of several heads."""
     return batch * strides[0] + rows.to(gl.int64) * strides[1] + (head + members).to(gl.int64) * strides[2]
 
 
 @gluon.jit
 def in_order(x):
-    """The int `x`. The compiler moves nothing over this: arithmetic stays before the wait for a product that it hides."""
+    """The int `x`, as a compiler barrier: keeps arithmetic before the wait for the product that it overlaps."""
     return gl.inline_asm_elementwise(
         "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches of the kernels on whole tensors. Imports Triton: import this module only where it is installed.
+"""Kernel launches on whole tensors. Imports Triton: import this module only where it is installed.
 
-Shapes: `B` batch, `S` outer or inner rows, `H` query heads, `Hkv` kv heads, `D` head dim. Rows may lie at any stride, 0 as well;
+Shapes: `B` batch, `S` outer or inner rows, `H` query heads, `Hkv` kv heads, `D` head dim. Rows may have any stride, even 0;
 `D` is contiguous. A schedule's outer rows are q's in forward and dQ, k's in dK and dV.
 """
 
@@ -25,10 +25,10 @@ STAGES = {"leave": 1, "finish": 2, "pass on": 3}
 
 
 class Staging(NamedTuple):
-    """What two launches share of rows that both work on, float32.
+    """The state that two launches share for rows on which both work, float32.
 
-    `slots [B or 1, Hkv, S]` int32: the place of a row, -1 for rows that one launch finishes. Row maximum (in powers of two) and
-    total `[B, H, places]`, values (of the softmax, or of the gradient without the scale) `[B, places, H, D]`.
+    `slots [B or 1, Hkv, S]` int32: the place of a row, -1 for rows that a single launch finishes. Row maximum (in powers of
+    two) and total `[B, H, places]`, values (of the softmax, or of the gradient without the scale) `[B, places, H, D]`.
     """
 
     slots: Tensor
@@ -45,7 +45,7 @@ class Staging(NamedTuple):
 
 
 class Output(NamedTuple):
-    """`out [B, S, H, D]`, `lse [B, H, S]` float32 and, where asked for, `lse_error` of its shape: what rounding took from lse."""
+    """`out [B, S, H, D]`, `lse [B, H, S]` float32 and, on request, its rounding error `lse_error` of the same shape."""
 
     out: Tensor
     lse: Tensor
@@ -53,7 +53,7 @@ class Output(NamedTuple):
 
     @classmethod
     def allocate(cls, q: Tensor, lse_error: bool, *, clear: bool = False) -> Output:
-        """For `q [B, S, H, D]`: uninitialised, or (`clear`) what rows without a key have, 0 and -inf."""
+        """For `q [B, S, H, D]`: uninitialised, or (`clear`) the results of rows without a key, 0 and -inf."""
         make = torch.zeros if clear else torch.empty
         out = make(q.shape, dtype=q.dtype, device=q.device)
         lse = make((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
@@ -79,12 +79,12 @@ def forward(
     Args:
         q: `[B, S, H, D]`, fp16, bf16 or fp32.
         k, v: `[B, S, Hkv, D]`.
-        tile: of the blocks that the schedule is of.
+        tile: the tile for which the schedule was made.
         schedule: its outer rows are q's.
-        scale: of the scores.
+        scale: factor on the scores.
         output: where finished rows go.
-        staging: where the running softmax of its rows is left instead, and taken up again.
-        stage: with staging, whether this launch is to "leave" its rows, to take them up and "finish" them, or to take them up
+        staging: where the running softmax of unfinished rows is stored and resumed.
+        stage: with staging, whether this launch is to "leave" its rows there, to resume and "finish" them, or to resume them
             and "pass on".
         precision: of fp32 products, "ieee" or "tf32".
     """
@@ -111,7 +111,7 @@ def forward(
 
 
 def finish_rows(output: Output, staging: Staging, rows: Tensor) -> None:
-    """Write the results of staged rows that were last passed on; `rows`: kv head, row and place of each, int64 `[3, n]`."""
+    """Write the results of staged rows last passed on; `rows`: kv head, row and place of each, int64 `[3, n]`."""
     kv_head, row, place = rows
     group = staging.total.shape[1] // staging.slots.shape[1]
     for head in (kv_head * group + i for i in range(group)):
@@ -128,7 +128,7 @@ def finish_rows(output: Output, staging: Staging, rows: Tensor) -> None:
 
 
 def finish_gradient(gradient: Tensor, staging: Staging, rows: Tensor, scale: float) -> None:
-    """Write the gradients of staged rows of q that were last passed on; as `finish_rows`."""
+    """Write the gradients of staged rows of q last passed on; like `finish_rows`."""
     kv_head, row, place = rows
     group = staging.total.shape[1] // staging.slots.shape[1]
     for head in (kv_head * group + i for i in range(group)):
@@ -136,7 +136,7 @@ def finish_gradient(gradient: Tensor, staging: Staging, rows: Tensor, scale: flo
 
 
 class RowTerms(NamedTuple):
-    """What backward needs of every query row: dout, lse in powers of two and delta, both float32 `[B, H, S]`."""
+    """What backward needs of every query row: dout, and lse in powers of two and delta, both float32 `[B, H, S]`."""
 
     dout: Tensor
     lse2: Tensor
@@ -144,7 +144,7 @@ class RowTerms(NamedTuple):
 
 
 def row_terms(dout: Tensor, out: Tensor, lse: Tensor, lse_error: Tensor | None) -> RowTerms:
-    """The terms of the merged softmax. With `lse_error` weights are exact to float32: its factor moves into dout."""
+    """The terms of the merged softmax. With `lse_error` weights are exact to float32: its factor is moved into dout."""
     if lse_error is not None:
         exact = (lse.double() + lse_error.double()) * LOG2E
         lse2 = exact.float()
@@ -220,18 +220,18 @@ def dkdv(
 
 
 def members(tile: Tile, q: Tensor, k: Tensor) -> int:
-    """Heads of a group whose rows a program takes together, so that they share keys and values."""
+    """The number of heads of a group that one program processes together, sharing keys and values."""
     return 2 if tile.gluon and (q.shape[2] // k.shape[2]) % 2 == 0 else 1
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: Tile) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Operands as the kernels take them, the scale not negative."""
+    """Operands in the form that the kernels expect, with a non-negative scale."""
     q, k, v = (_rows_of(x, tile) for x in (q, k, v))
     return (q, k, v, scale) if scale >= 0 else (-q, k, v, -scale)
 
 
 def _rows_of(x: Tensor, tile: Tile) -> Tensor:
-    """`x [B, S, H, D]` with contiguous rows; for copies of 16 bytes at offsets of 32 bits also at multiples of 16 elements."""
+    """`x [B, S, H, D]` with contiguous rows, for 16-byte copies at 32-bit offsets also at multiples of 16 elements."""
     whole = x.stride(-1) == 1 or x.shape[-1] == 1
     if tile.gluon:
         whole &= not any(stride % 16 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0
@@ -240,7 +240,7 @@ def _rows_of(x: Tensor, tile: Tile) -> Tensor:
 
 
 def _in_twos(scale: float) -> tuple[float, float]:
-    """The scale of scores in powers of two as two float32 numbers that add up to it."""
+    """The scale of scores in powers of two as two float32 numbers that sum to it."""
     exact = scale * LOG2E
     high = float(np.float32(exact))
     return high, exact - high

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning: which blocks of a walk a batch needs, decided on the device by least and largest keys, in a fixed order.
 
-A block of which no pair is visible is not visited, one of which every pair is needs no mask. What is visited of a span is a run
-of blocks without a mask, and what lies before and behind it with one. There every pair is looked at, and what sees nothing is
-left out too, as long as a tile has room for runs (`GAPS`). So a schedule has room for everything whatever the batch, and the host
-learns nothing of it. Imports Triton.
+A block with no visible pair is skipped; one with all pairs visible needs no mask. A span is visited as one run of blocks without a
+mask, and masked blocks before and behind it. Among these every pair is tested, and blocks that see nothing are skipped too, as
+long as the tile has room for runs (`GAPS`). So a schedule's size does not depend on the batch, and the host reads nothing.
+Imports Triton.
 """
 
 import torch
@@ -16,10 +16,10 @@ from ring_hilbert.kernels import tables
 from ring_hilbert.kernels.steps import row_interval, row_key, sees, segment_of
 from ring_hilbert.kernels.tables import RUN_WIDTH, Schedule, Walk
 
-GROUP = 64  # blocks, or chunks, that a program looks at together
+GROUP = 64  # blocks, or chunks, that a program examines together
 NOWHERE = tl.constexpr(tables.ENDLESS)
 SPLITS = tl.constexpr(tables.GAPS)
-COPIED = tl.constexpr(128)  # cells of runs that are moved at once
+COPIED = tl.constexpr(128)  # cells of runs copied at once
 
 PLACE, COUNT = tl.constexpr(tables.TILE_PLACE), tl.constexpr(tables.TILE_COUNT)
 VISIT, VISITS = tl.constexpr(tables.TILE_VISIT), tl.constexpr(tables.TILE_VISITS)
@@ -36,8 +36,8 @@ RUN_COUNT, RUN_TIMES = tl.constexpr(tables.RUN_COUNT), tl.constexpr(tables.RUN_T
 RUN_SEGMENT, RUN_AHEAD = tl.constexpr(tables.RUN_SEGMENT), tl.constexpr(tables.RUN_AHEAD)
 RUN_HOLE, RUN_HOLE_AHEAD = tl.constexpr(tables.RUN_HOLE), tl.constexpr(tables.RUN_HOLE_AHEAD)
 WIDTH = tl.constexpr(RUN_WIDTH)
-# Extremes of some rows. Of keys: least and largest without padding, then with it. Of queries: the least low and the largest
-# high, then the largest low and the least high.
+# Extremes of a set of rows. For keys: least and largest without padding, then with it. For queries: the least low and the
+# largest high, then the largest low and the least high.
 LEAST, MOST, LEAST_ALL, MOST_ALL = (tl.constexpr(i) for i in range(tables.EXTREMES))
 EXTREMES = tl.constexpr(tables.EXTREMES)
 
@@ -50,13 +50,13 @@ def prune(
 
     Args:
         walk: tiles and lists.
-        low, high: of the query rows that the walk speaks of, int32 `[1 or B, rows]`.
+        low, high: of the walk's query rows, int32 `[1 or B, rows]`.
         key: of its key rows, likewise.
         block_inner: rows of a step.
         transposed: the walk's outer rows are keys.
-        entries: 1, or B where every batch entry has intervals of its own and the walk's tables do not tell entries apart.
-        rows: the outer and inner rows to put into the schedule in place of the walk's, as long as these.
-        places: the keys by these rows, if they are not `key`.
+        entries: 1, or B if batch entries have different intervals but share the walk's tables.
+        rows: the outer and inner rows to put into the schedule in place of the walk's, of the same lengths.
+        places: the keys indexed by these rows, if not `key`.
     """
     number, tiles = entries * walk.tiles.shape[0], walk.tiles.shape[1]
     device, lists = walk.tiles.device, walk.lists.shape[1]
@@ -89,7 +89,7 @@ VARIES = ["low_stride", "key_stride", "num_tables", "num_lists", "num_chunks", "
 
 @triton.jit
 def extremes_of(low, high, key, low_stride, key_stride, entry, rows, there, KEYS: tl.constexpr, AXIS: tl.constexpr):
-    """The four extremes of `rows`, those that are `there`, along an axis."""
+    """The four extremes of those `rows` that are `there`, along an axis."""
     if KEYS:
         value = tl.load(key + entry * key_stride + rows, mask=there, other=0)
         all_least = tl.min(tl.where(there, value, NOWHERE), AXIS)
@@ -154,7 +154,7 @@ def put_run(to, first, step, count, times, segment, ahead, hole, hole_ahead, SEG
 
 @triton.jit
 def same_segment(outer, inner, length, ahead, TRANSPOSED: tl.constexpr):
-    """Which pairs lie in one segment: bool, queries by keys."""
+    """Which pairs lie in the same segment: bool, queries by keys."""
     mine, theirs = segment_of(outer, ahead, length), segment_of(inner, ahead, length)
     if TRANSPOSED:
         mine, theirs = theirs, mine
@@ -169,7 +169,7 @@ def prune_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr, INDEXED: tl.constexpr, SPAN: tl.constexpr,
     CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, tables of the batch): the runs of every tile, and how many blocks they are."""
+    """Grid (tiles, tables of the batch): the runs of every tile, and their numbers of blocks."""
     number = tl.program_id(1)
     table = number % num_tables
     entry = (tl.load(entries + table) + number // num_tables).to(tl.int64)
@@ -232,7 +232,7 @@ def prune_kernel(
             left_out, left_out_move = tl.where(compares, hole_length, 0), tl.where(compares, hole_ahead, 0)
             if b > a:
                 blocks = (b - a + BLOCK_N - 1) // BLOCK_N
-                first, last, first_full, last_full = blocks, 0, blocks, blocks  # `last` ones are the ends
+                first, last, first_full, last_full = blocks, 0, blocks, blocks  # the `last` ones are exclusive
                 for group in range(0, blocks, GROUP):
                     i = group + tl.arange(0, GROUP)
                     there = i < blocks
@@ -244,7 +244,7 @@ def prune_kernel(
                     least = tl.min(tl.load(their + LEAST, mask=inside, other=NOWHERE), 1)
                     most = tl.max(tl.load(their + MOST, mask=inside, other=0), 1)
                     seen = there & (least <= own_most) & (most >= own_least)
-                    if TRANSPOSED:  # they are queries
+                    if TRANSPOSED:  # inner rows are queries
                         all_least = tl.max(tl.load(their + LEAST_ALL, mask=inside, other=0), 1)
                         all_most = tl.min(tl.load(their + MOST_ALL, mask=inside, other=NOWHERE), 1)
                         whole = (all_least <= own_all_least) & (all_most >= own_all_most)
@@ -259,7 +259,7 @@ def prune_kernel(
                     last_full = tl.minimum(
                         last_full, tl.min(tl.where(there & (whole == 0) & (i > first_full), i, blocks), 0)
                     )
-                none = first_full >= last  # without a mask
+                none = first_full >= last  # no block without a mask
                 first_full = tl.where(none, last, first_full)
                 last_full = tl.where(none, last, tl.minimum(last_full, last))
                 if first_full < last_full:
@@ -267,7 +267,7 @@ def prune_kernel(
                             NOWHERE, 0, 0, 0, SEGMENTS)  # fmt: skip
                     full_to += WIDTH
                     full_steps += last_full - first_full
-                for side in range(2):  # before what needs no mask, and behind it
+                for side in range(2):  # before the blocks that need no mask, and behind them
                     i = tl.where(side == 0, first, last_full)
                     end = tl.where(side == 0, first_full, last)
                     run, run_stop = i, i
@@ -288,7 +288,7 @@ def prune_kernel(
                             inside = same_segment(rows, theirs, tl.maximum(left_out, 1), left_out_move, TRANSPOSED)
                             visible &= (left_out == 0) | (inside == 0)
                         some = tl.max(visible.to(tl.int32)) > 0
-                        # A run ends at what sees nothing, once something follows or nothing can.
+                        # A run ends at a block that sees nothing, once another block follows or none can.
                         if (run < run_stop) & ((i == end) | (some & (run_stop < i) & (gaps < SPLITS))):
                             size = tl.minimum(run_stop * BLOCK_N, b - a) - run * BLOCK_N
                             put_run(masked_from + masked_cells, base + (a + run * BLOCK_N) * step, step, size, times,
@@ -301,7 +301,7 @@ def prune_kernel(
                         run_stop = tl.where(some, i + 1, run_stop)
                         i += 1
 
-    # Behind the last run there is one of the first row that does not end: a loop looks one run ahead.
+    # The last run is followed by an endless one of the first row, because loops read one run ahead.
     put_run(masked_from + masked_cells, 0, 0, NOWHERE, 1, NOWHERE, 0, 0, 0, SEGMENTS)
     # Runs with a mask follow those without.
     tl.debug_barrier()

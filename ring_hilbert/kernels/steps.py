@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ring_hilbert.kernels import tables
 
-# Numbers that change with the batch: a kernel is not compiled anew for whether 16 divides them.
+# Numbers that change with the batch: kernels are not specialised on their divisibility by 16.
 VARIES = ["lse_strides", "slot_strides", "row_strides", "table_strides", "num_tiles", "num_runs", "interval_strides"]
 
 PLACE, COUNT, RUN = (tl.constexpr(x) for x in (tables.TILE_PLACE, tables.TILE_COUNT, tables.TILE_RUN))
@@ -27,7 +27,7 @@ def tile_of(
     tables, order, tiles, steps, runs, outer, table_strides, num_tiles, tile_width, num_runs, batch, kv_head,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile: `(rows there are, outer rows [BLOCK], runs, first run, blocks without a mask, blocks with one)`."""
+    """This program's tile: `(number of rows, outer rows [BLOCK], runs, first run, blocks without a mask, blocks with one)`."""
     table = tl.load(tables + batch * table_strides[0] + kv_head).to(tl.int64)
     number = table + batch * table_strides[1]
     name = tl.load(order + number * num_tiles + tl.program_id(0))
@@ -41,7 +41,7 @@ def tile_of(
 
 @triton.jit
 def start_walk(runs, run, index, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
-    """Where a walk stands: `(run, first row, its step, rows left, how often they count, with INDEXED the rows)`."""
+    """The initial state of a walk: `(run, first row, stride, rows left, multiplicity, with INDEXED the rows)`."""
     entry = runs + WIDTH * run
     first = tl.load(entry + FIRST)
     rows = first
@@ -55,7 +55,7 @@ def start_walk(runs, run, index, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
 
 @triton.jit
 def step_rows(at, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
-    """Of the step that a walk stands at: `(inner rows [BLOCK], which of them exist, log2 of how often they count)`."""
+    """A walk's current step: `(inner rows [BLOCK], which of them exist, log2 of their multiplicity)`."""
     _, first, step, left, times, rows = at
     places = tl.arange(0, BLOCK)
     inner = rows if INDEXED else first + places * step
@@ -67,10 +67,10 @@ def step_rows(at, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
 
 @triton.jit
 def next_step(runs, index, at, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
-    """Where a walk stands after this step.
+    """The state of a walk after this step.
 
-    Without a branch, and what is loaded here is used in the next iteration only: else Triton does not pipeline the loop, or
-    gives these loads, which those of rows wait for, stages of their own.
+    Without a branch, and with loads used only in the next iteration: otherwise Triton does not pipeline the loop, or puts these
+    loads, on which those of rows depend, into stages of their own.
     """
     run, first, step, left, _, rows = at
     ends = left <= BLOCK
@@ -87,7 +87,7 @@ def next_step(runs, index, at, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
 
 @triton.jit
 def row_interval(low, high, batch, stride, rows, exists):
-    """The intervals of keys that query rows see; `[0, 0]`, in which there is no key, where there is no row."""
+    """The intervals of keys that query rows see; `[0, 0]`, which holds no key, where there is no row."""
     place = batch * stride + rows
     return tl.load(low + place, mask=exists, other=0), tl.load(high + place, mask=exists, other=0)
 
@@ -112,7 +112,7 @@ def segment_of(rows, ahead, length):
 
 @triton.jit
 def within_segments(visible, runs, at, outer, inner, SEGMENTS: tl.constexpr):
-    """`visible [M, N]` without the pairs that the run says are in other segments, or in one that is left out."""
+    """`visible [M, N]` without the pairs that, by the run, lie in different segments or in one that is left out."""
     if SEGMENTS:
         run = runs + WIDTH * at[0]
         length, ahead = tl.load(run + SEGMENT), tl.load(run + AHEAD)
@@ -126,7 +126,7 @@ def within_segments(visible, runs, at, outer, inner, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def above(scores, scale2, level):
-    """`scores * scale - level` in powers of two; `scale2` is the factor and what float32 takes from it, for float32."""
+    """`scores * scale - level` in powers of two; `scale2` is the factor and, for float32, its rounding error."""
     result = scores * scale2[0] - level
     return result + scores * scale2[1]
 

@@ -19,24 +19,24 @@ from torch import Tensor
 
 ENDLESS: Final = 2**31 - 1  # the length of a segment that holds every row
 CHUNK: Final = 16
-EXTREMES: Final = 4  # numbers that a schedule is made from, of every chunk
-SPARE: Final = 256  # rows behind the last of a list, which a step may look at
-GAPS: Final = 16  # runs that a tile may have more because blocks between its first and its last of a span see nothing
+EXTREMES: Final = 4  # numbers per chunk from which a schedule is made
+SPARE: Final = 256  # rows past the end of a list that a step may read
+GAPS: Final = 16  # extra runs of a tile, for blocks within a span that see nothing
 
-# A tile: its first place in `Walk.outer` and its rows (0: no tile); its kind's visits; its first run in a schedule, and how many
-# of its runs may have no mask; then, for every level, the first and the last segment that its rows lie in.
+# A tile: its first place in `Walk.outer` and its number of rows (0: no tile); its kind's visits; its first run in a schedule, and
+# how many of its runs may have no mask; then, for every level, the first and the last segment of its rows.
 TILE_PLACE, TILE_COUNT, TILE_VISIT, TILE_VISITS, TILE_RUN, TILE_ROOM, TILE_SEGMENTS = range(7)
-# A visit: the list, the level whose segment is visited, the level whose segment within it is left out (-1: none), and how often
-# its pairs count.
+# A visit: the list, the level whose segment is visited, the level whose segment within it is left out (-1: none), and the
+# multiplicity of its pairs.
 VISIT_LIST, VISIT_LEVEL, VISIT_HOLE, VISIT_TIMES, VISIT_WIDTH = range(5)
-# A list: row `base + i * step`, or, of a walk that is indexed, `Walk.inner[base + i]` (then the step is 1); how many rows; its
-# first chunk of extremes.
+# A list: row `base + i * step`, or, in an indexed walk, `Walk.inner[base + i]` (then the step is 1); its number of rows; its first
+# chunk of extremes.
 LIST_BASE, LIST_STEP, LIST_COUNT, LIST_CHUNK, LIST_WIDTH = range(5)
-# A level: its first column in `Walk.edges`; the length of its segments, and what to add to a row of the tensors before it is
-# divided by that.
+# A level: its first column in `Walk.edges`; the length of its segments, and what to add to a row of the tensors before dividing
+# by it.
 LEVEL_EDGE, LEVEL_LENGTH, LEVEL_AHEAD, LEVEL_WIDTH = range(4)
-# A run: the first row (of an indexed walk: the place in `Walk.inner`), the step to the next, how many, how often they count; and,
-# for tiles that lie in several segments, the segment length and what to add, and the same of the segments to leave out (0: none).
+# A run: the first row (in an indexed walk: the place in `Walk.inner`), the stride, the number of rows, their multiplicity; and,
+# for tiles in several segments, the segment length and what to add, and the same for the segments to leave out (0: none).
 (
     RUN_FIRST, RUN_STEP, RUN_COUNT, RUN_TIMES, RUN_SEGMENT, RUN_AHEAD, RUN_HOLE, RUN_HOLE_AHEAD, RUN_WIDTH,
 ) = range(9)  # fmt: skip
@@ -47,17 +47,17 @@ class Walk:
     """What tiles of a fixed size visit, whatever the batch.
 
     Attributes:
-        tables: `[B or 1, Hkv]`: the table of a batch entry and kv head, of K.
-        entries: `[K]`: which batch entry's intervals a table is of, 0 where entries share the tables.
+        tables: `[B or 1, Hkv]`: the table, of K, of each batch entry and kv head.
+        entries: `[K]`: the batch entry whose intervals a table uses, 0 where entries share the tables.
         tiles: `[K, T, TILE_SEGMENTS + 2 * levels]`.
         visits: `[V, VISIT_WIDTH]`.
         lists: `[K, lists, LIST_WIDTH]`.
-        edges: `[K, lists, E]`: of every list, for every level, the place where each segment begins, and where the last ends.
+        edges: `[K, lists, E]`: for every list and level, the place where each segment begins and where the last ends.
         levels: `[levels, LEVEL_WIDTH]`.
         outer, inner: rows of the outer and of the inner tensor, `[n]`; `inner` only if `indexed`. Both end in `SPARE` zeros.
-        runs: runs that a schedule has room for, per table.
+        runs: room for runs in a schedule, per table.
         chunk: rows of a list whose extremes are taken together.
-        chunks: how many of these all lists of a table have.
+        chunks: number of chunks in all lists of a table.
         longest: rows of the longest list.
         segments: whether some tiles lie in several segments, so that masks compare segments.
         indexed: whether lists are rows in `inner` rather than at equal steps.
@@ -83,26 +83,26 @@ class Walk:
 
     @property
     def nbytes(self) -> int:
-        """What the tables take on the device."""
+        """Bytes of the tables on the device."""
         return sum(x.nbytes for x in {id(x): x for x in vars(self).values() if isinstance(x, Tensor)}.values())
 
     @property
     def schedule_nbytes(self) -> int:
-        """What a schedule takes beside it, with what making it needs, where batch entries share their intervals."""
+        """Bytes of a schedule and of its temporaries, if batch entries share their intervals."""
         tables, tiles = self.tiles.shape[:2]
         return 4 * tables * (EXTREMES * self.chunks + 3 * tiles + RUN_WIDTH * self.runs)
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """What one launch reads.
+    """The tables that one launch reads.
 
     Attributes:
         walk: the tiles.
-        outer, inner: as in the walk, or the rows of this batch that stand for them: -1 where there is none.
-        order: `[N, T]`: in which order the tiles are taken, the longest first; N is the walk's K for every entry of the intervals.
-        steps: `[N, T, 2]`: blocks that a tile visits without a mask, and with one.
-        runs: `[N, walk.runs, RUN_WIDTH]`: those of a tile without a mask, those with one, and one that does not end.
+        outer, inner: as in the walk, or this batch's rows in their place, -1 where there is none.
+        order: `[N, T]`: the order in which tiles are processed, longest first; N is the walk's K times the entries of intervals.
+        steps: `[N, T, 2]`: numbers of blocks that a tile visits without and with a mask.
+        runs: `[N, walk.runs, RUN_WIDTH]`: for each tile those without a mask, those with one, and an endless one.
         low, high: of the query rows, `[1 or B, rows]`; the outer side's, or, `transposed`, the inner side's.
         key: of the key rows, likewise.
         transposed: the outer rows are keys.
@@ -122,7 +122,7 @@ class Schedule:
     block_inner: int
 
     def blocks(self) -> int:
-        """Blocks that all tiles visit, over kv heads, and over batch entries where these differ; reads the device."""
+        """Blocks visited by all tiles, over kv heads, and over batch entries where these differ; reads from the device."""
         tables = self.walk.tables.long()
         entries = len(self.steps) // len(self.walk.tiles)
         of_table = self.steps.sum((1, 2)).view(entries, -1)
@@ -130,8 +130,6 @@ class Schedule:
 
 
 def sent(array: np.ndarray, device: torch.device) -> Tensor:
-    """A table on a device, int32."""
-    assert not array.size or (array.max() <= ENDLESS and array.min() >= -ENDLESS - 1), (
-        "a table holds numbers of 32 bits"
-    )
+    """A table on `device`, int32."""
+    assert not array.size or (array.max() <= ENDLESS and array.min() >= -ENDLESS - 1), "tables hold 32-bit numbers"
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tiles the kernels use: a table, written by hand or by an offline tuner. Nothing is tuned while a model trains."""
+"""The kernels' tile sizes: a table, written by hand or by an offline tuner. Nothing is tuned while a model trains."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PASSES: tuple[Pass, ...] = get_args(Pass)
 class Tile(NamedTuple):
     """Rows of a tile (queries in forward and dQ, keys in dK and dV), rows of a step, warps, pipeline stages.
 
-    `registers`: at most so many per thread, where a few more would leave room for one tile less at a time; 0: as it comes.
-    `gluon`: by the kernels for compute capability 9.0, whose pipeline has a length of its own; `warps` are those of one head.
+    `registers`: limit per thread, where a few more would reduce the tiles resident at once; 0: no limit.
+    `gluon`: use the kernels for compute capability 9.0, whose pipeline length is fixed; `warps` are per head.
     """
 
     block_outer: int
@@ -32,13 +32,13 @@ class Tile(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Rows whose extremes are taken together when a schedule is made: fewer where steps are."""
+        """Rows whose extremes are taken together when a schedule is made: fewer for smaller steps."""
         return min(CHUNK, self.block_inner)
 
 
 # (least compute capability, largest padded head dim, bytes of an element): tiles of forward, dQ, dK and dV. A pass may have up
-# to three, for walks that take more and more registers (`demand`). The first row that fits a call is taken, so rows stand
-# from the newest generation to the oldest. `ring-hilbert bench kernels --tune` and `--aot` tell what a change is worth.
+# to three, for walks of increasing register demand (`demand`). The first row that fits a call is used, so rows go from the
+# newest generation to the oldest. `ring-hilbert bench kernels --tune` and `--aot` measure what a change is worth.
 TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
     (100, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
     (100, 128, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 2),)),
@@ -56,7 +56,7 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
     (0, 128, 4): ((Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),)),
     (0, 256, 4): ((Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),)),
 }  # fmt: skip
-# Of compute capability 9.0, where the head dim is exactly this one. Walks whose masks compare segments take the Triton kernels.
+# For compute capability 9.0 and exactly this head dim. Walks whose masks compare segments use the Triton kernels.
 HOPPER: dict[tuple[int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
     (64, 2): (
         (*(Tile(64, 64, 4, 4, 128, gluon=True),) * 2, Tile(64, 64, 4, 3, 168)),
@@ -74,7 +74,7 @@ INTERPRETER = Tile(32, 32, 1, 1)  # wherever there is no GPU
 
 @lru_cache
 def has_gluon() -> bool:
-    """Whether Triton comes with Gluon, in which the kernels for compute capability 9.0 are written."""
+    """Whether this Triton has Gluon, in which the kernels for compute capability 9.0 are written."""
     try:
         return find_spec("triton.experimental.gluon") is not None
     except ModuleNotFoundError:
@@ -82,12 +82,12 @@ def has_gluon() -> bool:
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The least power of two from 16 on that holds `head_dim` columns."""
+    """The least power of two, at least 16, that holds `head_dim` columns."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def demand(walk: Walk) -> int:
-    """How many registers the rows and masks of a walk take beside the pass itself: 0, 1 or 2, found by compiling."""
+    """How many extra registers a walk's rows and masks take: level 0, 1 or 2, found by compiling."""
     return 2 if walk.segments else int(walk.indexed)
 
 
@@ -104,7 +104,7 @@ def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype) -
 
 
 def device_tiles(pass_: Pass, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tile, ...]:
-    """Those of a device."""
+    """The tiles for a device."""
     if device.type != "cuda":
         return (INTERPRETER,)
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a core is: attention of the rows at hand over themselves, then over what each hop brings, forward and backward.
+"""The protocol of a core: attention of the local rows over themselves, then over what each hop brings, forward and backward.
 
-`TorchCore` and `TritonCore` are the two there are; `parallel/execution.py` runs them without knowing which.
+`TorchCore` and `TritonCore` implement it; `parallel/execution.py` runs either without knowing which.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ring_hilbert.ops.visits import Chunk, Rows
 
 @dataclass(frozen=True)
 class Shard:
-    """The rows at hand: chunks of a sequence of `seq_len` rows, which are in `order`."""
+    """The local rows: chunks of a sequence of `seq_len` rows, which are in `order`."""
 
     chunks: tuple[Chunk, ...]
     seq_len: int
@@ -28,7 +28,7 @@ class Shard:
 
     @property
     def size(self) -> int:
-        """How many rows."""
+        """Number of local rows."""
         return sum(chunk.stop - chunk.start for chunk in self.chunks)
 
     def rows(self) -> np.ndarray:
@@ -36,7 +36,7 @@ class Shard:
         return np.concatenate([np.empty(0, np.int64), *(np.arange(c.start, c.stop) for c in self.chunks)])
 
     def places(self) -> np.ndarray:
-        """The natural token index of every row, had the sequence no padding: int64 `[S]`."""
+        """The natural token index of every row if the sequence had no padding: int64 `[S]`."""
         return natural_places(self.rows(), self.seq_len, self.order)
 
 
@@ -45,8 +45,8 @@ class RemoteVisit:
     """Partial attention of local `queries` over candidates of a hop, for the kv heads of one offset.
 
     Attributes:
-        keys: int64 `[B, heads, K]`, the number of each key among the candidates of the hop.
-        rows: int64 `[K]`, the row of each in the sequence.
+        keys: int64 `[B, heads, K]`, the index of each key among the candidates of the hop.
+        rows: int64 `[K]`, the row of each key in the sequence.
     """
 
     heads: Heads
@@ -56,12 +56,12 @@ class RemoteVisit:
 
 
 class Incoming(NamedTuple):
-    """What of a hop's candidates travels in one batch.
+    """Which of a hop's candidates are sent in one batch.
 
     Attributes:
-        key: of every candidate, int32 `[n]`; hidden for one that does not travel.
-        place: where it lies in what is received, int32 `[n]`, -1 for one that does not travel; None: all do, in their order.
-        packed_key: of every row that is received, int32 `[rows]`.
+        key: of every candidate, int32 `[n]`; `HIDDEN` if it is not sent.
+        place: of every candidate, its index in the receive buffer, int32 `[n]`, -1 if it is not sent; None: all are, in order.
+        packed_key: of every received row, int32 `[rows]`.
     """
 
     key: Tensor
@@ -69,19 +69,19 @@ class Incoming(NamedTuple):
     packed_key: Tensor
 
     def on(self, device: torch.device) -> Incoming:
-        """The same on a device."""
+        """The same on `device`."""
         place = None if self.place is None else self.place.to(device)
         return Incoming(self.key.to(device), place, self.packed_key.to(device))
 
 
 @dataclass
 class ForwardState:
-    """A forward between its steps: what a core makes of it."""
+    """A core's state between the steps of a forward."""
 
 
 @dataclass
 class BackwardState:
-    """A backward between its steps: the gradients so far, and what a core adds. dk and dv are float32 or wider with hops."""
+    """State of a backward between its steps: gradients so far, and what a core adds. With hops, dk and dv are float32 or wider."""
 
     dq: Tensor
     dk: Tensor
@@ -89,29 +89,29 @@ class BackwardState:
 
 
 class Core(Protocol):
-    """Attention of one rank. `q [B, S, H, D]`, `k, v [B, S, Hkv, D]`; rows that a hop brings are `[rows, 2, D]`, K and V."""
+    """Attention of one rank. `q [B, S, H, D]`, `k, v [B, S, Hkv, D]`; the rows that a hop brings are `[rows, 2, D]`, K and V."""
 
     def begin(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> ForwardState:
-        """The visits among the rows at hand."""
+        """The visits among the local rows."""
         ...
 
     def forward_hop(self, state: ForwardState, hop: int, received: Tensor) -> None:
-        """The visits over what a hop has brought."""
+        """The visits over the rows that a hop brought."""
         ...
 
     def finish(self, state: ForwardState) -> tuple[Tensor, Tensor, Tensor]:
-        """`out` in the dtype of q; `lse` and `lse_error`, what its rounding took, `[B, H, S]`, float32 or float64."""
+        """`out` in the dtype of q; `lse` and its rounding error `lse_error`, `[B, H, S]`, float32 or float64."""
         ...
 
     def begin_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lse_error: Tensor, scale: float,
         sums: torch.dtype, share: float,
     ) -> BackwardState:  # fmt: skip
-        """About a `share` of the gradients among the rows at hand; dk and dv are summed in `sums` or wider."""
+        """About a fraction `share` of the gradients among the local rows; dk and dv are summed in `sums` or wider."""
         ...
 
     def backward_hop(self, state: BackwardState, hop: int, received: Tensor) -> Tensor:
-        """The visits over what a hop has brought, and its gradient `[rows, 2, D]`, float32 or float64."""
+        """The visits over the rows that a hop brought; returns their gradient `[rows, 2, D]`, float32 or float64."""
         ...
 
     def rest_of_backward(self, state: BackwardState) -> None:

@@ -4,9 +4,9 @@
 Every curve is a function `shape -> cells`: `shape` is `(H, W)` or `(T, H, W)` with positive sides, `cells` an int64
 array `[prod(shape)]` that holds each row-major cell index once, in visiting order. `CURVES` names them all. None loops
 over cells in Python: digits of the coordinates are combined for whole axes, and a box is walked once per *distinct
-shape* of sub-box, of which a level of the recursion has a handful.
+shape* of sub-box, of which each level of the recursion has only a handful.
 
-`RANKS` has the same curves cell by cell, for few cells of a box that is too large to be listed: functions
+`RANKS` has the same curves cell by cell, for a few cells of a box that is too large to list: functions
 `(shape, cells) -> ranks` of the coordinates `cells`, an array per axis, int64. Ranks ascend along the curve.
 """
 
@@ -21,12 +21,12 @@ import numpy as np
 Shape = tuple[int, ...]
 Cells = Sequence[np.ndarray]
 
-MOST_CELLS = 2**58  # of a box, so that 64 bits hold a cell's rank on every curve
-LISTED_CELLS = 4096  # of a box whose cells are listed rather than ranked one by one
+MOST_CELLS = 2**58  # per box, so that a cell's rank fits in 64 bits on every curve
+LISTED_CELLS = 4096  # boxes up to this size are listed, larger ones ranked cell by cell
 
 
 def raster(shape: Shape) -> np.ndarray:
-    """Row after row, every row from its first column."""
+    """Row by row, each from its first column."""
     return np.arange(prod(shape), dtype=np.int64)
 
 
@@ -38,7 +38,7 @@ def _raster_ranks(shape: Shape, cells: Cells) -> np.ndarray:
 
 
 def snake(shape: Shape) -> np.ndarray:
-    """Boustrophedon: like `raster`, every second row and every second plane backwards; all steps have length 1."""
+    """Boustrophedon: like `raster`, but with every second row and every second plane reversed; all steps have length 1."""
     planes = raster(shape).reshape(-1, *shape[-2:])
     planes[1::2] = planes[1::2, ::-1].copy()
     rows = planes.reshape(-1, shape[-1])
@@ -67,7 +67,7 @@ def _morton_ranks(shape: Shape, cells: Cells) -> np.ndarray:
     for axis, coordinate in enumerate(cells):
         spread = np.zeros_like(coordinate)
         for level in range(bits[axis]):
-            # A bit that is zero in every cell orders nothing, so only bits that some coordinate has take a place.
+            # A bit that is zero in every cell does not affect the order, so only bits set in some coordinate are used.
             place = sum(min(level, n) for n in bits) + sum(level < n for n in bits[axis + 1 :])
             spread |= (coordinate >> level & 1) << place
         ranks = ranks + spread
@@ -93,7 +93,7 @@ def _peano_ranks(shape: Shape, cells: Cells) -> np.ndarray:
     for level in reversed(range(levels)):
         for axis in axes:
             if 3**level >= shape[axis]:
-                continue  # this digit is zero in every cell; mirrored or not follows from digits already in the rank
+                continue  # zero in every cell; whether it is mirrored follows from digits already in the rank
             digit = cells[axis] // 3**level % 3
             mirrored = sum(passed[other] for other in axes if other != axis) % 2 == 1
             ranks *= 3
@@ -103,7 +103,7 @@ def _peano_ranks(shape: Shape, cells: Cells) -> np.ndarray:
 
 
 def _axes_of(shape: Shape) -> list[np.ndarray]:
-    """The coordinates of all cells, an array per axis that lies along it."""
+    """The coordinates of all cells: one array per axis, laid out along that axis."""
     return list(np.meshgrid(*(np.arange(side, dtype=np.int64) for side in shape), indexing="ij", sparse=True))
 
 
@@ -111,17 +111,17 @@ def hilbert(shape: Shape) -> np.ndarray:
     """Hilbert's curve (1891), generalized to any rectangle or box: **every step has length 1, for every shape**.
 
     On squares and cubes of side `2^k` it is a Hilbert curve proper: every aligned square or cube of side `2^j` is one
-    contiguous run. Elsewhere a box is cut the same way into nearly equal parts, at even coordinates where parity asks
-    for it. A run of n cells has a bounding box of mean diagonal about 1.8 n^(1/2) in 2-D and 2.2 n^(1/3) in 3-D,
+    contiguous run. Any other box is cut the same way into nearly equal parts, at even coordinates where parity requires
+    it. A run of n cells has a bounding box of mean diagonal about 1.8 n^(1/2) in 2-D and 2.2 n^(1/3) in 3-D,
     whether sides are even or odd (down to 1.4 and 1.7 at powers of 2).
 
     Halving a box so that the curve ends at the far end of the longest side, as the usual generalizations do, forces a
-    diagonal step where that side is odd and another one even: no path in unit steps ends there. Nothing needs that
+    diagonal step where that side is odd and another one even: no path in unit steps ends there. Nothing requires that
     end, so the curve starts in cell 0 and ends
 
     - at the far end of the longest side if that is even, or if all sides are odd;
-    - else at the far end of the longest *even* side, if that is at least 2/3 of the longest side;
-    - else it walks half of the box along the longest side, and the rest from its first corner by these three rules.
+    - otherwise at the far end of the longest *even* side, if that is at least 2/3 of the longest side;
+    - otherwise it walks half of the box along the longest side, and the rest from its first corner by these three rules.
     """
     sides = (1,) * (3 - len(shape)) + shape
     cells = _join(_crossings(sides), prod(shape), {})
@@ -129,16 +129,16 @@ def hilbert(shape: Shape) -> np.ndarray:
 
 
 def _hilbert_ranks(shape: Shape, cells: Cells) -> np.ndarray:
-    """By the same cuts as `hilbert`: whatever boxes of one shape the cells lie in, they are cut together."""
+    """By the same cuts as `hilbert`; all boxes of one shape are cut together."""
     sides = (1,) * (3 - len(shape)) + shape
-    points = np.zeros((5, len(cells[0])), np.int64)  # which cell it is, its rank so far, and where it lies in its box
+    points = np.zeros((5, len(cells[0])), np.int64)  # the index of a cell, its rank so far, its place in its box
     points[0] = np.arange(len(cells[0]))
     points[5 - len(shape) :] = cells
     boxes: dict[Shape, list[np.ndarray]] = {}
     _enter(_crossings(sides), points, boxes)
     ranks, paths = np.empty(len(cells[0]), np.int64), dict[Shape, np.ndarray]()
     while boxes:
-        sides = max(boxes, key=prod)  # then no box that is still to be cut has parts of this shape
+        sides = max(boxes, key=prod)  # the largest first: no box cut later has parts of this shape
         points = np.concatenate(boxes.pop(sides), axis=1)
         if prod(sides) == sides[0]:
             ranks[points[0]] = points[1] + points[2]
@@ -152,7 +152,7 @@ def _hilbert_ranks(shape: Shape, cells: Cells) -> np.ndarray:
 
 
 def _enter(parts: Sequence[_Part], points: np.ndarray, boxes: dict[Shape, list[np.ndarray]]) -> None:
-    """Sort the points of a box into its parts, seen as `_walk` sees them: from the origin, the axis of travel first."""
+    """Sort the points of a box into its parts, in the coordinates of `_walk`: from the origin, the axis of travel first."""
     before = 0
     for number, part in enumerate(parts):
         inside = points
@@ -175,18 +175,18 @@ def _enter(parts: Sequence[_Part], points: np.ndarray, boxes: dict[Shape, list[n
 
 
 class _Part(NamedTuple):
-    """A box `[low, high)` walked along its axis `travel`, in by one corner and out by the next one along `travel`."""
+    """A box `[low, high)` walked along its axis `travel`, entered at one corner and left at the next one along `travel`."""
 
     low: Shape
     high: Shape
     travel: int
-    mirrored: tuple[bool, bool, bool] = (False, False, False)  # per axis: in at the high side
+    mirrored: tuple[bool, bool, bool] = (False, False, False)  # per axis: entered at the high side
 
 
-# The checkerboard decides where a path that visits each cell once, in unit steps, can end: a path over an even number
-# of cells ends on the other colour, so a crossing from a corner to the next corner along a side of `a` cells needs `a`
-# even; over an odd number of cells (all sides odd) both corners have the colour there is one more of. Hence the one
-# invariant below: **the travelled side is even, or all sides are odd**, and every cut hands it on to the parts.
+# A checkerboard colouring decides where a path that visits each cell once, in unit steps, can end: a path over an even
+# number of cells ends on the other colour, so a crossing from a corner to the next corner along a side of `a` cells needs
+# `a` even; over an odd number of cells (all sides odd) both corners have the majority colour. Hence the one invariant
+# below: **the travelled side is even, or all sides are odd**, and every cut preserves it in the parts.
 
 
 def _crossings(sides: Shape) -> list[_Part]:
@@ -204,15 +204,15 @@ def _crossings(sides: Shape) -> list[_Part]:
 
 
 def _longest(sides: Shape, axes: Iterable[int]) -> int:
-    """Of `axes`, the one with the longest side; of equals the last."""
+    """Of `axes`, the one with the longest side; among equals the last."""
     return max(axes, key=lambda axis: (sides[axis], axis))
 
 
 def _split(sides: Shape) -> list[_Part]:
-    """Cuts the box `(a, b, c)`, travelled along `a`, as sorted by `_axes`, into smaller crossings that join end to end.
+    """Cut the box `(a, b, c)`, travelled along `a`, as sorted by `_axes`, into smaller crossings that join end to end.
 
     Two halves along `a` if it is long; three parts in the plane (a, b), up, across and down, if `c` is short or all
-    sides are odd; else five parts of a cube's eight octants: 1 up `b`, 2 along `c`, 2 along `a`, 2 along `c`, 1 down.
+    sides are odd; otherwise five parts of the eight octants: 1 up `b`, 2 along `c`, 2 along `a`, 2 along `c`, 1 down.
     """
     a, b, c = sides
     assert a % 2 == 0 or b * c % 2 == 1, f"no unit-step path crosses {sides}"
@@ -227,7 +227,7 @@ def _split(sides: Shape) -> list[_Part]:
             _Part((x, 0, 0), (a, y, c), 1, (True, True, False)),
         ]
     if c % 2 == 1:
-        x |= 1  # b and c are odd, so the two parts along c need both halves of a odd
+        x |= 1  # b and c are odd, so the two parts along c need both halves of a to be odd
     return [
         _Part((0, 0, 0), (x, y, z), 1),
         _Part((0, y, 0), (x, b, c), 2),
@@ -243,7 +243,7 @@ def _even_half(side: int) -> int:
 
 
 def _axes(sides: Shape, travel: int) -> list[int]:
-    """The axes in the order `_split` takes them: `travel`, the longer, the shorter; if close, the even one last."""
+    """The axes in the order `_split` expects: `travel`, the longer, the shorter; if close, the even one last."""
     longer, shorter = sorted((axis for axis in range(3) if axis != travel), key=lambda axis: -sides[axis])
     close = 3 * sides[longer] <= 4 * sides[shorter]
     if close and sides[longer] % 2 == 0 and sides[shorter] % 2 == 1:
@@ -252,7 +252,7 @@ def _axes(sides: Shape, travel: int) -> list[int]:
 
 
 def _join(parts: list[_Part], count: int, paths: dict[Shape, np.ndarray]) -> np.ndarray:
-    """Coordinates `[3, count]` (int32) of the cells of `parts` in order; `paths` keeps each shape walked so far."""
+    """Coordinates `[3, count]` (int32) of the cells of `parts` in order; `paths` caches each shape walked so far."""
     cells = np.empty((3, count), np.int32)
     start = 0
     for part in parts:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense kernels: softmax attention of strided `[X, Y, rows, D]` blocks that gives `lse` and takes a merged one in backward.
+"""Dense kernels: softmax attention of strided `[X, Y, rows, D]` blocks that returns `lse` and takes a merged one in backward.
 
-Everything the torch core computes goes through one of these: the fused kernel of the device where PyTorch has one, matrix
-products in float32 or float64 elsewhere. A row whose keys are all hidden has `out = 0`; its `lse` is the caller's to set.
+Everything the torch core computes goes through one of these: the device's fused kernel where PyTorch has one, otherwise matrix
+products in float32 or float64. A row whose keys are all masked has `out = 0`; its `lse` is left to the caller.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ aten = torch.ops.aten
 
 
 class DenseKernel(Protocol):
-    """Attention of `q [X, Y, Q, D]` over `k, v [X, Y, K, D]`, any strides with the last one 1.
+    """Attention of `q [X, Y, Q, D]` over `k, v [X, Y, K, D]`, of any strides with the last one 1.
 
-    `causal` hides key `j` from query `i` where `j > i`; `bias` is added to the scores, `[1 or X, 1 or Y, 1 or Q, K]` or None.
+    `causal` masks key `j` for query `i` where `j > i`; `bias` is added to the scores, `[1 or X, 1 or Y, 1 or Q, K]` or None.
     """
 
-    dtype: torch.dtype  # what q, k and v must be converted to
+    dtype: torch.dtype  # to which q, k and v must be converted
     takes_bias: bool
-    max_scores: int | None  # how many scores it may be asked for at once, if it holds them in memory
+    max_scores: int | None  # most scores per call, if it materialises them
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """`out [X, Y, Q, D]` and `lse [X, Y, Q]`, as exact as there is."""
+        """`out [X, Y, Q, D]` and `lse [X, Y, Q]`, in the highest precision available."""
         ...
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
         bias: Tensor | None, scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """`dq, dk, dv` of the share of these keys in the softmax with this `lse`, float64 (+inf: no share), and `out`."""
+        """`dq, dk, dv` from these keys' share of the softmax with this merged `out` and `lse`, float64 (+inf: no share)."""
         ...
 
 
@@ -55,7 +55,7 @@ class MatrixProducts:
         """See `DenseKernel`."""
         scores = self._scores(q, k, causal, bias, scale)
         maximum = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(maximum.masked_fill(maximum == float("-inf"), 0.0)).exp_()  # not exp(-inf - -inf)
+        weights = scores.sub_(maximum.masked_fill(maximum == float("-inf"), 0.0)).exp_()  # avoids exp(-inf - -inf)
         total = weights.sum(-1)
         out = (weights @ v) / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
         return out, maximum.squeeze(-1).double() + total.double().log()
@@ -84,17 +84,17 @@ class MatrixProducts:
 
 
 class CpuFlash:
-    """PyTorch's fused CPU kernel, in float32 or float64: in low precision it would sum dK and dV in low precision.
+    """PyTorch's fused CPU kernel, in float32 or float64: at low precision it would sum dK and dV in low precision.
 
-    Backward multiplies q and k anew, in another order than forward, so that a weight near 1 is off by the rounding of its
-    score: at large scores an error that a softmax does not have. With `careful`, blocks with such rows are computed in float64,
-    and so are the first rows of a triangle, which have few keys.
+    Backward recomputes the product of q and k in another order than forward, so that a weight near 1 is off by the rounding of
+    its score: at large scores an error that a softmax does not have. With `careful`, blocks with such rows are computed in
+    float64, and so are the first rows of a triangle, which have few keys.
     """
 
     takes_bias: bool = True
     max_scores: int | None = None
     FEW = 32  # rows of a triangle that may have a weight near 1 whatever the scores
-    PEAKED = 3.5  # by so much lse exceeds the logarithm of the number of keys in a row with large scores
+    PEAKED = 3.5  # excess of lse over the logarithm of the number of keys that marks a row with large scores
 
     def __init__(self, dtype: torch.dtype, careful: bool = False) -> None:
         self.dtype, self.careful = dtype, careful
@@ -140,7 +140,7 @@ class CpuFlash:
 
 
 class CudaFlash:
-    """FlashAttention-2 as PyTorch carries it: fp16 and bf16, head dims that are a multiple of 8 up to 256."""
+    """FlashAttention-2 as shipped with PyTorch: fp16 and bf16, head dims that are multiples of 8 up to 256."""
 
     takes_bias: bool = False
     max_scores: int | None = None
@@ -162,7 +162,7 @@ class CudaFlash:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """See `DenseKernel`."""
         assert bias is None
-        seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
+        seed = torch.empty((), dtype=torch.int64, device=q.device)  # required by the signature; there is no dropout
         return aten._scaled_dot_product_flash_attention_backward(
             dout,
             q,
@@ -183,11 +183,11 @@ class CudaFlash:
 
 
 def _rounded(lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-    """A float64 lse in the dtype of dout, what rounding took from it moved into dout: weights are `exp(score - lse)`."""
+    """A float64 lse in the dtype of dout, its rounding error moved into dout: weights are `exp(score - lse)`."""
     rounded = lse.to(dout.dtype)
     if rounded.dtype == lse.dtype:
         return rounded, dout
-    lost = (lse - rounded).nan_to_num_(0.0)  # of +inf: nothing
+    lost = (lse - rounded).nan_to_num_(0.0)  # +inf loses nothing
     return rounded, dout * lost.neg_().exp_().to(dout.dtype).unsqueeze(-1)
 
 

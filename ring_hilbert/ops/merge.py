@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The running softmax that partial attentions are merged into."""
+"""The running softmax into which partial attentions are merged."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 @dataclass
 class RunningSoftmax:
-    """What a row has seen: `lse [...]` in float64, and `out [..., D]`, normalised, in float32 or float64; or views of these.
+    """The state of each row so far: `lse [...]` in float64 and normalised `out [..., D]` in float32 or float64; or views.
 
-    The shares of a merge come from float64 logarithms and add up to one, so that the error does not grow with their number.
+    The weights of a merge come from float64 logarithms and sum to one, so the error does not grow with the number of merges.
     """
 
     lse: Tensor
     out: Tensor
 
     def clear(self) -> None:
-        """No key was seen."""
+        """Reset to no key seen."""
         self.lse.fill_(float("-inf"))
         self.out.zero_()
 
@@ -35,7 +35,7 @@ class RunningSoftmax:
         """`(lse, lse_error)` in `dtype`: their sum is the logarithm to twice the precision, the error 0 where lse is -inf.
 
         Backward needs the error: at logits of 60 the rounding of a float32 lse alone is as large as all other errors of a
-        softmax together.
+        softmax combined.
         """
         lse = self.lse.to(dtype)
         return lse, (self.lse - lse).nan_to_num(0.0).to(dtype)

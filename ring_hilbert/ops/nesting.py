@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nesting: chains of branches that lie within each other, and how deep a row is in one.
+"""Nesting: chains of branches, each within the one before, and the depth of a row in a chain.
 
 Branches `(w, r)` of a *chain* are nested: each branch's rows and segments lie within those of the one before. A row then has a
-*depth* in the chain: it is in its branches `0 .. depth` and in no other (-1: in none). The pairs of a chain are visited shell by
-shell: *shell* `j` is a row's segment of branch `j` without its segment of branch `j - 1`. A pair that several branches hold is
-met once, in the innermost of them, where it counts `min(c, d) - j + 1` times for rows of depths `c` and `d`: its *multiplicity*.
+*depth* in the chain: it is in branches `0 .. depth` and in no others (-1: in none). The pairs of a chain are visited shell by
+shell: *shell* `j` is a row's segment of branch `j` without its segment of branch `j - 1`. A pair held by several branches is
+visited once, in the innermost of them, where it counts `min(c, d) - j + 1` times for rows of depths `c` and `d`: its
+*multiplicity*.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Chain:
     offsets: tuple[tuple[int, ...], ...]
 
     def holds(self, branch: Branch, offsets: Sequence[int]) -> bool:
-        """Whether `branch` may follow the last one: `r_i | r`, `w_i | w`, `r_i | w_i` and offsets that agree."""
+        """Whether `branch` may follow the last one: `r_i | r`, `w_i | w`, `r_i | w_i`, and the offsets agree."""
         (w_in, r_in), (w, r) = self.branches[-1], branch
         return (
             r % r_in == 0
@@ -36,17 +37,17 @@ class Chain:
 
     @property
     def unbroken(self) -> bool:
-        """Whether the rows of every branch go on at their rate from one segment into the next."""
+        """Whether the rows of every branch keep their stride from one segment into the next."""
         return all(w is None or w % r == 0 for w, r in self.branches)
 
     def progressions(self, most: int) -> bool:
-        """Whether the rows of every depth are at most so many arithmetic progressions."""
+        """Whether the rows of every depth form at most `most` arithmetic progressions."""
         steps = [b // a for (_, a), (_, b) in itertools.pairwise(self.branches)]
         return self.unbroken and all(step <= most + 1 for step in steps)
 
 
 def chains(pattern: DilatedPattern, num_kv_heads: int) -> list[Chain]:
-    """The branches of `pattern` as few chains; one if all are nested."""
+    """The branches of `pattern` in few chains; in one if all are nested."""
     result: list[Chain] = []
     for branch in sorted(
         pattern.branches, key=lambda branch: (branch.segment_length or math.inf, branch.dilation_rate)
@@ -62,7 +63,7 @@ def chains(pattern: DilatedPattern, num_kv_heads: int) -> list[Chain]:
 
 
 def nested(pattern: DilatedPattern) -> tuple[Branch, ...] | None:
-    """The branches from the innermost to the outermost if they are one chain of any heads (rule "modulo"), else None."""
+    """The branches from innermost to outermost if they form one chain for any heads (rule "modulo"), else None."""
     if pattern.offset_rule != "modulo":
         return None
     found = chains(pattern, 1)

@@ -17,16 +17,16 @@ import torch
 
 from ring_hilbert.ops.curves import CURVES, MOST_CELLS, RANKS
 
-_CACHED = 8  # results kept per cache, the least recently used leaves first
+_CACHED = 8  # results per cache; the least recently used is evicted first
 
-# A copy-on-write clone costs microseconds at any length and copies only if somebody writes, so that callers own what
-# they get and yet cannot reach the cache. A torch without it copies at once: the same results, milliseconds slower.
+# A copy-on-write clone costs microseconds at any length and copies only on a write, so that callers own what they get
+# but cannot modify the cache. A torch without it copies at once: the same results, milliseconds slower.
 _lazy_clone: Callable[[torch.Tensor], torch.Tensor] = getattr(torch, "_lazy_clone", torch.clone)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Listed:
-    """The token of every row, one by one: int64 `[n]`. Equal to another with the same contents."""
+    """An explicit list of the token of every row: int64 `[n]`. Compares by contents."""
 
     tokens: np.ndarray
 
@@ -35,7 +35,7 @@ class Listed:
 
     @cached_property
     def digest(self) -> bytes:
-        """Of the contents."""
+        """Digest of the contents."""
         return hashlib.sha256(self.tokens.tobytes()).digest()
 
     def __eq__(self, other: object) -> bool:
@@ -50,19 +50,19 @@ class Listed:
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """Which token stands at which row: tokens in the order a space-filling curve visits them.
+    """Which token is at which row: tokens in the order in which a space-filling curve visits them.
 
-    With `block`, every run of `block` tokens is laid row-major on a grid of `floor(sqrt(block))` rows and
+    With `block`, every run of `block` tokens is laid out row-major on a grid of `floor(sqrt(block))` rows and
     `ceil(block / rows)` columns and visited along the curve; cells beyond `block`, and beyond the end of a shorter last
     run, are skipped. With `grid`, the whole sequence is one picture `(H, W)` or volume `(T, H, W)`, row-major. Either
-    way every token has exactly one row. Order the real tokens first, then append padding rows. For tokens that lie anywhere in
-    a picture or volume, such as the tiles of a slide, see `from_coordinates`.
+    way every token has exactly one row. Order the real tokens first, then append padding rows. For tokens at arbitrary
+    coordinates of a picture or volume, such as the tiles of a slide, see `from_coordinates`.
 
     Args:
         curve: "hilbert", "morton", "peano", "snake" or "raster" (`ring_hilbert.ops.curves`).
         block: tokens per run, at least 1, for sequences of any length.
         grid: `(H, W)` or `(T, H, W)`, for sequences of exactly `prod(grid)` tokens.
-        listed: what `from_coordinates` makes.
+        listed: set by `from_coordinates`.
 
     Raises:
         ValueError: for an unknown curve, for both or neither of `block` and `grid`, for sides that are not positive
@@ -82,7 +82,7 @@ class TokenOrder:
         if self.listed is not None:
             if self.block is not None or self.grid is not None:
                 raise ValueError(
-                    "an order of coordinates has neither block nor grid; make it with TokenOrder.from_coordinates"
+                    "an order from coordinates has neither block nor grid; make it with TokenOrder.from_coordinates"
                 )
             return
         if (self.block is None) == (self.grid is None):
@@ -101,11 +101,11 @@ class TokenOrder:
 
     @torch.compiler.assume_constant_result
     def permutation(self, length: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The tokens that stand at rows `start` to `stop` (default `length`): row `s` holds token `permutation[s]`.
+        """The tokens at rows `start` to `stop` (default `length`): row `s` holds token `permutation[s]`.
 
         With `block`, only the runs that rows `[start, stop)` touch are built: O(stop - start + block). Recent results
-        are cached; writing to what is returned never reaches the cache. In compiled code the result is a constant of the
-        graph (`length` must be static there with torch 2.11).
+        are cached; writing to the result never changes the cache. In compiled code the result is a constant of the
+        graph (with torch 2.11 `length` must be static there).
 
         Returns:
             int64 `[stop - start]` on the CPU; over all rows, each of `0 .. length - 1` once.
@@ -134,29 +134,28 @@ class TokenOrder:
 
     @classmethod
     def from_coordinates(cls, curve: str, coordinates: torch.Tensor | np.ndarray, *, leading: int = 0) -> TokenOrder:
-        """The order of tokens that lie anywhere: along the curve through the bounding box of their coordinates.
+        """The order of tokens at arbitrary coordinates: along the curve through their bounding box.
 
             order = rh.TokenOrder.from_coordinates("hilbert", coordinates // 256)  # tiles of a slide, by their pixels
             x = x[order.permutation(len(x))]
 
-        The cells of the box are not listed, so that it may be as large as it likes. Tokens in one cell keep their order. If they
+        The cells of the box are not listed, so its size costs nothing. Tokens in the same cell keep their order. If the tokens
         fill the box, the order is that of `grid=`.
 
         Args:
             curve: as in the constructor.
-            coordinates: integers `[n, 2]` as (row, column), or `[n, 3]`, one line per token; on the CPU, or brought there.
-            leading: tokens before these that are not on the curve and stay in front, such as a class token.
+            coordinates: integers `[n, 2]` as (row, column), or `[n, 3]`, one per token; copied to the CPU if elsewhere.
+            leading: number of tokens in front that are not on the curve and stay there, such as a class token.
 
         Returns:
-            An order of exactly `leading + n` tokens; `to_config` cannot keep it.
+            An order of exactly `leading + n` tokens, which `to_config` cannot represent.
 
         Raises:
-            ValueError: for an unknown curve, coordinates that are not integers or of another shape, or a box of more than
-                2^58 cells.
+            ValueError: for an unknown curve, coordinates of another shape or dtype, or a box of more than 2^58 cells.
         """
         given = coordinates.detach().cpu().numpy() if isinstance(coordinates, torch.Tensor) else np.asarray(coordinates)
         if given.ndim != 2 or given.shape[1] not in (2, 3):
-            raise ValueError(f"coordinates must be [n, 2] or [n, 3], a line per token, got {list(given.shape)}")
+            raise ValueError(f"coordinates must be [n, 2] or [n, 3], one row per token, got {list(given.shape)}")
         if not np.issubdtype(given.dtype, np.integer):
             raise ValueError(
                 f"coordinates must be integers, got {given.dtype}; count in tiles, such as (pixels // 256).long()"
@@ -177,14 +176,14 @@ class TokenOrder:
 
     @property
     def size(self) -> int | None:
-        """The number of tokens that this is an order of; None: any."""
+        """The number of tokens that this orders; None: any."""
         if self.listed is not None:
             return len(self.listed.tokens)
         return None if self.grid is None else prod(self.grid)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TokenOrder:
-        """The order of a mapping with the keys `curve` (default "hilbert") and `block` or `grid`; None is not given.
+        """The order from a mapping with the keys `curve` (default "hilbert") and `block` or `grid`; None counts as not given.
 
         Raises:
             ValueError: for other keys, and as the constructor.
@@ -196,20 +195,22 @@ class TokenOrder:
         return cls(**{key: value for key, value in config.items() if value is not None})
 
     def to_config(self) -> dict[str, Any]:
-        """What `from_config` takes, in types that JSON and YAML keep.
+        """The argument of `from_config`, in types that JSON and YAML preserve.
 
         Raises:
-            ValueError: for an order of coordinates, which belongs to one sequence.
+            ValueError: for an order from coordinates, which belongs to one sequence.
         """
         if self.listed is not None:
-            raise ValueError("an order of coordinates is of one sequence and not kept; keep the coordinates")
+            raise ValueError(
+                "an order from coordinates belongs to one sequence and has no config; save the coordinates instead"
+            )
         size = {"block": self.block} if self.grid is None else {"grid": list(self.grid)}
         return {"curve": self.curve, **size}
 
     def _checked(self, length: int) -> int:
         length = _integer("length", length, 0)
         if self.size not in (None, length):
-            what = f"grid={self.grid} holds" if self.listed is None else "this order of coordinates is of"
+            what = f"grid={self.grid} holds" if self.listed is None else "this order from coordinates has"
             raise ValueError(
                 f"length={length} but {what} {self.size} tokens: order exactly these and append "
                 "padding rows afterwards, or give block= for sequences of any length"
@@ -249,7 +250,7 @@ def _tokens(order: TokenOrder, length: int, start: int, stop: int) -> np.ndarray
 
 
 def natural_places(rows: np.ndarray, seq_len: int, order: TokenOrder | None) -> np.ndarray:
-    """The token that stands at each of `rows` (int64, any shape) of a sequence in `order`; rows behind all tokens: themselves."""
+    """The token at each of `rows` (int64, any shape) of a sequence in `order`; rows behind all tokens map to themselves."""
     if order is None or not rows.size:
         return rows
     length = seq_len if order.size is None else min(seq_len, order.size)
@@ -273,12 +274,12 @@ def _inverse(order: TokenOrder, length: int) -> torch.Tensor:
 
 
 def _cacheable(array: np.ndarray) -> torch.Tensor:
-    """A CPU tensor in memory of torch's own (others cannot be cloned lazily), fit for autograd wherever it is made."""
+    """A CPU tensor in torch-owned memory (other memory cannot be cloned lazily), usable in autograd wherever it is made."""
     with torch.inference_mode(False):
         return torch.tensor(array, device="cpu")
 
 
 @torch.compiler.disable()
 def _owned(cached: Callable[..., torch.Tensor], *key: TokenOrder | int) -> torch.Tensor:
-    """The caller's own copy of a cached result. Compiled code calls it and does not trace into the curves."""
+    """The caller's own copy of a cached result. Compiled code calls this without tracing into the curves."""
     return _lazy_clone(cached(*key))

@@ -35,7 +35,7 @@ class Heads(NamedTuple):
 
     @property
     def slice(self) -> slice:
-        """The heads, to index a tensor axis."""
+        """The heads as an index of a tensor axis."""
         return slice(self.start, self.stop, self.step)
 
 
@@ -52,23 +52,23 @@ class DilatedPattern:
 
     Row `s` is in branch `i` for kv head `g` iff `((s + segment_shift) mod w_i) mod r_i == offset_i(g)`, where the offset is
     `(g + head_shift) mod r_i` (rule "modulo", the paper's) or `g // ceil(num_kv_heads / r_i)` (rule "block", the authors'
-    released code). Nothing needs to divide anything. Duplicate branches count twice; their order is irrelevant.
+    released code). No divisibility is required. Duplicate branches count twice; their order is irrelevant.
 
     Args:
         segment_lengths: `w_i >= 1` in rows, or None for one segment over the whole sequence.
         dilation_rates: `r_i` with `1 <= r_i <= w_i`, as many as there are segment lengths.
         offset_rule: "modulo" or "block".
         head_shift: added to the head index of the modulo rule; a different value per layer rotates the residues.
-        segment_shift: added to the row index before it is cut into segments; moves the boundaries.
+        segment_shift: added to the row index before cutting into segments; moves the boundaries.
         heads: `(first, total)` for a pattern of some heads only (see `for_heads`): kv head `g` here is head `first + g` of
             `total`. None: all heads.
-        zero_keys: for the numbers of torchscale's LongNet: keys with score 0 and value 0 fill segments up, as its padding does.
-            With `w' = min(w, S)`, a segment of n rows has `ceil(w' / r)` keys in every branch and head: as many are zeros as
-            its rows at the offset are fewer. Under causality they stand behind all rows, and no query sees them.
+        zero_keys: reproduce torchscale's LongNet: keys of score 0 and value 0 fill segments up, as its padding does. With
+            `w' = min(w, S)`, every segment has `ceil(w' / r)` keys in every branch and head: its rows at the offset, the rest
+            zeros. Under causality the zeros come after all rows, and no query sees them.
 
     Raises:
-        ValueError: for lengths that differ, values outside their range, `head_shift` with the block rule, or `zero_keys` with
-            `segment_shift`.
+        ValueError: for tuples of different lengths, values out of range, `head_shift` with the block rule, or `zero_keys`
+            with `segment_shift`.
     """
 
     segment_lengths: tuple[int | None, ...]
@@ -120,16 +120,16 @@ class DilatedPattern:
         return tuple(Branch(w, r) for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
 
     def for_heads(self, first_kv_head: int, total_kv_heads: int) -> DilatedPattern:
-        """This pattern for kv heads `first_kv_head, first_kv_head + 1, ...` of `total_kv_heads`, as if these were all there are.
+        """This pattern for kv heads `first_kv_head, first_kv_head + 1, ...` of `total_kv_heads`, given without the others.
 
-        What a rank of head-parallel attention needs: its heads keep the offsets that they have among all heads, so
+        For head-parallel attention: a rank's heads keep the offsets that they have among all heads, so
         `dilated_attention(q, k, v, pattern.for_heads(first, total))` of a slice of the heads is that slice of the result.
 
         Raises:
-            ValueError: unless `0 <= first_kv_head < total_kv_heads`, or if this is a pattern of some heads already.
+            ValueError: unless `0 <= first_kv_head < total_kv_heads`, or if this is already a pattern of some heads.
         """
         if self.heads is not None:
-            raise ValueError(f"{self} is a pattern of some heads already; take for_heads of the one for all heads")
+            raise ValueError(f"{self} is already a pattern of some heads; call for_heads on the one for all heads")
         return replace(self, heads=(first_kv_head, total_kv_heads))
 
     def offset(self, branch: Branch, head: int, num_kv_heads: int) -> int:
@@ -168,9 +168,9 @@ class LayerRule(NamedTuple):
     """The patterns of all layers of a model.
 
     Attributes:
-        first: of layer 0 by the rule.
-        head_step: what the rule adds to `head_shift` from layer to layer.
-        own: the layers with other patterns.
+        first: the pattern of layer 0 by the rule.
+        head_step: added to `head_shift` from each layer to the next.
+        own: the layers that differ from the rule.
     """
 
     first: DilatedPattern
@@ -178,7 +178,7 @@ class LayerRule(NamedTuple):
     own: tuple[OwnPattern, ...] = ()
 
     def of(self, layer: int) -> DilatedPattern:
-        """The pattern of a layer."""
+        """The pattern of layer `layer`."""
         for own in self.own:
             if own.layer == layer:
                 if own.dense:
@@ -188,7 +188,7 @@ class LayerRule(NamedTuple):
 
 
 class LayerPattern(NamedTuple):
-    """The pattern of a layer whose number, int64 `[]` on the CPU, is data: all layers can be one compiled graph."""
+    """The pattern of a layer whose number, int64 `[]` on the CPU, is data, so that all layers share one compiled graph."""
 
     rule: LayerRule
     layer: Tensor

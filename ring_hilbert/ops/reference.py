@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The definition of dilated attention as slow, plain PyTorch: the judge of every other path.
+"""The definition of dilated attention in slow, plain PyTorch, against which every other path is tested.
 
 Quadratic in memory and differentiable by ordinary autograd. Give it float64 tensors for the exact answer, or another dtype
-for what plain eager autograd makes of the same definition. Nothing optimised imports this file.
+for what plain eager autograd makes of the same definition. No optimised path imports this file.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def multiplicity(pattern: DilatedPattern, length: int, num_kv_heads: int) -> Ten
 
 
 def zero_keys(pattern: DilatedPattern, length: int, num_kv_heads: int) -> Tensor:
-    """How many keys of zeros every query sees if segments are filled up with rows of zeros: int64 `[Hkv, S]`.
+    """How many zero keys every query sees if segments are filled up with rows of zeros: int64 `[Hkv, S]`.
 
-    All segments of a branch are made as long as the first, and this long enough for `r` to divide it.
+    All segments of a branch are padded to the length of the first, rounded up to a multiple of `r`.
     """
     count = torch.zeros(num_kv_heads, length, dtype=torch.int64)
     if not pattern.zero_keys:
@@ -82,8 +82,8 @@ def dilated_attention(
         q: `[B, S, H, D]`.
         k, v: `[B, S, Hkv, D]`, `H % Hkv == 0`.
         pattern: the branches; `m` is the number of them that hold both rows. With `zero_keys`, the keys that fill segments up
-            are in both sums, with score 0 and value 0, unless causal: they stand behind all rows.
-        causal: key rows with a larger position are hidden.
+            are in both sums, with score 0 and value 0, unless causal: then they come after all rows.
+        causal: key rows with a larger position are masked.
         order: if given, all tensors are in natural token order and the pattern acts on rows in this order.
         positions: integers `[S]` or `[B, S]`; default the row index (with `order`, the token index).
         document_ids: integers `[S]` or `[B, S]`; rows of different documents do not see each other, -1 sees nothing.
@@ -103,7 +103,7 @@ def dilated_attention(
     positions = torch.arange(length, device=q.device) if positions is None else positions
     count = multiplicity(pattern, length, num_kv_heads).to(q.device)
     zeros = zero_keys(pattern, length, num_kv_heads).to(q.device)
-    if order is not None:  # token t sits on row inverse[t]: look the pattern up there, leave every tensor where it is
+    if order is not None:  # token t is at row inverse[t]: look the pattern up there and leave every tensor as it is
         row = order.inverse(length).to(q.device)
         count, zeros = count[:, row][:, :, row], zeros[:, row]
     mask = allowed(causal, positions, document_ids)
@@ -115,7 +115,7 @@ def dilated_attention(
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     scores = torch.where(m > 0, scores + m.clamp(min=1).to(scores.dtype).log(), float("-inf"))
     covered = (m > 0).any(-1, keepdim=True).expand((*scores.shape[:-1], 1))
-    if pattern.zero_keys and not causal:  # one key more, of value 0, that counts as often as there are zero keys
+    if pattern.zero_keys and not causal:  # one more key, of value 0, counted as often as there are zero keys
         zeros = zeros.repeat_interleave(num_heads // num_kv_heads, dim=0)[..., None].to(scores.dtype)
         scores = torch.cat((scores, zeros.log().expand_as(covered)), dim=-1)
         vh = torch.nn.functional.pad(vh, (0, 0, 0, 1))
@@ -127,7 +127,7 @@ def dilated_attention(
 
 
 class Comparison(NamedTuple):
-    """Errors of one quantity against float64, over the rows that see a key: those of a path and of eager autograd."""
+    """Errors of one quantity against float64, over the rows that see a key: of a path and of eager autograd."""
 
     max_error: float
     mean_error: float
@@ -147,12 +147,12 @@ def compare(
     backend: str = "auto",
     **facts: Any,
 ) -> dict[str, Comparison]:
-    """The switch for debugging: run a call on its path, and by the definition with autograd in float64 and in the dtype of q.
+    """The debug switch: run a call on its path, and by the definition with autograd in float64 and in the dtype of q.
 
         rh.reference.compare(rh.dilated_attention, q, k, v, pattern, backend="triton", document_ids=ids)
 
     Args:
-        attend: `rh.dilated_attention`, or what takes its arguments.
+        attend: `rh.dilated_attention`, or a callable with its arguments.
         q, k, v: of the call, `[B, S, H, D]` and twice `[B, S, Hkv, D]`, on one device; quadratic memory.
         pattern: of the call.
         dout: gradient of out, `[B, S, H, D]`; default random.
@@ -160,7 +160,7 @@ def compare(
         facts: causal, order, positions, document_ids and scale of the call.
 
     Returns:
-        For "out", "lse", "dq", "dk" and "dv" the errors.
+        The errors of "out", "lse", "dq", "dk" and "dv".
     """
     if dout is None:
         dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).to(q)

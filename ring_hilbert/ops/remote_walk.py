@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Static walks over rows that are received: explicit lists of who may see which candidates, made once, on the host."""
+"""Static walks over received rows: explicit lists of which rows may see which candidates, made once, on the host."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ring_hilbert.kernels.tables import CHUNK, ENDLESS, GAPS, LIST_WIDTH, SPARE,
 from ring_hilbert.kernels.tiles import Tile
 from ring_hilbert.ops.core import RemoteVisit, Shard
 
-Pairs = tuple[np.ndarray, np.ndarray]  # some outer rows, and the inner rows that all of them visit
+Pairs = tuple[np.ndarray, np.ndarray]  # outer rows, and the inner rows that all of them visit
 
 
 def plan_lists(
     visits: Sequence[Sequence[Sequence[Pairs]]], outer_places: np.ndarray, inner_places: np.ndarray, *, block_outer: int,
     device: torch.device, chunk: int = CHUNK,
 ) -> Walk:  # fmt: skip
-    """The walk of explicit lists: `visits[b][g]` are the pairs (outer rows, inner rows) of batch entry b and kv head g.
+    """A walk from explicit lists: `visits[b][g]` are the pairs (outer rows, inner rows) of batch entry b and kv head g.
 
-    A row may be in several: its pairs with an inner row of several of them count as often. Only rows in some are in a tile.
+    A row may be in several; a pair of rows counts once for each that holds both. Rows in none are in no tile.
 
     Args:
-        visits: for every batch entry and kv head; one entry stands for all.
-        outer_places, inner_places: the natural token index of every row that they name.
+        visits: for every batch entry and kv head; a single entry stands for all.
+        outer_places, inner_places: the natural token index of every row named there.
         block_outer, chunk: as in `plan_rows`.
         device: where the tables go.
     """
@@ -86,19 +86,19 @@ def plan_lists(
 
 
 class RemoteWalks:
-    """What hops bring, and who of the rows at hand may see it, whatever the batch; made once.
+    """What the hops bring, and which local rows may see it, whatever the batch; made once.
 
     Args:
         hops: the visits over what each hop brings.
-        places: of the candidates of each hop, the natural token index.
-        shard: the rows at hand.
+        places: the natural token index of each hop's candidates.
+        shard: the local rows.
         num_kv_heads: Hkv.
         device: where the tables go.
 
     Attributes:
-        slots: the place of every row that sees a hop, among these, by kv head; -1 for others; int32 `[1, Hkv, S]`.
-        number: how many places.
-        staged: if several hops pass rows on, kv head, row and place of each, int64 `[3, n]`.
+        slots: by kv head, the index of every row that sees a hop among all that do; -1 for others; int32 `[1, Hkv, S]`.
+        number: the largest number of such rows of any kv head.
+        staged: if several hops pass rows on, kv head, row and index of each, int64 `[3, n]`.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class RemoteWalks:
             self.staged = torch.stack((head, row, self.slots[0, head, row]))
 
     def walk(self, hop: int, tile: Tile, transposed: bool) -> Walk:
-        """That of a hop, over its candidates."""
+        """The walk of a hop over its candidates."""
         key = (hop, tile.block_outer, tile.chunk, transposed)
         if key not in self._walks:
             visits = self.hops[hop]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shells: the visits of a nested pattern with every pair computed once.
+"""Shells: the visits of a nested pattern, every pair computed once.
 
-In a nested pattern a row that is in branch `i` is in all branches before it, and so are the near keys of a branch: the keys
-of its segment that lie in the inner branch's segment are keys of the inner branch too. So the rows of branch 0 look at each
-other within their segment `w_0`, those of branch 1 at each other within `w_1` but not `w_0`, and so on; in shell `j` a pair of
-rows that are in the branches up to `c` and up to `d` counts `min(c, d) - j + 1` times.
+In a nested pattern a row in branch `i` is in all branches before it, and the near keys of a branch, those that lie in the inner
+branch's segment, are keys of the inner branch too. So the rows of branch 0 attend to each other within their segment `w_0`,
+those of branch 1 within `w_1` but not `w_0`, and so on; in shell `j` a pair of rows that are in the branches up to `c` and up
+to `d` counts `min(c, d) - j + 1` times.
 
-Shells are as regular as branches: shell 0 is a square or a triangle, and every other shell is made of rectangles, causal or not,
-for the near keys are in front of the query or behind it as a whole.
+Shells are as regular as branches: shell 0 is a square or a triangle, and every other shell consists of rectangles, causal or
+not, since its parts lie wholly before or wholly after the query.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ring_hilbert.ops.visits import (
     segments_of,
 )
 
-MOST_WEIGHTS = 1 << 22  # pairs of a piece: the weights of one are held in memory
+MOST_WEIGHTS = 1 << 22  # pairs per piece, whose weights are held in memory
 
 
 def shell_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal_rows: bool) -> list[Visit]:
@@ -41,10 +41,10 @@ def shell_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causa
     """
     branches = nested(pattern)
     if branches is None:
-        raise ValueError(f"the branches of {pattern} are not nested, so their pairs cannot be visited once")
+        raise ValueError(f"the branches of {pattern} are not nested, so their pairs cannot each be visited once")
     visits: list[Visit] = []
     w, r = branches[-1]
-    whole = w is None or w % r == 0  # else the outermost residues start anew in every segment
+    whole = w is None or w % r == 0  # otherwise the outermost residues restart in every segment
     pieces = [(chunk.start, chunk.stop, 0)] if whole else []
     for segments in () if whole else segments_of(branches[-1], pattern.segment_shift, chunk.start, chunk.stop):
         for i in range(segments.count):
@@ -61,8 +61,8 @@ def shell_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causa
 def shells_pay(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal: bool) -> bool:
     """Whether shell visits are faster than branch visits.
 
-    `causal`: the keys of earlier segments are seen and those of later ones are not, of whichever branch, and within a
-    segment of the innermost one rows have an order that is the same in all.
+    `causal`: in every branch the keys of earlier segments are seen and those of later ones are not, and within the segments of
+    the innermost branch rows have an order that is the same in all of them.
     """
     branches = nested(pattern)
     if branches is None or len(branches) == 1:
@@ -77,7 +77,7 @@ def shells_pay(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal:
 
 
 class _Piece:
-    """Rows `[start, stop)`, in which the residues of every branch go on unbroken; those of the last one count from `origin`."""
+    """Rows `[start, stop)` in which every branch keeps its stride unbroken; residues of the last one count from `origin`."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class _Piece:
                         yield queries, replace(outer, start=b), False
 
     def _visits(self, shell: int, heads: Heads, queries: Segments, keys: Segments, causal: bool) -> Iterator[Visit]:
-        """The visits of a part of a shell; the segments regrouped so that all of a visit begin at the same residue."""
+        """The visits of a part of a shell; segments are regrouped so that all of a visit begin at the same residue."""
         stride, phase = self.branches[shell].dilation_rate, self._phase(shell, heads.start)
         period = self.branches[-1].dilation_rate
         regroup = period // math.gcd(period, queries.pitch) if queries.count > 1 else 1
@@ -129,7 +129,7 @@ class _Piece:
             yield Visit(heads, query_rows, key_rows, causal=causal, repeats=repeats)
 
     def _phase(self, level: int, head: int) -> int:
-        """A row, modulo the dilation rate, of branch `level` for kv head `head`."""
+        """A row of branch `level` for kv head `head`, modulo the dilation rate."""
         base = self.origin if level == len(self.branches) - 1 else 0
         return base - self.pattern.segment_shift + self.pattern.offset(self.branches[level], head, self.num_kv_heads)
 
@@ -142,7 +142,7 @@ class _Piece:
 
 
 def _progression(segments: Segments, move: int, phase: int, stride: int, count: int, pitch: int) -> Rows | None:
-    """The rows `phase` modulo `stride` of `segments`, whose first is `move` further; None if there are none."""
+    """The rows `phase` modulo `stride` of `segments` shifted by `move`; None if there are none."""
     start = segments.start + move
     start += (phase - start) % stride
     if start >= segments.stop + move:

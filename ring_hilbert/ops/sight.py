@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sight: which keys the queries of a visit see, decided on the host as far as whole tiles go, before anything runs."""
+"""Sight: which keys the queries of a visit see, decided on the host for whole tiles, before anything runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ring_hilbert.ops.visible import HIDDEN
 
 EVERYTHING = slice(None)
 TILE_QUERIES, TILE_KEYS = 256, 512
-LONGEST_KEYS = 4096  # of neighbouring tiles taken as one: the mask of a tile stays below 4 MiB per segment and residue
-TRIANGLE_GRAIN = 512  # up to so many rows fused kernels compute a whole square for a triangle
+LONGEST_KEYS = 4096  # of neighbouring tiles taken together: a tile's mask stays below 4 MiB per segment and residue
+TRIANGLE_GRAIN = 512  # up to this many rows, fused kernels compute a whole square for a triangle
 
 
 class RowIntervals(NamedTuple):
@@ -27,7 +27,7 @@ class RowIntervals(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Query rows x key rows of a visit. `masked`: some are hidden. `diagonal`: query `i` sees no key `j > i + diagonal`."""
+    """Query rows x key rows of a visit. `masked`: some pairs are masked. `diagonal`: query `i` sees no key `j > i + diagonal`."""
 
     queries: slice
     keys: slice
@@ -50,9 +50,9 @@ class Sight:
 
     Attributes:
         parts: the tiles to compute.
-        order, inverse: int64 `[B or 1, segments or 1, residues or 1, rows]`: the rows are to be taken in this order (queries
-            and keys alike), and how to undo it; None if they are in it.
-        key, low, high: of the key rows and of the query rows, in this order, on the device: what masked tiles compare.
+        order, inverse: int64 `[B or 1, segments or 1, residues or 1, rows]`: the order in which to take the rows (queries
+            and keys alike), and its inverse; None if they are already in it.
+        key, low, high: of the key rows and of the query rows, in this order, on the device; masked tiles compare them.
     """
 
     parts: tuple[Part, ...]
@@ -63,7 +63,7 @@ class Sight:
     high: Tensor | None = None
 
     def arrange(self, values: np.ndarray, device: torch.device) -> Tensor:
-        """What the rows of every segment have, `[..., rows]`, in this order: `[B or 1, n or 1, c or 1, ..., rows]`."""
+        """Per-row `values [..., rows]` of every segment in this order: `[B or 1, n or 1, c or 1, ..., rows]`."""
         tensor = torch.from_numpy(values).to(device)
         return (
             tensor[None, None, None] if self.order is None else tensor[..., self.order].movedim((-4, -3, -2), (0, 1, 2))
@@ -71,18 +71,18 @@ class Sight:
 
 
 def clear_sight(count: int, triangle: bool) -> Sight:
-    """Every key is seen, or (`triangle`) by the `count` queries their own row and those before it."""
+    """Every query sees every key, or (`triangle`) each of `count` queries its own row and those before it."""
     tiles = _triangle(count) if triangle else (Tile(EVERYTHING, EVERYTHING, whole=True),)
     return Sight((Part(EVERYTHING, EVERYTHING, tiles),))
 
 
 def sight(queries: RowIntervals, key: np.ndarray, is_self: bool, device: torch.device) -> Sight:
-    """What follows from the keys and intervals of both sides.
+    """The sight of a visit, from the keys and intervals of both sides.
 
     Args:
-        queries: of the query rows.
-        key: of the key rows, int64 `[B or 1, segments, residues, rows]`.
-        is_self: queries and keys are the same rows: they are taken in the order of their keys, which makes triangles.
+        queries: intervals of the query rows.
+        key: keys of the key rows, int64 `[B or 1, segments, residues, rows]`.
+        is_self: queries and keys are the same rows, to be taken in the order of their keys, which makes triangles.
         device: where the tensors go.
     """
     own, low, high = queries
@@ -118,7 +118,9 @@ def _parts(key: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Part]:
     entries, segments = max(len(key), len(low)), low.shape[1]
     (low_min, low_max), (high_min, high_max) = (_bounds(x, TILE_QUERIES) for x in (low, high))
     key_min, key_max = _bounds(key, TILE_KEYS)
-    real_min, _ = _bounds(np.where(key == HIDDEN, np.iinfo(np.int64).max, key), TILE_KEYS)  # padding widens no block
+    real_min, _ = _bounds(
+        np.where(key == HIDDEN, np.iinfo(np.int64).max, key), TILE_KEYS
+    )  # padding must widen no block
     low_min, low_max, high_min, high_max = (x[..., :, None] for x in (low_min, low_max, high_min, high_max))
     key_min, key_max, real_min = (x[..., None, :] for x in (key_min, key_max, real_min))
     full, empty = (key_min >= low_max) & (key_max <= high_min), (real_min > high_max) | (key_max < low_min)
@@ -141,7 +143,7 @@ def _parts(key: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Part]:
 
 
 def _tiles(full: np.ndarray, empty: np.ndarray, q_rows: int, k_rows: int) -> list[Tile]:
-    """The tiles that are not empty, neighbours of one kind together."""
+    """The tiles that are not empty, neighbours of the same kind merged."""
     tiles: list[Tile] = []
     for i in range(full.shape[0]):
         queries = slice(i * TILE_QUERIES, min((i + 1) * TILE_QUERIES, q_rows))
@@ -162,7 +164,7 @@ def _tiles(full: np.ndarray, empty: np.ndarray, q_rows: int, k_rows: int) -> lis
 
 
 def _bounds(x: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smallest and largest of every `size` rows: `[..., tiles]`."""
+    """Smallest and largest value of every `size` rows: `[..., tiles]`."""
     starts = np.arange(0, x.shape[-1], size)
     return np.minimum.reduceat(x, starts, axis=-1), np.maximum.reduceat(x, starts, axis=-1)
 

@@ -20,12 +20,12 @@ from ring_hilbert.ops.sight import RowIntervals, clear_sight, sight
 from ring_hilbert.ops.torch_visit import Scope, Weights
 from ring_hilbert.ops.visits import Visit
 
-PARTS = 6  # of the local backward: some hide what is fetched, others what is returned
+PARTS = 6  # of the local backward: some overlap the fetch, others the return of gradients
 
 
 @dataclass
 class _Forward(ForwardState):
-    """A forward between its steps: the running softmax of all rows, and what the steps need."""
+    """State between the steps of a forward: the running softmax of all rows, and what the steps need."""
 
     softmax: RunningSoftmax
     q: Tensor
@@ -35,7 +35,7 @@ class _Forward(ForwardState):
 
 @dataclass
 class _Backward(BackwardState):
-    """A backward between its steps. `add` adds one visit, `add_local` some of those among own rows, of which `done` are."""
+    """State between the steps of a backward. `add` adds one visit, `add_local` some local ones, of which `done` are finished."""
 
     add: Callable[..., None]
     add_local: Callable[[list[tuple[Visit, Scope]]], None]
@@ -44,14 +44,14 @@ class _Backward(BackwardState):
 
 
 class TorchCore:
-    """The rows at hand of one sequence under one pattern.
+    """Attention of the local rows of one sequence under one pattern.
 
     Args:
-        local: the visits among the rows at hand.
-        own: what these see, int64 `[1 or B, S]` each; None where their visits say it all (`Visible.by_row_alone`).
+        local: the visits among the local rows.
+        own: intervals of the local rows, int64 `[1 or B, S]` each; None where the visits suffice (`Visible.by_row_alone`).
         head_dim, dtype, device: of q, k and v.
         hops: the visits over what each hop brings.
-        incoming: what of it travels in this batch, hop by hop, on the CPU.
+        incoming: which of it is sent in this batch, hop by hop, on the CPU.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TorchCore:
     # ---- forward
 
     def begin(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> _Forward:
-        """The visits among own rows."""
+        """The visits among the local rows."""
         dtype, kv_heads = torch_visit.compute_dtype(q.dtype), k.shape[2]
         out = torch.empty(q.shape, dtype=dtype, device=q.device)
         softmax = RunningSoftmax(out.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float64), out)
@@ -115,7 +115,7 @@ class TorchCore:
         sums: torch.dtype,
         share: float,
     ) -> _Backward:
-        """About a `share` of the visits among own rows; dK and dV are summed in `sums` at least."""
+        """About a fraction `share` of the visits among the local rows; dK and dV are summed in `sums` or wider."""
         dtype, kv_heads = torch_visit.compute_dtype(q.dtype), k.shape[2]
         exact = lse.double() + lse_error
         exact = exact.masked_fill(lse == float("-inf"), float("inf"))  # no key, no gradient
@@ -140,7 +140,7 @@ class TorchCore:
         return _Backward(dq, dk, dv, add, add_local, upto, dtype)
 
     def backward_hop(self, state: BackwardState, hop: int, received: Tensor) -> Tensor:
-        """The visits over `received [rows, 2, D]`, and its gradient."""
+        """The visits over `received [rows, 2, D]`; returns its gradient."""
         assert isinstance(state, _Backward)
         buffer = _with_blank_row(received)
         gradients = torch.zeros(buffer.shape, dtype=state.dk.dtype, device=buffer.device)
@@ -152,13 +152,13 @@ class TorchCore:
         return gradients[:-1].to(state.dtype)
 
     def rest_of_backward(self, state: BackwardState) -> None:
-        """The visits among own rows that `begin_backward` left."""
+        """The visits among the local rows that `begin_backward` left."""
         assert isinstance(state, _Backward)
         state.add_local(self.in_parts[state.done :])
 
 
 def _in_parts(local: list[tuple[Visit, Scope]]) -> list[tuple[Visit, Scope]]:
-    """The same visits, expensive ones cut into some for each thread's worth of their heads."""
+    """The same visits, expensive ones cut by heads, each part with at least one per thread."""
     most, parts = sum(visit.cost for visit, _ in local) / PARTS, []
     for visit, scope in local:
         start, stop, step = visit.heads
@@ -170,7 +170,7 @@ def _in_parts(local: list[tuple[Visit, Scope]]) -> list[tuple[Visit, Scope]]:
 
 
 class _BoundVisit:
-    """A remote visit in one batch: the candidates of it that travel, as index tensors on a device."""
+    """A remote visit in one batch: those of its candidates that are sent, as index tensors on a device."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class _BoundVisit:
         self.places = torch.from_numpy(np.ascontiguousarray(places)).to(device)
         seen = clear_sight(remote.queries.count, triangle=False)
         if own is not None:
-            key = arriving.key.numpy().astype(np.int64)[at].max(1)  # heads that a row does not travel for do not see it
+            key = arriving.key.numpy().astype(np.int64)[at].max(1)  # a head for which a row is not sent does not see it
             seen = sight(_cut(own, self.visit.rows(remote.queries)), key[: len(own.low), None, None], False, device)
         self.scope = Scope(kernel, seen)
 
@@ -198,7 +198,7 @@ class _BoundVisit:
         return kv[..., 0, :], kv[..., 1, :]
 
     def add_to(self, gradients: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Add gradients `[B, 1, 1, h, K, D]` to the buffer's; its rows are distinct within a visit (others are the blank row)."""
+        """Add gradients `[B, 1, 1, h, K, D]` to the buffer's; a visit's rows are distinct (apart from the blank row)."""
         gradients[self.places] += torch.stack((dk, dv), dim=-2)[:, 0, 0]
 
 
@@ -227,7 +227,7 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def _with_blank_row(received: Tensor) -> Tensor:
-    """The received rows and one row of zeros after them, which index -1 reads."""
+    """The received rows followed by a row of zeros, which index -1 reads."""
     return torch.cat((received, received.new_zeros(1, *received.shape[1:])))
 
 

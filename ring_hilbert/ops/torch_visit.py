@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One visit of the torch core, forward and backward, through the dense kernel of the device, in pieces of bounded size.
+"""One visit of the torch core, forward and backward, by the device's dense kernel, in pieces of bounded size.
 
-Works on any device and dtype PyTorch multiplies matrices in. Nothing here knows of patterns or ranks: a visit arrives as
-strided views.
+Works on any device and dtype in which PyTorch multiplies matrices. Nothing here knows of patterns or ranks: a visit arrives
+as strided views.
 
 Shapes: `B` batch, `n` segments, `c` residues, `h` kv heads, `G` query heads per kv head, `Q` query rows, `K` key rows, `D`
 head dim.
@@ -22,7 +22,7 @@ from ring_hilbert.ops.dense import DenseKernel, MatrixProducts
 from ring_hilbert.ops.merge import RunningSoftmax
 from ring_hilbert.ops.sight import Part, Sight, Tile
 
-PIECE = 1 << 20  # elements of a tensor that one kernel call returns, where the rows of a segment allow it
+PIECE = 1 << 20  # elements of a tensor returned by one kernel call, where the rows of a segment allow it
 
 MATRIX_QUERIES, MATRIX_KEYS = 256, 1024  # the tile of a kernel that holds its scores in memory
 
@@ -35,7 +35,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Weights(NamedTuple):
-    """How often the pairs of a visit count: query `i` over key `j` as `logs[..., levels[..., i], j]` says, in the sight's order.
+    """How often pairs count: log multiplicity `logs[..., levels[..., i], j]` of query `i` and key `j`, in the sight's order.
 
     Attributes:
         levels: int64 `[B or 1, n or 1, c or 1, Q]`.
@@ -53,7 +53,7 @@ class Scope:
     Attributes:
         kernel: the dense kernel.
         sight: which keys are seen.
-        weights: how often the pairs count; None for once each.
+        weights: how often the pairs count; None: once each.
     """
 
     kernel: DenseKernel
@@ -68,8 +68,8 @@ def forward(state: RunningSoftmax, q: Tensor, k: Tensor, v: Tensor, scope: Scope
         state: views `lse [G, B, n, c, h, Q]`, `out [G, B, n, c, h, Q, D]`, updated in place.
         q: `[G, B, n, c, h, Q, D]`.
         k, v: `[B, n, c, h, K, D]`.
-        scope: how.
-        scale: factor of the scores.
+        scope: how it is computed.
+        scale: factor on the scores.
     """
     made: dict[tuple[int, ...], Tensor] = {}
     for part, index in _pieces(scope, k.shape, q.shape[-2]):
@@ -116,7 +116,7 @@ def backward(
     Args:
         grads: `dq [G, B, n, c, h, Q, D]`, `dk`, `dv [B, n, c, h, K, D]`: float32 or float64 views, added to in place.
         q, k, v, scope, scale: as in `forward`.
-        dout, out: `[G, B, n, c, h, Q, D]`; out is the merged one.
+        dout, out: `[G, B, n, c, h, Q, D]`; out is merged.
         lse: merged log-sum-exp `[G, B, n, c, h, Q]` in float64, +inf (not -inf) for rows without a key.
     """
     made: dict[tuple[int, ...], Tensor] = {}
@@ -146,7 +146,7 @@ def backward(
 
 
 def _pieces(scope: Scope, k_shape: torch.Size, q_rows: int) -> Iterator[tuple[Part, Index]]:
-    """What one kernel call takes: indices into `[B, n, c, h]` that leave two axes, and the part that they lie in."""
+    """The pieces, one per kernel call: indices into `[B, n, c, h]` that leave two axes, and the part in which they lie."""
     batch, segments, residues, heads, k_rows, head_dim = k_shape
     items = max(1, PIECE // (max(q_rows, k_rows) * head_dim))
     for part in scope.sight.parts:
@@ -154,7 +154,7 @@ def _pieces(scope: Scope, k_shape: torch.Size, q_rows: int) -> Iterator[tuple[Pa
         inner = sorted(sorted(range(4), key=lambda axis: len(ranges[axis]))[2:])  # a call takes the two longest axes
         steps = [1, 1, 1, 1]
         steps[inner[1]] = len(ranges[inner[1]])
-        room = max(items, 2 * torch.get_num_threads())  # the CPU kernel's backward is parallel over these axes alone
+        room = max(items, 2 * torch.get_num_threads())  # the CPU kernel's backward is parallel over these axes only
         steps[inner[0]] = max(1, -(-room // steps[inner[1]]))
         starts = [r[::step] for r, step in zip(ranges, steps, strict=True)]
         for corner in itertools.product(*starts):
@@ -182,7 +182,7 @@ def _tiles(
 
 
 def _cut(tile: Tile) -> Iterator[Tile]:
-    """A tile in smaller ones, without those above its diagonal."""
+    """A tile cut into smaller ones, without those above its diagonal."""
     first = tile.queries.start
     for i in range(first, tile.queries.stop, MATRIX_QUERIES):
         queries = slice(i, min(i + MATRIX_QUERIES, tile.queries.stop))
@@ -222,7 +222,7 @@ def _bias(
 def _log_counts(
     weights: Weights, tile: Tile, index: Index, dtype: torch.dtype, made: dict[tuple[int, ...], Tensor]
 ) -> Tensor:
-    """`[X or 1, Y or 1, Q, K]` of the pairs of a tile; kept in `made` where it is the same for all pieces."""
+    """`[X or 1, Y or 1, Q, K]` for the pairs of a tile; cached in `made` where it is the same for all pieces."""
     place = (tile.queries.start, tile.queries.stop, tile.keys.start, tile.keys.stop)
     if place in made:
         return made[place]
@@ -237,7 +237,7 @@ def _log_counts(
 
 
 def _of_piece(values: Tensor, index: Index) -> Tensor:
-    """What rows have, `[B or 1, n, c, rows]`, of a piece, as `[.., .., rows]` with sizes 1 where they are the same."""
+    """Per-row values `[B or 1, n, c, rows]` of a piece as `[.., .., rows]`, with size 1 along axes where they are equal."""
     chosen = list(index)
     for axis in (axis for axis in range(4) if axis == 3 or values.shape[axis] == 1):
         chosen[axis] = slice(0, 1) if isinstance(chosen[axis], slice) else 0
@@ -259,7 +259,7 @@ def _put_back(x: Tensor, scope: Scope, index: Index) -> Tensor:
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """`x [X, Y, rows, D]` with the rows `order [X or 1, Y or 1, rows]`, each read as one run of memory."""
+    """`x [X, Y, rows, D]` with its rows in `order [X or 1, Y or 1, rows]`, each row read contiguously."""
     width = x.shape[-1]
     stride_x, stride_y, stride_rows, unit = x.stride()
     strides = (stride_x, stride_y, stride_rows)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton core: all local branches in one launch, rows received from elsewhere in one more each time, on one device.
+"""The Triton core: all local branches in one launch, the rows received in each hop in one more, on one device.
 
-Nothing here knows of ranks: remote rows arrive as buffers, and as lists of who may see which of their rows.
+Nothing here knows of ranks: remote rows arrive as buffers, with lists of which rows may see which of them.
 
-To see what the kernels make of a call, `rh.reference.compare(rh.dilated_attention, q, k, v, pattern, backend="triton", ...)`
-runs it on them and by the definition in plain PyTorch, differentiated by autograd, and returns the errors of both.
+To check the kernels on a call, `rh.reference.compare(rh.dilated_attention, q, k, v, pattern, backend="triton", ...)` runs it
+on them and by the definition in plain PyTorch, differentiated by autograd, and returns the errors of both.
 """
 
 from __future__ import annotations
@@ -34,29 +34,31 @@ if TYPE_CHECKING:
 
 BACKENDS = ("triton", "torch", "auto")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KEPT_WALKS = 512  # of layers with offsets of their own: at most as many as there are dilation rates to rotate through
+KEPT_WALKS = 512  # for layers with offsets of their own: at most as many as there are rotations of the dilation rates
 KEPT_BYTES = (
     2**31
-)  # of all walks, before those of lengths that are not in use leave: slides have as many lengths as there are
+)  # of all walks, beyond which those of unused lengths are evicted: slides come in any number of lengths
 
 _walks: OrderedDict[Shard, dict[tuple[Any, ...], Walk]] = OrderedDict()
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the kernels cannot run on `q [..., D]` of this device, dtype and D; None if they can."""
+    """Why the kernels cannot run for this device, dtype and head dim; None if they can."""
     if not has_triton_package():
         return "Triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the device is {device.type}; it needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)"
+        return (
+            f"the device is {device.type}; the kernels need a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)"
+        )
     if dtype not in DTYPES:
-        return f"the dtype is {dtype}; it has kernels for float16, bfloat16 and float32"
+        return f"the dtype is {dtype}; there are kernels for float16, bfloat16 and float32"
     if head_dim % 8 or head_dim > 256:
-        return f"the head dim is {head_dim}; it has kernels for multiples of 8 up to 256"
+        return f"the head dim is {head_dim}; there are kernels for multiples of 8 up to 256"
     return None
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend to run, "triton" or "torch", for `backend`, which may be "auto": Triton on CUDA devices wherever it can.
+    """The backend to run, "triton" or "torch", for `backend`, which may be "auto": Triton on CUDA devices where it can run.
 
     Raises:
         ValueError: for another name, or for "triton" where it cannot run.
@@ -72,7 +74,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
 
 @dataclass
 class _Forward(ForwardState):
-    """A forward between its steps."""
+    """State between the steps of a forward."""
 
     q: Tensor
     output: Output
@@ -82,7 +84,7 @@ class _Forward(ForwardState):
 
 @dataclass
 class _Backward(BackwardState):
-    """A backward between its steps; dq is in the dtype of q. `owes_keys`: dk and dv of the rows at hand are yet to come."""
+    """State between the steps of a backward; dq is in the dtype of q. `owes_keys`: dk and dv of the local rows are pending."""
 
     q: Tensor
     k: Tensor
@@ -94,17 +96,17 @@ class _Backward(BackwardState):
 
 
 class TritonCore:
-    """The rows at hand of one sequence under one pattern, on one device.
+    """Attention of the local rows of one sequence under one pattern, on one device.
 
     Args:
         pattern: the branches.
         num_kv_heads: Hkv of k and v.
-        shard: the rows at hand.
-        own: what they see, int32 `[1 or B, S]` on the device.
+        shard: the local rows.
+        own: their intervals, int32 `[1 or B, S]` on the device.
         head_dim, dtype, device: of q, k and v.
-        remote: the walks of what is received, if anything is.
-        incoming: what of it travels in this batch, hop by hop.
-        tiles: instead of those in the table.
+        remote: the walks over received rows, if there are any.
+        incoming: which of them are sent in this batch, hop by hop.
+        tiles: used instead of those in the table.
     """
 
     def __init__(
@@ -120,17 +122,17 @@ class TritonCore:
         incoming: Sequence[Incoming] = (),
         tiles: Mapping[Pass, Tile] | None = None,
     ) -> None:
-        self.exact = dtype == torch.float32  # float32 keeps what rounding takes from lse
+        self.exact = dtype == torch.float32  # float32 keeps the rounding error of lse
         self.own, self.remote, self.incoming, self.device = own, remote, incoming, device
         self.head_dim, self.dtype, self.tiles = head_dim, dtype, tiles
         self.chains, self.shift, self.shard = tuple(chains(pattern, num_kv_heads)), pattern.segment_shift, shard
-        # Some rows may be in no tile: then results start as those of rows without a key.
+        # If some rows are in no tile, results start as those of rows without a key.
         self.covers = any(r == 1 for _, r in pattern.branches)
 
     # ---- forward
 
     def begin(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> _Forward:
-        """Attend the rows at hand: `q [B, S, H, D]`, `k, v [B, S, Hkv, D]`; `scale` of the scores."""
+        """Attend to the local rows: `q [B, S, H, D]`, `k, v [B, S, Hkv, D]`; `scale` multiplies the scores."""
         from ring_hilbert.kernels import launch
 
         state = _Forward(q, launch.Output.allocate(q, self.exact, clear=not self.covers), self._staging(q), scale)
@@ -139,7 +141,7 @@ class TritonCore:
         return state
 
     def forward_hop(self, state: ForwardState, hop: int, received: Tensor) -> None:
-        """Attend the rows `received [rows, 2, D]` of k and v."""
+        """Attend to the rows `received [rows, 2, D]`, K and V."""
         from ring_hilbert.kernels import launch
 
         assert isinstance(state, _Forward)
@@ -181,9 +183,9 @@ class TritonCore:
         sums: torch.dtype,
         share: float,
     ) -> _Backward:
-        """Begin the gradients: those of the rows at hand over themselves, or (`share < 1`, and at most one hop) only that of q.
+        """Begin the gradients of the local rows over themselves: all, or (`share < 1` and at most one hop) only that of q.
 
-        The arguments are those of forward and what it returned. dK and dV are summed in `sums`, the dtype of k or wider.
+        The arguments are forward's and its results. dK and dV are summed in `sums`, the dtype of k or wider.
         """
         from ring_hilbert.kernels import launch
 
@@ -199,7 +201,7 @@ class TritonCore:
         return state
 
     def backward_hop(self, state: BackwardState, hop: int, received: Tensor) -> Tensor:
-        """Add the share of rows `received [rows, 2, D]` to the gradient of q; return theirs, float32 `[rows, 2, D]`."""
+        """Add the part of rows `received [rows, 2, D]` to the gradient of q; return their own, float32 `[rows, 2, D]`."""
         from ring_hilbert.kernels import launch
 
         assert isinstance(state, _Backward)
@@ -229,10 +231,10 @@ class TritonCore:
             gradients = state.dk, state.dv
             launch.dkdv(state.q, state.k, state.v, state.terms, gradients, *self.schedule("dkdv"), state.scale)
 
-    # ---- schedules: made for every launch, so that nothing has to be kept, and to follow what `Prepared.refresh` changes
+    # ---- schedules: made anew for every launch, so that nothing is stored and changes by `Prepared.refresh` take effect
 
     def schedule(self, pass_: Pass) -> tuple[Tile, Schedule]:
-        """The tile and the schedule of the rows at hand over themselves."""
+        """The tile and the schedule of the local rows over themselves."""
         from ring_hilbert.kernels.prune import prune
 
         tile, walk = self.local_walk(pass_)
@@ -242,7 +244,7 @@ class TritonCore:
         )
 
     def _remote(self, pass_: Pass, hop: int) -> tuple[Tile, Schedule]:
-        """The tile and the schedule of the rows at hand over those of a hop."""
+        """The tile and the schedule of the local rows over those of a hop."""
         from ring_hilbert.kernels.prune import prune
 
         assert self.remote is not None
@@ -258,7 +260,7 @@ class TritonCore:
         )  # fmt: skip
 
     def local_walk(self, pass_: Pass) -> tuple[Tile, Walk]:
-        """The tile and the walk of the rows at hand over themselves."""
+        """The tile and the walk of the local rows over themselves."""
 
         def plan(tile: Tile) -> Walk:
             return _local_walk(self.chains, self.shift, self.shard, tile.block_outer, tile.chunk, self.device)
@@ -275,17 +277,17 @@ class TritonCore:
 
     @property
     def _stage(self) -> str:
-        """What a hop does with the rows it takes up: a single one finishes them."""
+        """What a hop does with the rows that it resumes: a single hop finishes them."""
         return "pass on" if self._staged is not None else "finish"
 
     def _staging(self, q: Tensor) -> Staging | None:
-        """Room for the rows that may see received ones, if there are any."""
+        """Buffers for the rows that may see received ones, if there are any."""
         from ring_hilbert.kernels import launch
 
         return None if self.remote is None else launch.Staging.allocate(q, self.remote.slots, self.remote.number)
 
     def _spread(self, buffer: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """`buffer [rows, 2, D]` as k and v `[B, rows, Hkv, D]`: every batch entry and head reads the rows of its own."""
+        """`buffer [rows, 2, D]` as k and v `[B, rows, Hkv, D]`: every batch entry and head reads its own rows."""
         assert self.remote is not None
         shape = (q.shape[0], buffer.shape[0], self.remote.num_kv_heads, buffer.shape[2])
         k, v = (buffer[:, i][None, :, None].expand(shape) for i in range(2))
@@ -295,7 +297,7 @@ class TritonCore:
 def _local_walk(
     of: tuple[Chain, ...], shift: int, shard: Shard, block_outer: int, chunk: int, device: torch.device
 ) -> Walk:
-    """Made once, and kept until too many of other shards have been asked for since."""
+    """Made once, and cached until too many walks of other shards have been made since."""
     walks, key = _walks.setdefault(shard, {}), (of, shift, block_outer, chunk, device)
     _walks.move_to_end(shard)
     if key not in walks:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which key rows a query row may see, as one interval: three integers per row in place of positions and documents.
 
-All rows of a sequence are ranked by (document, position): that is a row's `key`. A query row sees the key rows whose key lies in
-`[low, high]`: from the first row of its document to the last row at its own position (causal), so that equal positions see each
-other, or to the last of its document. Keys count from 1; padding has the key 0, which no interval holds, and an empty interval.
-Positions, documents, ties, padding and causality are in these numbers and nowhere else; they are made on the device of the
-batch, without a word to the host, and every layer, pass and core reads them.
+All rows of a sequence are ranked by (document, position): that rank is a row's `key`. A query row sees the key rows whose key
+lies in `[low, high]`: from the first row of its document to the last row at its own position (causal), so that equal positions
+see each other, or to the last row of its document. Keys count from 1; padding has key 0, which no interval holds, and an empty
+interval. These numbers alone encode positions, documents, ties, padding and causality; they are computed on the device of the
+batch, without synchronising with the host, and every layer, pass and core reads them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from ring_hilbert.ops.order import TokenOrder, natural_places
 
 PADDING = -1  # the document id of rows that see nothing and are seen by nothing
-HIDDEN = 0  # their key, and the `high` of what they see: what a kernel reads where there is no row
-KEPT_PLACES = 8  # orders of the last sequences
+HIDDEN = 0  # the key of padding rows, and their `high`; also what a kernel reads where there is no row
+KEPT_PLACES = 8  # cached orders of recent sequences
 NOWHERE = 2**31 - 1  # the `low` of padding rows
 
 
@@ -42,11 +42,11 @@ def intervals(
         positions: integers `[1 or B, S]`, any of 64 bits; None: the row index. Not looked at unless `causal`.
         documents: integers `[1 or B, S]`, -1 for padding; None: one document.
         causal: rows see no larger position.
-        natural: int64 `[1 or B, S]`, the rows in the order of their tokens: documents are ranked by the first of theirs. It decides
-            which keys are neighbours, and so how few blocks of keys need a mask, never what is visible. Default: as they stand.
+        natural: int64 `[1 or B, S]`, the rows in the order of their tokens; documents are ranked by the first of their rows. It
+            decides which keys are neighbours, hence how few blocks of keys need a mask, never what is visible. Default: as given.
 
     Returns:
-        The intervals, on the device of the arguments, of which at least one of positions and documents must be given.
+        The intervals, on the device of the arguments; at least one of positions and documents must be given.
     """
     given = positions if positions is not None else documents
     assert given is not None
@@ -80,19 +80,19 @@ def _by_first_row(documents: Tensor, index: Tensor, natural: Tensor | None) -> T
 
 
 def changes(values: Tensor) -> Tensor:
-    """Before which of `values [B, S]` there is another value or the beginning, and the end: bool `[B, S + 1]`."""
+    """Where runs of equal `values [B, S]` begin, and the end: bool `[B, S + 1]`."""
     edge = torch.ones((len(values), 1), dtype=torch.bool, device=values.device)
     return torch.cat((edge[:, : values.shape[1]], values[:, 1:] != values[:, :-1], edge), dim=1)
 
 
 def first_before(edges: Tensor) -> Tensor:
-    """Where the run of equal values that each place is in begins: int64 `[B, S]`, from what `changes` returns."""
+    """Where the run of equal values at each place begins: int64 `[B, S]`, from the result of `changes`."""
     index = torch.arange(edges.shape[1] - 1, device=edges.device)
     return torch.where(edges[:, :-1], index, 0).cummax(1).values
 
 
 def first_behind(edges: Tensor) -> Tensor:
-    """Where the next run begins: int64 `[B, S]`."""
+    """Where the run after that of each place begins: int64 `[B, S]`."""
     size = edges.shape[1] - 1
     index = torch.arange(1, size + 1, device=edges.device)
     return torch.where(edges[:, 1:], index, size).flip(1).cummin(1).values.flip(1)
@@ -101,18 +101,18 @@ def first_behind(edges: Tensor) -> Tensor:
 class Visible:
     """What the rows of a whole sequence see.
 
-    Without positions and documents given it is never written down unless a device asks for it: then a sequence is only a length,
-    as a plan for thousands of ranks needs it.
+    Without positions and documents nothing is computed until a device asks for it: the sequence is then only a length, as a
+    plan for thousands of ranks needs it.
 
     Args:
         seq_len: rows of the sequence, S.
         causal: rows see no larger position.
-        order: the order that the rows are in; without `positions`, a row's position is its token's index.
+        order: the order of the rows; without `positions`, a row's position is its token's index.
         positions, documents: integers `[1 or B, S]` by row, or None, see `intervals`.
-        natural: `positions`, if given, rise with the tokens of `order` all the same (rows that hold only the real tokens).
+        natural: `positions`, if given, still rise with the tokens of `order` (rows that hold only the real tokens).
 
     Attributes:
-        natural: positions rise from one block of the order to the next: what is behind all queries may be left out unseen.
+        natural: positions rise from one block of the order to the next, so what is behind all queries may be skipped unread.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Visible:
         self.has_documents, self._has_positions = documents is not None, positions is not None
         positions = positions if causal else None
         self._given: Intervals | None = None
-        self.refreshed = 0  # how often `refresh` gave it other contents
+        self.refreshed = 0  # how often `refresh` replaced the contents
         self._host: tuple[np.ndarray, ...] | None = None
         self._on: dict[torch.device, Intervals] = {}
         if positions is not None or documents is not None:
@@ -142,14 +142,14 @@ class Visible:
         natural = None if self.order is None else natural_rows(self.seq_len, self.order, given.device)
         if positions is None and self.causal and self.order is not None:
             positions = self.places(given.device)
-        with torch.inference_mode(False):  # or they could not be refreshed outside of it
+        with torch.inference_mode(False):  # otherwise they could not be refreshed outside it
             return intervals(positions, documents, self.causal, natural)
 
     def refresh(self, positions: Tensor | None, documents: Tensor | None) -> None:
-        """Take other positions and documents of the same shapes, in place: no host reads anything, so it may be captured.
+        """Take other positions and documents of the same shapes, in place, without host reads, so that it may be captured.
 
         Raises:
-            ValueError: if one is given that was not before, or the reverse, or the shapes differ.
+            ValueError: unless exactly those given before are given, in the same shapes.
         """
         if (positions is not None, documents is not None) != (self._has_positions, self.has_documents):
             raise ValueError("refresh() takes positions and document_ids if and only if they were given before")
@@ -172,21 +172,21 @@ class Visible:
 
     @property
     def row_causal(self) -> bool:
-        """Causality follows the row index (so that rows over themselves are a triangle)."""
+        """Whether causality follows the row index (so that rows over themselves form a triangle)."""
         return self.causal and self.default and self.order is None
 
     @property
     def by_row_alone(self) -> bool:
-        """Visibility follows from row indices alone: pairs can be counted in closed form."""
+        """Whether visibility follows from row indices alone, so that pairs can be counted in closed form."""
         return self.default and (not self.causal or self.order is None)
 
     @property
     def batch_size(self) -> int:
-        """1 if all batch entries see alike, else their number."""
+        """1 if visibility is the same in all batch entries, else their number."""
         return 1 if self._given is None else len(self._given.key)
 
     def rises_at(self, cuts: np.ndarray) -> bool:
-        """Whether all positions before each of the rows `cuts` are smaller than all from there on, known without looking."""
+        """Whether, for each row of `cuts`, all positions before it are known to be smaller than all from it on, without reading."""
         inner = cuts[(cuts > 0) & (cuts < self.seq_len)]
         if not self.natural:
             return False
@@ -197,7 +197,7 @@ class Visible:
         )
 
     def places(self, device: torch.device) -> Tensor:
-        """The natural token index of every row, had the sequence no padding: int64 `[1, S]`."""
+        """The natural token index of every row if the sequence had no padding: int64 `[1, S]`."""
         return row_places(self.seq_len, self.order, device)
 
     def on(self, device: torch.device) -> Intervals:
@@ -229,7 +229,7 @@ class Visible:
         return key + 1, np.ones_like(rows), key + 1 if self.causal else np.full_like(rows, self.seq_len)
 
     def pairs(self, queries: np.ndarray, keys: np.ndarray, entry: int = 0) -> int:
-        """How many (query, key) pairs of two sets of rows are visible."""
+        """Number of visible (query, key) pairs of two sets of rows."""
         key = np.sort(self.of(keys, entry)[0])
         _, low, high = self.of(queries, entry)
         return int(np.maximum(np.searchsorted(key, high, "right") - np.searchsorted(key, low, "left"), 0).sum())
@@ -250,7 +250,7 @@ def natural_rows(seq_len: int, order: TokenOrder, device: torch.device) -> Tenso
 
 
 def reached(queries: Tensor, keys: Tensor, low: Tensor, high: Tensor, key: Tensor) -> Tensor:
-    """Which keys some query of their group sees: bool `[N]`.
+    """Which keys are seen by some query of their group: bool `[N]`.
 
     Args:
         queries, keys: the group of every query and every key, int64 `[M]` and `[N]`.
@@ -259,7 +259,7 @@ def reached(queries: Tensor, keys: Tensor, low: Tensor, high: Tensor, key: Tenso
     """
     if not len(queries) or not len(keys):
         return torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
-    # Queries by (group, low), and the furthest that those so far see: a key is seen if those with a `low` up to it see it.
+    # Sort queries by (group, low) with a running maximum of `high`: a key is seen if the queries with `low` up to it reach it.
     starts, order = ((queries << 32) + low).sort()
     furthest = ((queries << 32) + high)[order].cummax(0).values
     wanted = (keys << 32) + key

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Visits: a pattern as a list of partial attentions of some query rows over some key rows.
 
-Everything here is plain integers: the same lists are counted by the plan and executed by a core.
+All are plain integers: the plan counts the same lists that a core executes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ring_hilbert.ops.pattern import Branch, DilatedPattern, Heads
 
 
 class Chunk(NamedTuple):
-    """A run of whole-sequence rows `[start, stop)` that a rank holds at its local rows `local, local + 1, ...`."""
+    """Rows `[start, stop)` of the whole sequence, which a rank holds as its local rows `local, local + 1, ...`."""
 
     start: int
     stop: int
@@ -55,7 +55,7 @@ class Rows:
 
 
 class Repeat(NamedTuple):
-    """Rows that a further branch holds too: every `period`-th of a segment, from `query` on and from `key` on."""
+    """Rows that a further branch also holds: every `period`-th of a segment, starting at `query` and at `key`."""
 
     query: int
     key: int
@@ -64,14 +64,14 @@ class Repeat(NamedTuple):
 
 @dataclass(frozen=True)
 class Visit:
-    """Partial attention of `queries` over `keys` (local rows) for the kv heads `heads` of one residue, and its neighbours.
+    """Partial attention of `queries` over `keys` (local rows) for the kv heads `heads` of one residue and of its neighbours.
 
-    Segment `i` of the queries sees segment `i` of the keys. The visit stands for `residues` equal ones: number `t` is
-    shifted by `t` rows and `t * head_step` heads.
+    Segment `i` of the queries sees segment `i` of the keys. The visit stands for `residues` equal ones, number `t` of which
+    is shifted by `t` rows and `t * head_step` heads.
 
     Attributes:
-        causal: keys with a larger row index than the query are hidden; else the row index hides nothing.
-        repeats: a pair counts once, and once more for each of these that both its rows are in; each is within the one before.
+        causal: keys with a larger row index than the query are masked; otherwise the row index masks nothing.
+        repeats: a pair counts once, plus once for each of these that holds both rows; each lies within the one before.
     """
 
     heads: Heads
@@ -89,21 +89,21 @@ class Visit:
 
     @property
     def families(self) -> int:
-        """How many equal pieces of `queries.count x keys.count` pairs the visit has: segments x residues x kv heads."""
+        """The number of equal pieces of `queries.count x keys.count` pairs: segments x residues x kv heads."""
         return self.queries.segments * self.residues * len(self.heads.indices)
 
     @property
     def pairs(self) -> int:
-        """(query, key) pairs that are computed, over kv heads: the triangle of a causal self visit, else the rectangle."""
+        """Computed (query, key) pairs over all kv heads: the triangle of a causal self visit, else the rectangle."""
         q, k = self.queries.count, self.keys.count
         return self.families * (q * (q + 1) // 2 if self.causal and self.is_self else q * k)
 
     @property
     def cost(self) -> float:
-        """How long the visit takes compared to others, in pairs (measured on CPUs).
+        """The relative duration of the visit, in pairs (measured on CPUs).
 
-        Short rows and every kernel call cost extra, triangles are computed in strips of 512 keys, weights are a mask that is
-        made once, and backward is parallel over two axes of equal pieces.
+        Short rows and every kernel call cost extra, triangles are computed in strips of 512 keys, weights are a mask built
+        once, and backward is parallel over two axes of equal pieces.
         """
         q, k = self.queries.count + 40, self.keys.count + 40
         pairs = q * min(q, (q + 512) / 2) if self.causal and self.is_self else q * k
@@ -133,9 +133,9 @@ class Visit:
         )
 
     def depths(self) -> tuple[np.ndarray, np.ndarray]:
-        """In how many `repeats` each query and each key is, int64 `[queries.count]` and `[keys.count]`.
+        """The number of `repeats` that hold each query and each key, int64 `[queries.count]` and `[keys.count]`.
 
-        A pair counts once more than the smaller of its two depths.
+        A pair counts one plus the smaller of its two depths.
         """
         queries, keys = np.zeros(self.queries.count, np.int64), np.zeros(self.keys.count, np.int64)
         for query, key, period in self.repeats:
@@ -145,7 +145,7 @@ class Visit:
 
 
 def segments_of(branch: Branch, segment_shift: int, start: int, stop: int) -> Iterator[Segments]:
-    """The segments of `branch` cut to rows `[start, stop)`: a partial first, all full ones as one family, a partial last."""
+    """The segments of `branch` clipped to rows `[start, stop)`: a partial first, all full ones as one family, a partial last."""
     if start >= stop:
         return
     w = branch.segment_length
@@ -155,7 +155,7 @@ def segments_of(branch: Branch, segment_shift: int, start: int, stop: int) -> It
     first, last = (start + segment_shift) // w, (stop - 1 + segment_shift) // w
     full_first = first if first * w - segment_shift == start else first + 1
     full_stop = last + 1 if (last + 1) * w - segment_shift == stop else last
-    if full_first > full_stop:  # one segment, cut on both sides
+    if full_first > full_stop:  # one segment, clipped on both sides
         yield Segments(first * w - segment_shift, start, stop, 1, 0)
         return
     if full_first > first:
@@ -225,7 +225,7 @@ def branch_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, caus
 def crossing_visits(
     pattern: DilatedPattern, num_kv_heads: int, chunks: tuple[Chunk, ...], causal_rows: bool
 ) -> list[Visit]:
-    """The visits from the rows of one chunk of a rank to those of another; with `causal_rows` never to a later chunk."""
+    """The visits from the rows of one of a rank's chunks to those of another; with `causal_rows` never to a later chunk."""
     visits: list[Visit] = []
     for branch, (a, b) in itertools.product(pattern.branches, itertools.permutations(chunks, 2)):
         parts = None if causal_rows and b.start > a.start else shared_segment(branch, pattern.segment_shift, a, b)
@@ -240,7 +240,7 @@ def crossing_visits(
 
 
 def merge_residues(visits: list[Visit]) -> list[Visit]:
-    """The same visits, those that differ by one row and a fixed number of heads put together as one."""
+    """The same visits, those that differ by one row and a fixed number of heads merged into one."""
     alike: dict[tuple, list[Visit]] = {}
     for visit in visits:
         size = len(visit.heads.indices)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Static walks: a pattern on the rows at hand as the tables that kernels read, for every batch there will be.
+"""Static walks: a pattern on the local rows as the tables that kernels read, independent of the batch.
 
-A walk lists every block of a segment; what of it a batch needs is decided on the device, see `kernels/prune.py`. Within a list
-rows stand in the order of their natural token index, in which packed documents are contiguous, so that pruning leaves short runs
-and few masks; that order is a hint and decides nothing. A list of a shell is cut by depth, so that all of its pairs have one
-multiplicity (see `nesting.py`). Everything is symmetric in queries and keys: the walk of forward is the walk of backward.
+A walk lists every block of a segment; which of them a batch needs is decided on the device, see `kernels/prune.py`. Rows of a
+list are in the order of their natural token index, in which packed documents are contiguous, so that pruning leaves short runs
+and few masks; that order is a hint and never affects results. A list of a shell is cut by depth, so that all of its pairs have
+one multiplicity (see `nesting.py`). All is symmetric in queries and keys: forward and backward share a walk.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from ring_hilbert.kernels.tables import CHUNK, ENDLESS, GAPS, LIST_WIDTH, SPARE,
 from ring_hilbert.ops.nesting import Chain
 from ring_hilbert.ops.visible import changes, first_before, first_behind
 
-FAMILIES = 4  # rows of one depth are visited as at most so many arithmetic progressions, else through a list
-MOST_MORE = 1.25  # pairs that tiles of one segment may cost, relative to those of several, for masks without segments
+FAMILIES = 4  # rows of one depth are visited as at most this many arithmetic progressions, otherwise through a list
+MOST_MORE = (
+    1.25  # cost, in pairs, that tiles of one segment may have relative to tiles of several, to spare masks the segments
+)
 
 
 @dataclass(frozen=True)
 class _Level:
-    """A branch of a chain: its segments among the rows at hand, numbered from 0."""
+    """A branch of a chain: its segments among the local rows, numbered from 0."""
 
     chain: int
     length: int | None
-    number: int  # how many segments
+    number: int  # of segments
     segment: Tensor  # of every row, int64 [L]
 
     def bounds(self, first: int) -> tuple[int, int]:
-        """The segment length, and what to add to a row of the tensor before it is divided by it.
+        """The segment length, and what to add to a row of the tensor before dividing by it.
 
-        Of two segments the length does not matter, and may be more than 32 bits hold: only where the second begins.
+        With two segments only the start of the second matters, not the length, which may exceed 32 bits.
         """
         if self.length is None or self.number == 1:
             return ENDLESS, 0
@@ -48,7 +50,7 @@ class _Level:
 
 @dataclass(frozen=True)
 class _List:
-    """Rows of one chain that are exactly (or at least, `deeper`) so deep; `family`: of them every so-and-so-manyth."""
+    """Rows of one chain of depth exactly (`deeper`: at least) `depth`; `family`: one arithmetic progression of them."""
 
     chain: int
     depth: int
@@ -65,13 +67,13 @@ def plan_rows(
     block_outer: int,
     chunk: int = CHUNK,
 ) -> Walk:
-    """The walk of `rows` of a sequence over themselves: row i of all tensors is `rows[i]`.
+    """The walk of `rows` of a sequence over themselves: row i of every tensor is `rows[i]`.
 
     Args:
         chains: the branches.
-        segment_shift: added to a row's number in the sequence before it is cut into segments.
-        rows: int64 `[L]`, ascending; the walk is made on their device.
-        places: int64 `[L]`, their natural token index, if it does not rise with the row.
+        segment_shift: added to the row index in the sequence before cutting into segments.
+        rows: int64 `[L]`, ascending; the walk is built on their device.
+        places: int64 `[L]`, their natural token indices, if these do not rise with the row.
         block_outer: rows of a tile.
         chunk: rows of a list whose extremes are taken together; divides the rows of a step.
     """
@@ -79,7 +81,7 @@ def plan_rows(
 
 
 class _RowWalk:
-    """The making of a walk of rows over themselves. Heads of equal offsets share a table: K offset classes."""
+    """Builds the walk of rows over themselves. Heads of equal offsets share a table: K offset classes."""
 
     def __init__(
         self, chains: Sequence[Chain], shift: int, rows: Tensor, places: Tensor | None, block_outer: int, chunk: int
@@ -101,7 +103,7 @@ class _RowWalk:
         self.number = self.offsets.shape[1]
         self.depth = [self._depth(number) for number in range(len(chains))]  # of every chain, [K, L]
 
-        # A kind of rows: in which branches they are. Its number has a digit for every chain, 0 for none of its branches.
+        # A row's kind says which branches it is in: a number with a digit for every chain, 0 for none of its branches.
         sizes = [len(chain.branches) + 1 for chain in chains]
         self.kinds = list(itertools.product(*(range(-1, size - 1) for size in sizes)))
         self.kind = torch.zeros((self.number, self.size), dtype=torch.int64, device=self.device)
@@ -162,7 +164,7 @@ class _RowWalk:
         return found
 
     def _visits(self, lists: Sequence[_List]) -> tuple[np.ndarray, list[tuple[int, int]], list[tuple[int, int]]]:
-        """The visits of all kinds; where those of each begin, and how many; the runs that they may have, full and masked."""
+        """The visits of all kinds; where each kind's begin, and their number; the most runs each may have, full and masked."""
         visits, spans, room = list[tuple[int, int, int, int]](), list[tuple[int, int]](), list[tuple[int, int]]()
         for kind in self.kinds:
             start = len(visits)
@@ -181,7 +183,7 @@ class _RowWalk:
     # ---- which rows make up a tile
 
     def _order(self) -> tuple[Tensor, Tensor]:
-        """The rows of every table, int64 `[K, L]`: by kind, then so that tiles may end between groups; and their groups."""
+        """The rows of every table, int64 `[K, L]`, by kind, then so that tiles may end between groups; and their groups."""
         size = max(self.size, *(level.number for level in self.levels)) + 1  # rows with gaps may lie in more segments
         cuts, finest = self._cuts()
         column = torch.arange(self.size, device=self.device)[None]
@@ -191,10 +193,10 @@ class _RowWalk:
         return order, group.gather(1, order)
 
     def _cuts(self) -> tuple[Tensor, Tensor]:
-        """By which number of a row tiles end, and the finest of the segments that it is in: int64 `[kinds, L]` each.
+        """The number of each row by which tiles are cut, and the finest of its segments: int64 `[kinds, L]` each.
 
-        Tiles end where any segment that they visit does, if that costs little: then masks need not compare segments. Else they
-        end where segments of the shortest length do of which each holds half a tile.
+        Tiles end where any segment that they visit does, if that costs little: then masks need not compare segments. Otherwise
+        they end at the segments of the shortest length that holds half a tile.
         """
         if not self.size:
             none = torch.zeros((len(self.kinds), 0), dtype=torch.int64, device=self.device)
@@ -220,7 +222,7 @@ class _RowWalk:
         return segments(half) if self.unbroken and dear else at_all, finest
 
     def _cost(self, groups: list[int], visited: list[list[int]]) -> float:
-        """About how many pairs are executed if tiles of every kind are cut into so many groups."""
+        """Roughly the number of pairs executed if the tiles of each kind are cut into `groups[kind]` groups."""
         rows = self.counts.max(0, initial=0).astype(float)
         total = 0.0
         for i, (number, of) in enumerate(zip(groups, visited, strict=True)):
@@ -255,7 +257,7 @@ class _RowWalk:
         before = per_table.cumsum(0) - per_table
         slot = torch.arange(len(table), device=self.device) - before[table]
         full, masked = torch.tensor(room, device=self.device)[kind].unbind(1)
-        taken = full + masked + GAPS + 1  # and one behind them, see `prune`
+        taken = full + masked + GAPS + 1  # and one after them, see `prune`
         upto = taken.cumsum(0)
         first_run = upto - taken - torch.where(before[table] > 0, upto[before[table] - 1], 0)
         visit = torch.tensor(visits, device=self.device)[kind]
@@ -277,10 +279,10 @@ class _RowWalk:
             before > 0, upto[before - 1], 0), 0) if len(upto) else per_table  # fmt: skip
         return tiles, int(ends.max()), bool(straddles)
 
-    # ---- where the lists are
+    # ---- where the lists lie
 
     def _records(self, lists: Sequence[_List], outer: Tensor) -> tuple[np.ndarray, Tensor, Tensor, int]:
-        """The lists `[K, lists, LIST_WIDTH]`, their edges, the rows of those that are indexed, and the longest one's."""
+        """The lists `[K, lists, LIST_WIDTH]`, their edges, the rows of those that are indexed, and the greatest length."""
         records = np.zeros((self.number, len(lists), LIST_WIDTH), np.int64)
         total = sum(level.number + 1 for level in self.levels)
         edges = torch.zeros((self.number, len(lists), total), dtype=torch.int32, device=self.device)
@@ -301,7 +303,7 @@ class _RowWalk:
             counts = count.cpu().numpy()
             if len(rows[0]) and (
                 not x.deeper or x.depth + 1 == len(chain.branches)
-            ):  # the rows of a kind, as tiles have them
+            ):  # the rows of a kind, as in the tiles
                 base = self.counts[:, : x.depth + 1].sum(1) + np.arange(self.number) * self.size
             elif x.deeper and x.depth == 0 and chain.branches[0].dilation_rate == 1:  # all rows
                 base = np.full(self.number, taken)
@@ -326,7 +328,7 @@ class _RowWalk:
             column += level.number + 1
 
     def _progression(self, x: _List, records: np.ndarray, edges: Tensor) -> None:
-        """A list that is rows at equal steps, which begin anew in no segment."""
+        """A list of rows at equal steps, which no segment restarts."""
         chain, base = self.chains[x.chain], self.base[x.chain]
         if x.deeper:
             rate, offset = chain.branches[x.depth].dilation_rate, self.offsets[base + x.depth]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Zero keys: what the padding of torchscale's LongNet adds to a softmax, in closed form.
 
-torchscale fills segments up with rows of zeros and does not mask them: keys of score 0 and value 0. All branches that hold a
-query see theirs, so a query has a number N of them, which only its denominator knows: `lse' = log(e^lse + N)` and
-`out' = out e^(lse - lse')`. The backward of a partial attention takes the merged `lse` and `out`; with these it is the exact
-gradient as it stands, for a zero key has none.
+torchscale fills segments up with rows of zeros and does not mask them: keys of score 0 and value 0. Summed over the branches
+that hold a query there are N of them, which only affect its denominator: `lse' = log(e^lse + N)` and
+`out' = out e^(lse - lse')`. The backward of a partial attention takes the merged `lse` and `out`; given these it is already the
+exact gradient, since a zero key has none.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def count_zero_keys(pattern: DilatedPattern, rows: Tensor, seq_len: int, num_kv_
         offsets = [pattern.offset(branch, head, num_kv_heads) for head in range(num_kv_heads)]
         offset = torch.tensor(offsets, device=rows.device)[:, None]
         within = rows % w
-        size = (seq_len - rows + within).clamp(max=w)  # rows of the segment
+        size = (seq_len - rows + within).clamp(max=w)  # of the segment
         missing = -(-w // r) - (size - offset + r - 1).div(r, rounding_mode="floor").clamp(min=0)
         count += torch.where(within % r == offset, missing, 0).int()
     return count
 
 
 def add_zero_keys(out: Tensor, lse: Tensor, lse_error: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`out` (in place), `lse` and `lse_error` of a softmax that has `count` zero keys more.
+    """`out` (in place), `lse` and `lse_error` of the softmax with `count` more zero keys.
 
     Args:
         out: `[B, S, H, D]`.

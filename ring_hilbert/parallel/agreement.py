@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agreement: every rank says what it was called with, and a mistake of one is the same error on all."""
+"""Agreement: the ranks compare their arguments, and a mistake on one raises the same error on all."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def resolve_group(group: Group) -> tuple[dist.ProcessGroup | None, int, int]:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
-                f"group must be a 1-D DeviceMesh, got {group.ndim} dimensions; pass mesh['sp'], the sp axis"
+                f"group must be a 1-D DeviceMesh, got {group.ndim} dimensions; pass its sequence-parallel axis, such as mesh['sp']"
             )
         group = group.get_group()
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(
-            "group does not contain this rank; every rank passes the sequence-parallel group it belongs to"
+            "group does not contain this rank; every rank must pass the sequence-parallel group it belongs to"
         )
     return group, rank, dist.get_world_size(group)
 
 
 def gather(record: dict[str, Any], group: dist.ProcessGroup, error: str | None = None) -> list[dict[str, Any]]:
-    """Every rank's `record`, by group rank. If the others never come, the local `error` (if any) is what is reported."""
+    """Every rank's `record`, by group rank. If the others never arrive, the local `error` (if any) is reported."""
     records: list[Any] = [None] * dist.get_world_size(group)
     try:
         dist.all_gather_object(records, record, group=communicator(group))
@@ -50,7 +50,7 @@ def gather(record: dict[str, Any], group: dist.ProcessGroup, error: str | None =
 
 
 def raise_disagreement(records: list[dict[str, Any]]) -> None:
-    """Raise the same ValueError on every rank if a record holds an error, or if a value in `fields` is not everybody's."""
+    """Raise the same ValueError on every rank if a record holds an error, or if a value in `fields` differs between ranks."""
     errors = [f"rank {rank}: {record['error']}" for rank, record in enumerate(records) if record["error"]]
     if errors:
         raise ValueError("; ".join(errors))
@@ -65,7 +65,7 @@ def raise_disagreement(records: list[dict[str, Any]]) -> None:
 
 
 def agree(fields: dict[str, Any], error: str | None, group: dist.ProcessGroup | None) -> None:
-    """Make sure, on all ranks together, that a call with `fields` (hashable values) is everybody's and is valid.
+    """Make sure, collectively, that the call is valid and that its `fields` (hashable values) are the same on all ranks.
 
     One small collective the first time a group sees these fields, nothing afterwards.
 

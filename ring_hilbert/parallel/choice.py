@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`strategy="auto"`: which strategy, from what the plans of all say of the rank that has most to do."""
+"""`strategy="auto"`: chooses a strategy by each one's plan for the busiest rank."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ring_hilbert.ops.visible import Visible
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.plan import PASSES, Plan, Shapes
 
-BACKWARD_FLOPS = 2.5  # of forward
-MOST_RECEIVED = 2.0  # K and V that an exchange may hold of other ranks, in q, k, v and out of the rank's own rows
+BACKWARD_FLOPS = 2.5  # relative to forward
+MOST_RECEIVED = 2.0  # most K and V of other ranks in an exchange, relative to q, k, v and out of the rank's own rows
 
 
 class Speeds(NamedTuple):
-    """What a device does: FLOP/s of attention, and bytes per second that it receives. Of these only the ratio matters."""
+    """A device's FLOP/s of attention and bytes received per second; only their ratio matters."""
 
     flops: float = 300e12
     link: float = 50e9
@@ -24,14 +24,14 @@ class Speeds(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """One strategy, at the rank that has most of it to do.
+    """The cost of one strategy at its busiest rank.
 
     Attributes:
-        plan: of the strategy.
-        forward_bytes, backward_bytes: received; backward with what is fetched again.
+        plan: the plan of the strategy.
+        forward_bytes, backward_bytes: received; backward includes what is fetched again.
         flops: of the pairs, in forward.
         memory: bytes of a layer's attention, see `Plan.memory_bytes`.
-        fits: not more is held of other ranks than an exchange may.
+        fits: whether no more is held of other ranks than an exchange may hold.
     """
 
     plan: Plan
@@ -47,7 +47,7 @@ class Cost:
         return self.plan.strategy
 
     def seconds(self, speeds: Speeds) -> float:
-        """Forward and backward of the slowest rank: an exchange or ring computes while rows travel, Ulysses does not."""
+        """Forward and backward of the slowest rank: an exchange or ring overlaps communication with compute, Ulysses does not."""
         join, slowest = sum if self.strategy == "ulysses" else max, 0.0
         for flops, forward, backward in zip(self.plan.all_flops, *_received(self.plan), strict=True):
             passes = [(flops, forward), (BACKWARD_FLOPS * flops, backward)]
@@ -61,7 +61,7 @@ class Cost:
 
 
 class Choice(NamedTuple):
-    """The strategy, why, and the costs of all that are possible; what is not possible, and why."""
+    """The strategy and why; the costs of all possible ones; the impossible ones and why."""
 
     strategy: str
     reason: str
@@ -72,9 +72,9 @@ class Choice(NamedTuple):
 def choose(
     pattern: DilatedPattern, layout: Layout, visible: Visible, shapes: Shapes, speeds: Speeds | None = None
 ) -> Choice:
-    """The fastest strategy by the plans; the same on every rank that knows the same. Documents and positions are left out.
+    """The fastest strategy by the plans; the same on all ranks given the same inputs. Ignores documents and positions.
 
-    A ring moves what an exchange moves, in hops: it is for patterns whose rows of other ranks are too many to be held at a time.
+    A ring moves the rows of an exchange in hops: it is for patterns that read more of other ranks than fits at once.
     """
     speeds = speeds or Speeds()
     visible = Visible(visible.seq_len, visible.causal, order=visible.order)
@@ -86,17 +86,17 @@ def choose(
         except ValueError as problem:
             impossible[strategy] = str(problem)
     if not exchange.plan.crossings.communicates:
-        return Choice("exchange", "no segment reaches over a rank boundary: nothing travels", costs, impossible)
-    mine, why = "exchange", "its rows travel behind the local visits"
+        return Choice("exchange", "no segment crosses a rank boundary: nothing is sent", costs, impossible)
+    mine, why = "exchange", "its communication overlaps the local visits"
     if not exchange.fits:
         mine, why = "ring", f"an exchange would hold over {MOST_RECEIVED:g} times a rank's own rows"
     if "ulysses" in costs and costs["ulysses"].seconds(speeds) < costs[mine].seconds(speeds):
-        return Choice("ulysses", f"fewer seconds than {mine} for the slowest rank", costs, impossible)
+        return Choice("ulysses", f"faster than {mine} on the slowest rank", costs, impossible)
     return Choice(mine, why, costs, impossible)
 
 
 def _received(plan: Plan) -> tuple[list[int], list[int]]:
-    """Bytes that every rank receives in forward and in backward, with what it fetches again."""
+    """Bytes that every rank receives in forward and in backward, including what it fetches again."""
     forward, returned = (plan.traffic[pass_] for pass_ in PASSES)
     again = [0 if plan.strategy == "ulysses" else received for received in forward]
     return forward, [a + b for a, b in zip(again, returned, strict=True)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Combs: sets of rows in closed form, so that rows which are only counted are never listed."""
+"""Combs: sets of rows in closed form, so that rows can be counted without being listed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Comb(NamedTuple):
 
     @classmethod
     def through(cls, row: int, stride: int) -> Comb:
-        """The comb with this row."""
+        """The comb of this stride that holds `row`."""
         return cls(row % stride, stride)
 
     def holds(self, other: Comb) -> bool:
@@ -27,7 +27,7 @@ class Comb(NamedTuple):
         return other.stride % self.stride == 0 and (other.phase - self.phase) % self.stride == 0
 
     def meet(self, other: Comb) -> Comb | None:
-        """The rows of both (Chinese remainders), None if there are none."""
+        """The rows in both (Chinese remainder theorem), None if there are none."""
         divisor = math.gcd(self.stride, other.stride)
         if (other.phase - self.phase) % divisor:
             return None
@@ -37,7 +37,7 @@ class Comb(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """The rows of `[start, stop)` that are in one of `combs`, of which none holds another."""
+    """The rows of `[start, stop)` that are in some of `combs`, none of which contains another."""
 
     start: int
     stop: int
@@ -49,7 +49,7 @@ class Stretch(NamedTuple):
         return parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts))
 
     def counts(self, edges: np.ndarray) -> np.ndarray:
-        """How many of the rows lie between neighbours of the ascending `edges [n]`: int64 `[n - 1]`."""
+        """Number of rows between consecutive ascending `edges [n]`: int64 `[n - 1]`."""
         edges = np.clip(edges, self.start, self.stop)
         upto = np.zeros(len(edges), np.int64)
         for (phase, stride), sign in _inclusions(self.combs):
@@ -58,13 +58,13 @@ class Stretch(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many rows these are."""
+        """Number of rows."""
         return sum(s * ((p - self.start) // r - (p - self.stop) // r) for (p, r), s in _inclusions(self.combs))
 
 
 @lru_cache(maxsize=1 << 16)
 def widest(combs: frozenset[Comb]) -> tuple[Comb, ...]:
-    """Those combs that no other holds: the same rows."""
+    """The combs that no other contains; they cover the same rows."""
     kept: list[Comb] = []
     for comb in sorted(combs, key=lambda comb: (comb.stride, comb.phase)):
         if not any(wider.holds(comb) for wider in kept):

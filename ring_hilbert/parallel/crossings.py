@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Crossings: the segments that reach over a rank boundary, and the rows that may therefore travel, whatever the batch.
+"""Crossings: the segments that cross a rank boundary, and the rows that may therefore be sent, whatever the batch.
 
 These rows are *candidates*; which of them a batch sends is in `travel.py`.
 """
@@ -22,7 +22,7 @@ from ring_hilbert.parallel.layout import Layout
 Windows = Sequence[tuple[int, int]]  # runs of rows `[start, stop)`, ascending
 
 KEPT_READERS = 16
-KEPT = 512  # crossings: of the layers of a model, with what is known of their ranks
+KEPT = 512  # crossings in the cache: those of a model's layers, with all computed for their ranks
 
 
 class Block(NamedTuple):
@@ -33,7 +33,7 @@ class Block(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """A segment of `branch` that reaches out of a reader's chunk: its rows `mine` may see others of `[start, stop)`."""
+    """A segment of `branch` that extends beyond a reader's chunk: its rows `mine` may see others of `[start, stop)`."""
 
     branch: Branch
     chunk: Chunk
@@ -42,7 +42,7 @@ class Reach(NamedTuple):
     stop: int
 
     def comb(self, offset: int) -> Comb | None:
-        """The rows of the segment that its rows in `mine` see, if these have any of this offset."""
+        """The rows of the segment that those in `mine` see, None if `mine` has no row at this offset."""
         if rows_in(self.mine, self.branch.dilation_rate, offset) is None:
             return None
         return Comb.through(self.mine.origin + offset, self.branch.dilation_rate)
@@ -50,11 +50,11 @@ class Reach(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Crossings:
-    """Who may read whose rows, for one pattern on one sequence.
+    """Which ranks may read which rows of each other, for one pattern on one sequence.
 
     Args:
         pattern, layout: of the whole sequence.
-        in_row_order: causal, and rows of a later chunk are later in position than all of an earlier one.
+        in_row_order: causal, and all rows of a later chunk have larger positions than those of an earlier one.
         num_kv_heads, batch_size: of k and v.
     """
 
@@ -67,14 +67,14 @@ class Crossings:
 
     @cached_property
     def communicates(self) -> bool:
-        """Whether any segment reaches over a rank boundary; decided by the layout alone, hence the same on every rank."""
+        """Whether any segment crosses a rank boundary; decided by the layout alone, hence the same on every rank."""
         interior = {int(cut) for cut in self.layout.cuts if 0 < cut < self.layout.seq_len}
         shift = self.pattern.segment_shift
         return self.layout.world_size > 1 and any(
             w is None or (start + shift) % w for w in set(self.pattern.segment_lengths) for start in interior
         )
 
-    # ---- how many rows may travel
+    # ---- how many rows may be sent
 
     def counts(self, reader: int) -> np.ndarray:
         """Payload rows that `reader` may need from every rank, int64 `[P]`."""
@@ -95,7 +95,7 @@ class Crossings:
             len(heads) * stretch.size for heads, stretches in self._stretches(reaches, windows) for stretch in stretches
         )
 
-    # ---- which rows may travel
+    # ---- which rows may be sent
 
     def shipment(self, reader: int, owner: int) -> list[Block]:
         """The K and V rows that `reader` may need from `owner`: for every kv head the union over the branches."""
@@ -106,7 +106,7 @@ class Crossings:
         return self._blocks(self.reaches(reader), self.elsewhere(reader))
 
     def _blocks(self, reaches: list[Reach], windows: Windows) -> dict[int, list[Block]]:
-        """By owner, by head: both ends of a shipment find the same blocks in the same order."""
+        """The blocks by owner and head; both ends of a shipment find the same blocks in the same order."""
         cuts, owners = self.layout.cuts, self.layout.owners
         blocks: dict[int, list[Block]] = {}
         for heads, rows in self.needed(reaches, windows):
@@ -122,7 +122,7 @@ class Crossings:
         return blocks
 
     def needed(self, reaches: list[Reach], windows: Windows) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        """(kv heads, ascending rows in `windows` that these may need), rows not empty."""
+        """(kv heads, the ascending rows in `windows` that they may need), without empty ones."""
         for heads, stretches in self._stretches(reaches, windows):
             parts = [stretch.rows() for stretch in stretches]
             rows = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
@@ -130,7 +130,7 @@ class Crossings:
                 yield heads, rows
 
     def keys(self, reach: Reach, offset: int, windows: Windows) -> np.ndarray:
-        """The rows of `windows` that rows of this offset may see within the reach, ascending."""
+        """The ascending rows of `windows` that rows of this offset may see within the reach."""
         comb = reach.comb(offset)
         clipped = [(max(a, reach.start), min(b, reach.stop)) for a, b in windows]
         parts = [Stretch(a, b, (comb,)).rows() for a, b in clipped if a < b] if comb is not None else []
@@ -139,7 +139,7 @@ class Crossings:
     # ---- where rows may be needed
 
     def reaches(self, reader: int) -> list[Reach]:
-        """The segments that reach out of the chunks of `reader`."""
+        """The segments that extend beyond the chunks of `reader`."""
         if reader not in self._reaches:
             if len(self._reaches) >= KEPT_READERS:
                 self._reaches.clear()
@@ -154,7 +154,7 @@ class Crossings:
                 start = 0 if start is None else max(0, start)
                 stop = seq_len if stop is None else min(stop, seq_len)
                 if row == chunk.stop - 1 and row != chunk.start and start <= chunk.start:
-                    continue  # the chunk lies in one segment, which came with its first row
+                    continue  # the chunk lies in one segment, already found by its first row
                 mine = Segments(origin, max(chunk.start, start), min(chunk.stop, stop), 1, 0)
                 if self.in_row_order:
                     stop = min(stop, mine.stop)
@@ -175,7 +175,7 @@ class Crossings:
         return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
     def toward(self, reader: int, *owners: int) -> tuple[list[Reach], Windows]:
-        """The reaches of `reader` that hold rows of others, `owners`, and these."""
+        """The reaches of `reader` that hold rows of the other ranks `owners`, and the rows of these."""
         windows = sorted(window for owner in owners if owner != reader for window in self.windows(owner))
         reaches = [r for r in self.reaches(reader) if any(r.start < b and a < r.stop for a, b in windows)]
         return reaches, windows
@@ -221,5 +221,5 @@ class Crossings:
 def crossings_of(
     pattern: DilatedPattern, layout: Layout, in_row_order: bool, num_kv_heads: int, batch_size: int
 ) -> Crossings:
-    """The same crossings for the same arguments, so that every batch finds what is known of them."""
+    """The same object for the same arguments, so that batches share what was computed for it."""
     return Crossings(pattern, layout, in_row_order, num_kv_heads, batch_size)

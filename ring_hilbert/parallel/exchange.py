@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wire of exchange and ring: the rows other ranks read, there and back.
+"""Communication of exchange and ring: sends the rows that other ranks read, and returns their gradients.
 
 A payload row is one kv head of one row: `[2, D]`, K and V or dK and dV together.
 """
@@ -14,12 +14,12 @@ from ring_hilbert.parallel.wire import Pending, collective, point_to_point
 
 
 class Exchange:
-    """What one hop of one batch sends and receives.
+    """The communication of one hop in one batch.
 
     Args:
         travel: the rows, and their order in the buffers.
         group: the process group.
-        together: one collective of all ranks; else messages from and to the ranks of the hop.
+        together: one collective of all ranks; otherwise point-to-point messages with the ranks of the hop.
     """
 
     def __init__(self, travel: HopTravel, group: dist.ProcessGroup, *, together: bool) -> None:
@@ -28,9 +28,9 @@ class Exchange:
         self.send_index = travel.send_index()
 
     def fetch(self, k: Tensor, v: Tensor, name: str = "") -> Pending:
-        """Start sending the rows of `k, v [B, S_local, Hkv, D]` that others read; the buffer receives `[rows, 2, D]`.
+        """Start sending the rows of `k, v [B, S_local, Hkv, D]` that others read and receiving a buffer `[rows, 2, D]`.
 
-        `name` is what to call the caller, a layer, in an error message.
+        `name`: the calling layer's, for error messages.
         """
         payload = k.new_empty((sum(self.sent.values()), 2, k.shape[-1]))
         for index, rows in zip(self.send_index, payload.split(list(self.sent.values())), strict=True):
@@ -38,13 +38,13 @@ class Exchange:
         return self._start(payload, self.sent, self.received, f"the exchange of K and V rows{_of(name)}")
 
     def give_back(self, gradients: Tensor, name: str = "") -> Pending:
-        """Start returning `gradients [rows, 2, D]` of received rows to their owners; they receive `[rows, 2, D]`."""
+        """Start returning `gradients [rows, 2, D]` of received rows to their owners, which receive `[rows, 2, D]`."""
         return self._start(gradients, self.received, self.sent, f"the return of dK and dV rows{_of(name)}")
 
     def add(self, returned: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Add `returned [rows, 2, D]` onto `dk, dv [B, S_local, Hkv, D]`, rank by rank: always in the same order."""
+        """Add `returned [rows, 2, D]` to `dk, dv [B, S_local, Hkv, D]`, rank by rank, always in the same order."""
         for index, rows in zip(self.send_index, returned.split(list(self.sent.values())), strict=True):
-            dk[index] += rows[:, 0]  # rows of one rank are distinct, so nothing is lost and nothing depends on timing
+            dk[index] += rows[:, 0]  # the rows of one rank are distinct, so no sum is lost or depends on timing
             dv[index] += rows[:, 1]
 
     def _start(self, payload: Tensor, sent: dict[int, int], received: dict[int, int], what: str) -> Pending:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Execution: one rank's part of a plan, bound to a device and a group, run forward and backward.
 
-Local visits run while remote rows travel; the remote visits follow, hop by hop. Backward is the same list with the roles
-exchanged.
+Local visits overlap the transfer of remote rows; the remote visits follow, hop by hop. Backward is the same list with the
+roles exchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ring_hilbert.parallel.wire import Pending, communicator
 
 
 class Execution:
-    """Runs the part of one rank in a plan, an exchange or a ring, on local tensors.
+    """Runs one rank's part of a plan, an exchange or a ring, on local tensors.
 
     Args:
         plan: the plan of the whole sequence.
@@ -40,7 +40,7 @@ class Execution:
         group: the process group; None if there is one rank.
         device: of q, k, v.
         backend: "torch" or "triton", one that can run the plan's shapes on `device`.
-        travels: what of every hop travels in this batch, its counts read; None: find out, which reads the device.
+        travels: what each hop sends in this batch, its counts read; None: find out, which reads from the device.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Execution:
         )
 
     def _clean(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """K and V without what padding rows hold: a weight of 0 times NaN is NaN."""
+        """K and V with padding rows zeroed: a weight of 0 times NaN is NaN."""
         visible = self.plan.visible
         if not visible.has_documents:
             return tensors
@@ -98,14 +98,14 @@ class Execution:
 
         Args:
             q, k, v: `[B, S_local, H or Hkv, D]`.
-            scale: of the scores.
+            scale: factor on the scores.
             name: of the layer, for errors.
             keep: return the received rows, so that backward need not fetch them again.
-            lse: whether lse will be read; an exchange has it anyway.
+            lse: whether lse will be read; an exchange computes it anyway.
 
         Returns:
-            `out [B, S_local, H, D]` in the dtype of q; `lse` and what its rounding
-            took, `lse_error`, `[B, H, S_local]`, float32 or float64; and what is kept, bytes `[n]`.
+            `out [B, S_local, H, D]` in the dtype of q; `lse` and its rounding error `lse_error`, `[B, H, S_local]`, float32 or
+            float64; and what is kept, bytes `[n]`.
         """
         del lse
         core, kept = self.core, []
@@ -134,8 +134,8 @@ class Execution:
 
         Args:
             dout: `[B, S_local, H, D]`.
-            saved: q, k, v and the results of `forward`, without what was not kept: then K and V rows are fetched again,
-                behind local visits.
+            saved: q, k, v and the results of `forward`; if rows were not kept, K and V are fetched again, overlapped with
+                local visits.
             scale, name: as in `forward`.
             wide: return dK and dV as they were summed, in float32 or float64.
 
@@ -146,14 +146,12 @@ class Execution:
         k, v = self._clean(k, v)
         sums = k.dtype
         if self.exchanges or wide:
-            # Rows that gather shares from many ranks gather a rounding from each, unless the sum has room.
+            # Rows that sum shares from many ranks collect a rounding error from each, unless the sum is wider.
             sums = torch.float64 if k.dtype in (torch.float32, torch.float64) else torch.float32
         core, hops = self.core, len(self.exchanges)
         arrived = self._unpack(kept[0], k) if kept else None
         pending = None if arrived else self._fetch(0, k, v, name)
-        item = (
-            k.dtype.itemsize
-        )  # what is fetched travels behind that share of the local visits, what returns behind the rest
+        item = k.dtype.itemsize  # the fetch overlaps that share of the local visits, the return of gradients the rest
         share = 1.0 if not hops else 0.0 if arrived else item / (item + max(4, item))
         with record_function("ring_hilbert: local backward"):
             state = core.begin_backward(dout, q, k, v, out, lse, lse_error, scale, sums, share)
@@ -182,10 +180,10 @@ class Execution:
         return self.exchanges[hop].fetch(k, v, name) if hop < len(self.exchanges) else None
 
     def _follows(self, hop: int) -> bool:
-        """Whether a hop comes right after the one before, so that its rows may set out before the gradients of that one.
+        """Whether a hop directly follows the one before, so that its rows may be sent before the gradients of that one.
 
         Two ranks that fetch from each other, at distances `d` and `P - d`, must send and receive in one order: a rank
-        without a hop between keeps the place of that hop.
+        without an intermediate hop leaves its place empty.
         """
         hops = [candidates.hop for candidates in self.hops]
         return hop < len(hops) and hops[hop].distance == hops[hop - 1].distance + 1
@@ -204,13 +202,13 @@ class Execution:
 
 
 def travels_of(plan: Plan, rank: int, device: torch.device) -> list[HopTravel]:
-    """What travels to and from a rank in every hop, but for its counts, which `read_counts` reads."""
+    """What is sent to and by a rank in every hop, except the counts, which `read_counts` reads."""
     return [hop.in_batch(plan.visible, device, plan.all_travel) for hop in plan.hops(rank)]
 
 
 @lru_cache(maxsize=KEPT)
 def remote_walks(crossings: Crossings, rank: int, ring: bool, shard: Shard, device: torch.device) -> RemoteWalks | None:
-    """The walks over what hops bring, the same objects for the same arguments; None if nothing is visited."""
+    """The walks over received rows, the same object for the same arguments; None if nothing is visited."""
     hops = hop_candidates(crossings, rank, ring=ring)
     places = [
         natural_places(payload(hop.incoming.blocks, crossings.batch_size)[1], shard.seq_len, shard.order)

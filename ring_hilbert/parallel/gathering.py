@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`gather_rows`: the rows of all ranks back in natural token order, for metrics, predictions and a look at what a model does."""
+"""`gather_rows`: the rows of all ranks back in natural token order, for metrics, predictions and inspection."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ring_hilbert.parallel.wire import all_rows, from_all
 
 
 def gather_rows(x: Tensor, prepared: Prepared) -> Tensor:
-    """What a model said of every token of the sequence, as if one device had run it in natural order.
+    """A model's outputs for all tokens of the sequence, as if one device had run it in natural order.
 
-        logits = rh.gather_rows(model(**batch).logits.argmax(-1), batch["ring_hilbert"])  # [B, S], as the tokenizer counts
+        logits = rh.gather_rows(model(**batch).logits.argmax(-1), batch["ring_hilbert"])  # [B, S], in the tokenizer's order
 
-    A collective: every rank of the group calls it with its rows, and every rank gets the whole result, S / S_local times as
-    much memory. Without a group it only reorders. What has a value per row already (predictions, losses of tokens, labels) is
-    as cheap as the tokens; logits are `4 * B * S * vocabulary` bytes on every rank.
+    A collective: every rank of the group calls it with its rows, and every rank gets the whole result, S / S_local times the
+    memory. Without a group it only reorders. One value per row (predictions, token losses, labels) costs as little as the
+    tokens; logits take `4 * B * S * vocabulary` bytes on every rank.
 
     Args:
         x: this rank's rows `[B, S_local, ...]` of any dtype, in the order of `prepared.rows`.
         prepared: of this batch, from `shard_batch` or `prepare`.
 
     Returns:
-        `[B, S, ...]` on the device of `x`, without gradient: place t holds the row of token t, padding included, where it was.
+        `[B, S, ...]` on the device of `x`, without gradient: index t holds the row of token t; padding is where it was.
 
     Raises:
-        ValueError: on every rank, if a rank's `x` does not have the rows of this batch, or another dtype or shape than others'.
+        ValueError: on every rank, if a rank's `x` does not have the rows of this batch, or differs in dtype or shape from others'.
     """
     error = None
     if x.ndim < 2 or x.shape[1] != prepared.local_len or prepared.rows.shape[0] not in (1, x.shape[0]):
@@ -49,17 +49,17 @@ def gather_rows(x: Tensor, prepared: Prepared) -> Tensor:
 
 
 def gather_batch(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`x [B, ...]` of every rank, of one shape on all, one after the other: `[P * B, ...]` on every rank."""
+    """`x [B, ...]` of all ranks, of the same shape on each, concatenated: `[P * B, ...]` on every rank."""
     return torch.cat(from_all(x, group))
 
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of every rank's `x`, of one shape on all, on every rank; the gradient is that of the sum of all ranks' losses."""
+    """The sum of all ranks' `x` (of the same shape) on every rank; the gradient is that of the sum of all ranks' losses."""
     return _Sum.apply(x, group)
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of all ranks, in their order; so is its gradient."""
+    """The sum over all ranks, in their order; so is its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

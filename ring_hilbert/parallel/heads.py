@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which heads each rank computes where heads are exchanged for rows (DeepSpeed Ulysses, arXiv 2309.14509)."""
+"""Which heads each rank computes when heads are exchanged for rows (DeepSpeed Ulysses, arXiv 2309.14509)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 
 class HeadShare(NamedTuple):
-    """The query heads and the kv heads of one rank; every query head's own kv head is among these."""
+    """The query heads and kv heads of one rank; the kv head of each query head is included."""
 
     heads: range
     kv_heads: range
 
 
 def head_shares(num_heads: int, num_kv_heads: int, world_size: int) -> tuple[HeadShare, ...]:
-    """A share for every rank: whole groups of a kv head and its query heads, or, where these are fewer, a part of one group.
+    """A share for every rank: whole groups (a kv head and its query heads), or part of one if there are fewer groups than ranks.
 
     Shares may be uneven; kv heads are replicated only where there are fewer of them than ranks.
 
@@ -23,8 +23,8 @@ def head_shares(num_heads: int, num_kv_heads: int, world_size: int) -> tuple[Hea
     """
     if world_size > num_heads:
         raise ValueError(
-            f"strategy='ulysses' gives every rank some of the heads, but {world_size} ranks are more than the {num_heads} "
-            "heads of q; use 'exchange' or 'ring', or fewer ranks"
+            f"strategy='ulysses' gives every rank some of the heads, but there are {world_size} ranks and only {num_heads} "
+            "heads of q; use strategy 'exchange' or 'ring', or fewer ranks"
         )
     group = num_heads // num_kv_heads
     if world_size <= num_kv_heads:
@@ -38,7 +38,7 @@ def head_shares(num_heads: int, num_kv_heads: int, world_size: int) -> tuple[Hea
 
 
 def _cut(whole: range, parts: int) -> list[range]:
-    """`whole` in `parts` runs, the first ones one longer if need be."""
+    """`whole` cut into `parts` ranges, the first ones longer by one if it does not divide evenly."""
     base, extra = divmod(len(whole), parts)
     sizes = [base + (i < extra) for i in range(parts)]
     return [whole[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(parts)]

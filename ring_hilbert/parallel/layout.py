@@ -19,10 +19,10 @@ LAYOUTS = ("contiguous", "zigzag")
 
 @dataclass(frozen=True)
 class Layout:
-    """Who owns which rows.
+    """Which rank owns which rows.
 
     "contiguous": group rank `p` owns rows `[sum L_<p, + L_p)`; lengths may differ and may be 0. "zigzag": the sequence is cut
-    into `2P` equal chunks, and rank `p` owns chunk `p` and then chunk `2P - 1 - p`, so that under causality all see equally much.
+    into `2P` equal chunks, and rank `p` owns chunk `p` and then chunk `2P - 1 - p`, which balances causal attention.
 
     Args:
         lengths: rows of each rank, `L_0 ... L_{P-1}`.
@@ -40,13 +40,13 @@ class Layout:
         if self.kind == "zigzag" and (len(set(self.lengths)) > 1 or self.lengths[0] % 2):
             raise ValueError(
                 f"layout='zigzag' cuts the sequence into 2 x {self.world_size} equal chunks, but its {self.seq_len} rows "
-                f"over {self.world_size} ranks ({_listed(self.lengths)}) do not divide; pad the sequence to a multiple of "
+                f"over {self.world_size} ranks ({_listed(self.lengths)}) do not divide evenly; pad the sequence to a multiple of "
                 f"{2 * self.world_size} rows (document id -1), or use layout='contiguous'"
             )
 
     @classmethod
     def even(cls, seq_len: int, world_size: int, kind: str = "contiguous") -> Layout:
-        """The default lengths: the first `seq_len % world_size` ranks own one row more."""
+        """The default lengths: the first `seq_len % world_size` ranks own one extra row."""
         base, extra = divmod(seq_len, world_size)
         return cls(tuple(base + (p < extra) for p in range(world_size)), kind)
 
@@ -68,7 +68,7 @@ class Layout:
 
     @cached_property
     def owners(self) -> np.ndarray:
-        """Which rank owns each chunk, int64 `[chunks]`."""
+        """The rank that owns each chunk, int64 `[chunks]`."""
         ranks = np.arange(self.world_size)
         return ranks if self.kind == "contiguous" else np.concatenate((ranks, ranks[::-1]))
 
@@ -89,12 +89,12 @@ class Layout:
         return np.concatenate(runs) if runs else np.empty(0, np.int64)
 
     def cut(self, rank: int, whole: Tensor) -> Tensor:
-        """Of the whole sequence `[B, S]` the rows of `rank`, `[B, L_rank]`: a view where they are one run."""
+        """The rows of `rank` from the whole sequence `[B, S]`, `[B, L_rank]`: a view if they are contiguous."""
         parts = [whole[:, chunk.start : chunk.stop] for chunk in self.chunks(rank)]
         return parts[0] if len(parts) == 1 else torch.cat([whole[:, :0], *parts], dim=1)
 
     def tokens(self, rank: int, order: TokenOrder) -> Tensor:
-        """The token of every row of `rank`, of a sequence without padding in `order`: int64 `[L_rank]`."""
+        """The token of every row of `rank` in a sequence without padding in `order`: int64 `[L_rank]`."""
         pieces = [order.permutation(self.seq_len, chunk.start, chunk.stop) for chunk in self.chunks(rank)]
         return torch.cat([torch.empty(0, dtype=torch.int64), *pieces])
 

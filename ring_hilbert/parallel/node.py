@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one autograd node: `ring_hilbert::attention`, an opaque operator for autograd, torch.compile and checkpointing.
 
-What a compiled graph knows of a call is q, k, v, a `Call` (constants), the number of the layer and the *handle* of the batch's
-`Prepared`, each an integer in a tensor on the CPU. Everything that differs between batches is behind the handle, what differs
-between layers follows from their number, and both are looked up when the operator runs, so that a new batch recompiles nothing and
-all layers are one graph; they are read without waiting for a device. What the node keeps for backward is q, k, v, out, lse,
-lse_error, and the handle, which keeps the facts alive.
+A compiled graph sees of a call only q, k, v, a `Call` (constants), the layer's number and the *handle* of the batch's `Prepared`,
+the latter two each an integer in a CPU tensor. Everything that differs between batches is behind the handle, what differs
+between layers follows from their number, and both are looked up when the operator runs, without synchronising: a new batch
+recompiles nothing and all layers share one graph. For backward the node saves q, k, v, out, lse, lse_error and the handle, which
+keeps the `Prepared` alive.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from ring_hilbert.parallel.ulysses import Ulysses
 
 
 class Call(NamedTuple):
-    """A call besides its tensors and facts, in the types that an operator's schema has.
+    """A call apart from its tensors and batch metadata, in types that an operator's schema allows.
 
     Attributes:
         segment_lengths, dilation_rates, offset_rule: of the pattern; a segment length of 0 is the whole sequence.
         shifts: `(head_shift, segment_shift)` of the pattern.
-        head_step, own: what `LayerRule` says of the other layers, the latter four integers each; 0 and empty without one.
+        head_step, own: from `LayerRule`, `own` as four integers per layer; 0 and empty without one.
         heads: `(first, total)` of the pattern, or empty.
         zero_keys: of the pattern.
-        causal: without a handle, whether keys at later rows (with an order, later tokens) are hidden.
-        curve, sides: without a handle, the token order: no curve is no order, one side a block, more a grid.
-        scale: of the scores.
+        causal: without a handle, whether keys at later rows (with an order, later tokens) are masked.
+        curve, sides: without a handle, the token order: no curve means no order, one side a block, more a grid.
+        scale: factor on the scores.
         backend: "triton", "torch" or "auto".
-        strategy: how rows reach other ranks; "auto" leaves the choice between exchange and ring to the batch.
+        strategy: how rows reach other ranks; "auto" defers the choice between exchange and ring to the batch.
         keep: whether rows of other ranks are kept for backward.
-        return_lse: whether somebody reads lse.
+        return_lse: whether lse is read.
         name: of the layer, for errors.
     """
 
@@ -79,7 +79,7 @@ class Call(NamedTuple):
         keep: bool = False,
         return_lse: bool = True,
     ) -> Call:
-        """The call with `pattern`; torch.compile traces through this."""
+        """The call for `pattern`; torch.compile traces through this."""
         head_step, own = 0, []
         if isinstance(pattern, LayerPattern):
             pattern, head_step, own_patterns = pattern.rule
@@ -97,18 +97,18 @@ class Call(NamedTuple):
 
     @property
     def pattern(self) -> DilatedPattern:
-        """The pattern that `of` was given, of layer 0 if it was one of many."""
+        """The pattern that `of` was given, that of layer 0 if given several."""
         return _pattern(
             tuple(self.segment_lengths), tuple(self.dilation_rates), self.offset_rule, *self.shifts, tuple(self.heads),
             self.zero_keys,
         )  # fmt: skip
 
     def at(self, layer: Tensor | None) -> Call:
-        """The call of one layer of those that this is the call of."""
+        """This call for one of its layers."""
         if layer is None:
             return self
         number = int(layer)
-        check = getattr(layer, "check", None)  # of whoever made the tensor; lost where hooks made a copy for backward
+        check = getattr(layer, "check", None)  # set by the maker of the tensor; lost if hooks copied it for backward
         if check is not None:
             check(number)
         fields = [self.own[i : i + 4] for i in range(0, len(self.own), 4)]
@@ -122,11 +122,11 @@ class Call(NamedTuple):
 
     @property
     def keeps_all(self) -> bool:
-        """Whether what forward keeps is all that backward needs."""
+        """Whether backward needs only what forward keeps."""
         return self.strategy == "ulysses"
 
     def default_facts(self, rows: int) -> Prepared:
-        """The `Prepared` of a call without a handle: one device, one document, positions by default."""
+        """The `Prepared` of a call without a handle: one device, one document, default positions."""
         return _default_facts(rows, self.causal, self.curve, tuple(self.sides))
 
 
@@ -149,7 +149,7 @@ def _default_facts(rows: int, causal: bool, curve: str, sides: tuple[int, ...]) 
 
 
 def agreed_fields(pattern: DilatedPattern | LayerPattern, scale: float | None, shapes: Shapes | None) -> dict[str, Any]:
-    """What all ranks must say alike of a call, by the names that errors use."""
+    """The fields of a call that must agree on all ranks, by their names in errors."""
     fields: dict[str, Any] = {"pattern": pattern, "scale": scale}
     if shapes is not None:
         fields |= {
@@ -162,13 +162,13 @@ def agreed_fields(pattern: DilatedPattern | LayerPattern, scale: float | None, s
 def attend(
     q: Tensor, k: Tensor, v: Tensor, prepared: Prepared | None, call: Call, layer: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`out [B, S, H, D]` and `lse [B, H, S]` of checked `q [B, S, H, D]`, `k, v [B, S, Hkv, D]`, rows as the caller has them.
+    """`out [B, S, H, D]` and `lse [B, H, S]` for validated `q [B, S, H, D]`, `k, v [B, S, Hkv, D]`, rows in the caller's order.
 
-    `layer`: which one, int64 `[]` on the CPU, of the layers that this is the call of.
+    `layer`: the number of the layer, int64 `[]` on the CPU, if the call is for several.
 
     Raises:
-        ValueError: on every rank, if a rank's q does not fit `prepared` or a rank's call is another one.
-        RuntimeError: backward ran after every trace of the batch was gone (see `Prepared.handle`).
+        ValueError: on every rank, if a rank's q does not fit `prepared` or its call differs.
+        RuntimeError: if backward runs after the batch's `Prepared` was freed (see `Prepared.handle`).
     """
     out, lse, *_ = _forward(q, k, v, None if prepared is None else prepared.handle, layer, *call)
     return out, lse.detach()
@@ -186,7 +186,7 @@ _OPTIONS: dict[str, Any] = {
 
 
 def _as_given(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """`function` in the dtypes that it computes in: autocast would lower the sums that are float32 for a reason."""
+    """`function` with autocast off, which would lower sums that must be float32."""
 
     @wraps(function)
     def run(tensor: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -279,7 +279,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     out, lse, lse_error, kept = output
     tensors = [kept] if call.keeps_all else [q, k, v, out, lse, lse_error, *([kept] if call.keep else [])]
     ctx.save_for_backward(*tensors, handle, layer)
-    # What hooks on saved tensors make of the handle need not keep the batch alive. A tensor that is being traced has none.
+    # A copy of the handle made by hooks on saved tensors may not keep the batch alive. A tensor being traced has none.
     ctx.prepared = getattr(handle, "held", None)
     ctx.refreshed = None if ctx.prepared is None else ctx.prepared.visible.refreshed
 
@@ -288,7 +288,7 @@ def _gradients(ctx: Any, dout: Tensor, *_unused: Tensor) -> tuple[Tensor | None,
     *saved, handle, layer = ctx.saved_tensors
     if ctx.prepared is not None and ctx.prepared.visible.refreshed != ctx.refreshed:
         raise RuntimeError(
-            "refresh() was called between forward and backward, which would see other documents and positions"
+            "refresh() was called between forward and backward, so backward would see other documents and positions"
         )
     gradients = _backward(dout, saved, handle, layer, ctx.kv_heads, *ctx.call)
     return *gradients, *[None] * (2 + len(ctx.call))

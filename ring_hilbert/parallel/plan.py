@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan: who visits which rows, who sends which rows to whom, and what that costs. Pure Python, no process group.
+"""The plan: which rank visits which rows, which rows each sends to which rank, and the cost. Pure Python, no process group.
 
-The operator executes the object that is counted here: what a plan predicts is what is sent, to the byte.
+The operator executes the very object counted here: a plan's predictions match what is sent to the byte.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PASSES = ("forward", "backward")
 
 
 class Shapes(NamedTuple):
-    """What all ranks must agree on besides the rows: `q [batch_size, S, num_heads, head_dim]`, `k, v [..., num_kv_heads, ...]`."""
+    """The shapes on which ranks must agree: `q [batch_size, S, num_heads, head_dim]`, `k, v [..., num_kv_heads, ...]`."""
 
     batch_size: int
     num_heads: int
@@ -38,14 +38,14 @@ class Shapes(NamedTuple):
 
 
 class Plan:
-    """The plan of one pattern on one sequence; made by `rh.plan`, or by a `Prepared` for the call at hand.
+    """The plan of one pattern on one sequence; made by `rh.plan`, or by a `Prepared` for the current call.
 
     Attributes:
-        pattern, layout, visible, shapes: what it is a plan of.
+        pattern, layout, visible, shapes: what is planned.
         strategy: "exchange", all rows in one collective; "ring", the same rows in hops, from one rank at a time; "ulysses",
             heads for rows.
-        deduplicate: visit every pair of local rows once (True; the pattern must be nested), once per branch (False), or as is
-            faster (None).
+        deduplicate: visit every pair of local rows once (True; the pattern must be nested), once per branch (False), or
+            whichever is faster (None).
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Plan:
         self.pattern, self.layout, self.visible, self.shapes = pattern, layout, visible, shapes
         self.strategy, self.deduplicate = check_strategy(strategy), deduplicate
         if strategy == "auto":
-            raise ValueError("a plan is of one strategy; parallel/choice.py chooses one")
+            raise ValueError("a plan needs one strategy, got 'auto'; parallel/choice.py chooses one")
         if pattern.zero_keys and visible.has_documents:
             raise ValueError(
                 "zero_keys=True counts the keys that fill up the segments of one whole sequence, but there are document_ids: "
@@ -71,7 +71,7 @@ class Plan:
         )
         in_row_order = visible.causal and visible.rises_at(layout.cuts)
         self.crossings = crossings_of(pattern, layout, in_row_order, shapes.num_kv_heads, shapes.batch_size)
-        # Else only those candidates travel that the batch's documents and positions let be seen.
+        # Otherwise only the candidates visible under the batch's documents and positions are sent.
         self.all_travel = not visible.has_documents and (not visible.causal or in_row_order)
         self._counts: dict[int, np.ndarray] = {}
 
@@ -90,7 +90,7 @@ class Plan:
         return local + crossing_visits(self.pattern, self.shapes.num_kv_heads, chunks, self.crossings.in_row_order)
 
     def hops(self, rank: int) -> tuple[HopCandidates, ...]:
-        """What may come to `rank` and leave it, and the visits over it."""
+        """What `rank` may receive and send, and the visits over it."""
         return hop_candidates(self.crossings, rank, ring=self.strategy == "ring")
 
     def of_heads(self, rank: int) -> Plan:
@@ -102,7 +102,7 @@ class Plan:
         )  # fmt: skip
 
     def deduplicates(self, chunk: Chunk) -> bool:
-        """Whether the pairs among the rows of `chunk` are visited once instead of once per branch."""
+        """Whether each pair of rows of `chunk` is visited once rather than once per branch."""
         if self.deduplicate is not None:
             return self.deduplicate
         if self.visible.has_documents or nested(self.pattern) is None:
@@ -111,7 +111,7 @@ class Plan:
         return regular and shells_pay(self.pattern, self.shapes.num_kv_heads, chunk, self.visible.causal)
 
     def _in_equal_blocks(self, chunk: Chunk) -> bool:
-        """Whether the innermost segments of `chunk` follow each other in position, and all are in one order within."""
+        """Whether the innermost segments of `chunk` ascend in position and all have the same order within."""
         if self.visible.batch_size > 1:
             return False
         innermost = min(self.pattern.branches, key=lambda branch: branch.segment_length or math.inf)
@@ -133,12 +133,12 @@ class Plan:
     # ---- costs
 
     def received_bytes(self, rank: int, pass_: str = "forward") -> int:
-        """Payload bytes that cross to `rank` from other ranks, nothing else counted.
+        """Payload bytes that `rank` receives from other ranks, nothing else.
 
-        "forward": the K and V rows it reads, in their dtype; under "ulysses" the rows of q, K, V of its heads, and of out of
-        its rows. "backward": the dK and dV rows that come back for the rows it sent, in float32 (float64 for float64);
+        "forward": the K and V rows it reads, in their dtype; under "ulysses" the rows of q, K, V of its heads, and of out for
+        its rows. "backward": the dK and dV rows returned for the rows it sent, in float32 (float64 for float64);
         under "ulysses" those of dout, dq, dK and dV, in the dtype of q unless kv heads are replicated. K and V that an
-        exchange or ring fetches again in backward are as many as in forward.
+        exchange or ring fetches again in backward are not included: as much as in forward.
         """
         if pass_ not in PASSES:
             raise ValueError(f"pass_ must be 'forward' or 'backward', got {pass_!r}")
@@ -154,7 +154,7 @@ class Plan:
         return sum(self.crossings.count(reader, rank) for reader in readers) * self._row_bytes(pass_)
 
     def counts(self, reader: int) -> np.ndarray:
-        """Payload rows that travel to `reader` from every rank, int64 `[P]`."""
+        """Payload rows sent to `reader` by every rank, int64 `[P]`."""
         if self.all_travel:
             return self.crossings.counts(reader)
         if reader in self._counts:
@@ -169,7 +169,7 @@ class Plan:
 
     @cached_property
     def traffic(self) -> dict[str, list[int]]:
-        """`received_bytes` of every rank, by pass: cheaper than one by one."""
+        """`received_bytes` of all ranks, by pass: cheaper than one by one."""
         if self.strategy == "ulysses":
             return self._traffic_of_heads()
         world = self.layout.world_size
@@ -198,13 +198,13 @@ class Plan:
         return traffic
 
     def refetched_bytes(self, rank: int) -> int:
-        """Payload bytes of K and V that cross to `rank` again in backward, unless they were kept (`save_remote`)."""
+        """Payload bytes of K and V that `rank` fetches again in backward, unless they were kept (`save_remote`)."""
         return 0 if self.strategy == "ulysses" else self.received_bytes(rank)
 
     def attention_flops(self, rank: int) -> int:
         """Forward FLOPs of the allowed pairs that `rank` computes, summed over branches: pairs x 4 D x query heads x batch.
 
-        The pairs of its rows; under "ulysses" those of all rows, for its heads.
+        Pairs are those of its rows; under "ulysses" of all rows, for its heads.
         """
         if self.strategy == "ulysses":
             return self.of_heads(rank).attention_flops(0)
@@ -221,7 +221,7 @@ class Plan:
     def executed_flops(self, rank: int) -> int:
         """Forward FLOPs of the pairs that the visits of `rank` compute, before documents and positions prune whole tiles.
 
-        Below `attention_flops` where pairs are deduplicated.
+        Lower than `attention_flops` where pairs are deduplicated.
         """
         if self.strategy == "ulysses":
             return self.of_heads(rank).executed_flops(0)
@@ -235,19 +235,19 @@ class Plan:
         return pairs * 4 * shapes.head_dim * (shapes.num_heads // shapes.num_kv_heads)
 
     def memory_bytes(self, rank: int) -> int:
-        """Bytes of one layer's attention at its peak on `rank`, in backward: tensors of its rows, and what has arrived.
+        """Peak bytes of one layer's attention on `rank`, in backward: tensors of its rows, and received data.
 
-        q, k, v, out, dout, dq, dk, dv, lse and its rounding; and received K and V with their gradients in float32 (a ring:
-        of two hops), or the same tensors once more in the other layout ("ulysses").
+        q, k, v, out, dout, dq, dk, dv, lse and its rounding error; and received K and V with their gradients in float32 (in a
+        ring: of two hops), or the same tensors again in the other layout ("ulysses").
         """
         return self.own_bytes(rank) + self.remote_bytes(rank)
 
     def own_bytes(self, rank: int) -> int:
-        """Of `memory_bytes`, the tensors of the rank's own rows."""
+        """The part of `memory_bytes` for tensors of the rank's own rows."""
         return self._tensor_bytes(self.layout.lengths[rank], self.shapes.num_heads, self.shapes.num_kv_heads)
 
     def remote_bytes(self, rank: int) -> int:
-        """Of `memory_bytes`, what has arrived from other ranks."""
+        """The part of `memory_bytes` received from other ranks."""
         if self.strategy == "ulysses":
             share = self.shares[rank]
             return self._tensor_bytes(self.layout.seq_len, len(share.heads), len(share.kv_heads))
@@ -259,7 +259,7 @@ class Plan:
         return batch * rows * (4 * (heads + kv_heads) * dim * dtype.itemsize + 2 * heads * max(4, dtype.itemsize))
 
     def buffer_rows(self, rank: int) -> int:
-        """The most payload rows of other ranks that `rank` holds at a time, in an exchange or a ring."""
+        """The most payload rows of other ranks that `rank` holds at once, in an exchange or a ring."""
         if not self.crossings.communicates:
             return 0
         counts = self.counts(rank)
@@ -270,7 +270,7 @@ class Plan:
         return int(max((in_turn[:-1] + in_turn[1:]).max(initial=0), in_turn.max(initial=0)))
 
     def _pairs(self, branch: Branch, segments: Segments, offset: int) -> int:
-        """Allowed pairs of the rows in `segments` with all rows of their segments, for one head; entries summed."""
+        """Allowed pairs of the rows in `segments` with all rows of their segments, for one head, summed over the batch."""
         w, rate = branch
         queries = rows_in(segments, rate, offset)
         if queries is None:
@@ -293,7 +293,7 @@ class Plan:
 
     @cached_property
     def _countable(self) -> bool:
-        """Allowed pairs are counted in closed form: no documents, and rows of a chunk see distinct positions as a triangle."""
+        """Whether allowed pairs have a closed form: no documents, and the rows of a chunk see each other as a triangle."""
         return self.visible.default and (not self.visible.causal or self.crossings.in_row_order)
 
     @cached_property
@@ -307,7 +307,7 @@ class Plan:
         return [self.attention_flops(rank) for rank in range(self.layout.world_size)]
 
     def summary(self) -> str:
-        """A few lines for a person: rows, bytes, FLOPs (min, mean, max over ranks), imbalance."""
+        """A short readable report: rows, bytes, FLOPs (min, mean, max over ranks), imbalance."""
         world, shapes, pattern = self.layout.world_size, self.shapes, self.pattern
         branches = ", ".join(f"{'all' if w is None else w}/{r}" for w, r in pattern.branches)
         lines = [
@@ -333,7 +333,7 @@ class Plan:
 
 
 def check_strategy(strategy: str) -> str:
-    """The strategy, if there is one of this name; else a ValueError."""
+    """`strategy`; ValueError if there is none of this name."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is not supported; use one of {', '.join(map(repr, STRATEGIES))}")
     return strategy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rh.plan`: a plan of a sequence over ranks that need not exist."""
+"""`rh.plan`: a plan for ranks that need not exist."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ring_hilbert.parallel.plan import Plan, Shapes, check_strategy
 
 
 def order_warnings(pattern: DilatedPattern, order: TokenOrder | None, causal: bool) -> list[str]:
-    """What a person should know about causal text in this order (docs/design.md: the local branch keeps its nearest tokens)."""
+    """Warnings about causal text in this order (docs/design.md: the local branch keeps its nearest tokens)."""
     if order is None or not causal or order.block is None:
         return []
     block = order.block
     return [
-        f"order.block={block} does not divide segment length {w} of an undilated branch: its segments are then not the "
-        "token sets of raster order, and a token loses some of its nearest predecessors"
+        f"order.block={block} does not divide segment length {w} of an undilated branch: its segments then differ from "
+        "those of raster order in their tokens, and a token loses some of its nearest predecessors"
         for w, r in pattern.branches
         if r == 1 and w is not None and w % block
     ]
@@ -47,25 +47,25 @@ def plan(
     document_ids: np.ndarray | torch.Tensor | None = None,
     strategy: str = "auto",
 ) -> Plan:
-    """Plan dilated attention of `seq_len` rows over `world_size` ranks, without any of them.
+    """Plan dilated attention of `seq_len` rows over `world_size` ranks, none of which needs to exist.
 
     Args:
         pattern: the branches.
         seq_len: rows of the whole sequence, `S`.
         world_size: ranks, `P`.
         num_heads, num_kv_heads, head_dim, dtype, batch_size: of `q [B, S, H, D]` and `k, v [B, S, Hkv, D]`.
-        causal: keys with a larger position are hidden; positions are token indices.
+        causal: mask keys with a larger position; positions are token indices.
         layout: "contiguous" or "zigzag".
-        local_lengths: rows of each rank; default `seq_len // world_size`, the first ranks one more.
-        order: the order that the rows are in.
+        local_lengths: rows of each rank; default `seq_len // world_size`, the remainder over the first ranks.
+        order: the order of the rows.
         document_ids: `[S]` or `[B, S]` integers in natural token order, -1 for padding.
-        strategy: "exchange", "ring", "ulysses", or "auto": the one that is expected to be the fastest.
+        strategy: "exchange", "ring", "ulysses", or "auto": the one expected to be fastest.
 
     Returns:
         A `Plan`: `received_bytes(rank, pass_)`, `attention_flops(rank)`, `imbalance`, `summary()`.
 
     Raises:
-        ValueError: for sizes that do not fit each other.
+        ValueError: for inconsistent sizes.
     """
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if num_kv_heads < 1 or num_heads % num_kv_heads:

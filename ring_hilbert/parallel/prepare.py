@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`prepare`: all ranks of a group agree on the facts of a batch before any row is sent."""
+"""`prepare`: all ranks of a group agree on a batch's metadata before any row is sent."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def prepare(
     strategy: str = "auto",
     save_remote: bool = False,
 ) -> Prepared:
-    """Agree on the facts of one batch with all ranks of `group`: one gather, on which every mistake surfaces everywhere.
+    """Agree on one batch's metadata with all ranks of `group`: one gather, which raises any rank's mistake on all.
 
     Args:
         local_len: rows of this rank, `S_local`; may differ between ranks and be 0.
         group: process group or 1-D DeviceMesh; None is one device.
         layout: "contiguous": group rank p holds rows `[sum L_<p, + L_p)`. "zigzag": of 2P equal chunks rank p holds chunk p,
             then chunk 2P-1-p, which balances dense causal attention.
-        order: given by callers whose tensors are in natural token order; its `block` must divide every rank's boundary.
+        order: for callers whose tensors are in natural token order; its `block` must divide every rank boundary.
         positions: integers `[S_local]` or `[B, S_local]` for causality; default the row index (with `order`, token index).
         document_ids: integers `[S_local]` or `[B, S_local]`; -1 marks padding rows.
-        causal: keys with a larger position are hidden.
+        causal: mask keys with a larger position.
         strategy: "exchange" (one collective brings all rows), "ring" (the same rows in hops, from one rank at a time, for
             patterns that read more of other ranks than fits), "ulysses" (every rank gets all rows for some of the heads), or
-            "auto": by the plan, once per job.
+            "auto": chosen by the plans, once per job.
         save_remote: keep the received rows for backward instead of fetching them again.
 
     Returns:
-        A `Prepared`, to be passed as `dilated_attention(..., prepared=...)`.
+        A `Prepared`, for `dilated_attention(..., prepared=...)`.
 
     Raises:
         ValueError: on every rank, naming the rank and the field that is wrong.
@@ -71,7 +71,7 @@ def prepare_call(
     strategy: str,
     save_remote: bool = False,
 ) -> Prepared:
-    """`prepare` that is also `agree` on the fields of a call, or on the `error` this rank already knows of."""
+    """`prepare` combined with `agree` on the fields of a call, or on the `error` already found by this rank."""
     process_group, rank, _ = resolve_group(group)
     local = {"positions": positions, "document_ids": document_ids}
     facts: dict[str, Tensor] = {}
@@ -108,7 +108,7 @@ def prepare_call(
     prepared = Prepared(rows, rank, process_group, visible, order=order, strategy=strategy, save_remote=save_remote)
     late = (
         documents is not None and documents.device.type != "cpu" and documents.numel()
-    )  # read with what must be read anyway
+    )  # read together with what must be read anyway
     least = [documents.amin()] if documents is not None and late else []
     for (lowest,) in prepared.find_travel(None, *least):
         if lowest < -1:
@@ -117,7 +117,7 @@ def prepare_call(
 
 
 def _fact(name: str, value: Tensor, local_len: int) -> Tensor:
-    """A validated fact as int64 `[B or 1, S_local]`."""
+    """Validated positions or document ids as int64 `[B or 1, S_local]`."""
     if (
         not isinstance(value, Tensor)
         or value.dtype.is_floating_point

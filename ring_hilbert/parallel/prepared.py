@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Prepared`: everything true of one batch and nothing of the pattern."""
+"""`Prepared`: all metadata of one batch, independent of the pattern."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ring_hilbert.parallel.plan import Plan, Shapes
 from ring_hilbert.parallel.travel import HopTravel, read_counts
 from ring_hilbert.parallel.ulysses import Ulysses
 
-KEPT_CALLS = 512  # whose rows that travel are counted as soon as a batch is prepared
-FORGOTTEN_AFTER = 4  # batches prepared for a call without one
+KEPT_CALLS = 512  # whose rows to send are counted as soon as a batch is prepared
+FORGOTTEN_AFTER = 4  # batches prepared in a row without this call
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +34,14 @@ _calls: weakref.WeakKeyDictionary[dist.ProcessGroup, OrderedDict[_EarlierCall, i
 
 
 class _EarlierCall(NamedTuple):
-    """What was asked of an earlier batch of a layout, and most likely will be of the next."""
+    """A call made with an earlier batch of a layout, and most likely made again with the next."""
 
     layout: Layout
     key: _Key
 
 
 class _Key(NamedTuple):
-    """What a plan is made and bound for."""
+    """What a plan is made for and bound to."""
 
     pattern: DilatedPattern
     shapes: Shapes
@@ -51,26 +51,26 @@ class _Key(NamedTuple):
 
 
 class Prepared:
-    """The facts of one batch on one rank: lengths, positions and documents of all rows, order, group.
+    """The metadata of one batch on one rank: lengths, positions and documents of all rows, order, group.
 
-    Make it with `prepare` or `shard_batch` once per batch and hand it to every layer. Plans and index tensors are cached in
-    it per pattern.
+    Make it once per batch with `prepare` or `shard_batch` and pass it to every layer. It caches plans and index tensors per
+    pattern.
 
     Attributes:
         layout: rows of every rank.
         rank: this rank within the group (0 without one).
         group: the process group, or None.
-        visible: what the rows of the whole sequence see.
-        order: the order of a caller with natural-order tensors (`dilated_attention(order=...)`), else None.
+        visible: which keys each row of the whole sequence sees.
+        order: for callers with tensors in natural order (`dilated_attention(order=...)`), else None.
         strategy: how rows reach other ranks; "auto" is resolved by `strategy_for`.
         save_remote: whether received rows are kept for backward instead of being fetched again.
         rows: int64 `[1 or B, S_local]`, on the device of the batch: the natural token index of every local row.
-        position_ids: int64 `[B, S_local]`, what `shard_batch` returned as such, or None; integrations check that the
-            model was given them.
-        position_ids_checked: whether that was done for this batch.
-        handle: int64 `[]` on the CPU, what compiled graphs and autograd hold of these facts, and keep them alive by. So
-            nobody needs to keep this object until backward, but for one case: compiled code under hooks that save copies
-            of tensors (`torch.autograd.graph.save_on_cpu`).
+        position_ids: int64 `[B, S_local]`, those that `shard_batch` returned, or None; integrations check that the model was given
+            them.
+        position_ids_checked: whether that was checked for this batch.
+        handle: int64 `[]` on the CPU, by which compiled graphs and autograd refer to this metadata and keep it alive. So
+            nobody needs to keep this object until backward, except compiled code under hooks that save copies of tensors
+            (`torch.autograd.graph.save_on_cpu`).
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Prepared:
         self.handle = self._new_handle()
 
     def _new_handle(self) -> Tensor:
-        """A handle of another object with the same contents, which share all caches; the handle of `self` were a cycle."""
+        """A handle of another object that shares contents and caches; a handle of `self` would be a cycle."""
         contents = object.__new__(Prepared)
         contents.__dict__.update(self.__getstate__())
         return new_handle(contents)
@@ -115,7 +115,7 @@ class Prepared:
 
     @property
     def causal(self) -> bool:
-        """Whether keys with a larger position are hidden."""
+        """Whether keys with a larger position are masked."""
         return self.visible.causal
 
     def plan(self, pattern: DilatedPattern, shapes: Shapes) -> Plan:
@@ -124,9 +124,9 @@ class Prepared:
         return self._plan(_Key(pattern, shapes, torch.device("cpu"), "torch", strategy))
 
     def strategy_for(self, pattern: DilatedPattern, shapes: Shapes, *, whole_heads: bool = False) -> str:
-        """The strategy of a call; an "auto" one is chosen once per group, from what its ranks know alike, and logged.
+        """The strategy of a call; "auto" is resolved once per group, from what all its ranks know, and logged.
 
-        `whole_heads`: not "ulysses".
+        `whole_heads`: rule out "ulysses".
         """
         if self.group is None or self.strategy != "auto":
             return "exchange" if self.strategy == "auto" else self.strategy
@@ -137,7 +137,7 @@ class Prepared:
             chosen[key], reason = choice.strategy, choice.reason
             if whole_heads and choice.strategy == "ulysses":
                 chosen[key] = "exchange" if choice.costs["exchange"].fits else "ring"
-                reason = "compiled code takes 'ulysses' only if that is asked for"
+                reason = "compiled code uses 'ulysses' only on request"
             if self.rank == 0:
                 log.info("strategy %r for %s over %d ranks: %s", chosen[key], pattern, self.layout.world_size, reason)
         return chosen[key]
@@ -159,7 +159,7 @@ class Prepared:
         return self._executions[key]
 
     def _plan(self, key: _Key) -> Plan:
-        # Fused kernels of other devices take no weights, and the Triton core deduplicates by itself.
+        # Fused kernels of other devices take no weights, and the Triton core deduplicates itself.
         deduplicate = None if key.device.type == "cpu" else False
         return Plan(key.pattern, self.layout, self.visible, key.shapes, key.strategy, deduplicate)
 
@@ -176,9 +176,9 @@ class Prepared:
         return Execution(plan, self.rank, self.group, key.device, key.backend, self._travels.pop(key, None))
 
     def find_travel(self, batch: int | None, *also: Tensor) -> list[Any]:
-        """Find what travels for the calls that were made with earlier batches like this one of `batch` entries (None: any).
+        """Find what to send for the calls made with earlier batches like this one of `batch` entries (None: any).
 
-        The one read of the device: it also brings the values of `also`, integers of any shape, as lists.
+        The only read from the device; it also returns the values of `also`, integers of any shape, as lists.
         """
         calls = OrderedDict[_EarlierCall, int]() if self.group is None else _calls.setdefault(self.group, OrderedDict())
         for call in list(calls):
@@ -196,27 +196,27 @@ class Prepared:
         return read_counts([shipment for travel in travels for shipment in (travel.received, travel.sent)], also)
 
     def refresh(self, positions: Tensor | None = None, document_ids: Tensor | None = None) -> None:
-        """Take another batch's positions and documents in place: for one device, the same shapes, and what was given before.
+        """Take another batch's positions and documents in place, on one device, of the same shapes and kinds as before.
 
-        Layers see them from their next launch on. Nothing is read by the host and nothing checked, so that it can be captured in
-        a CUDA graph together with forward and backward.
+        Layers see them from their next launch on. The host reads and checks nothing, so that this can be captured in a CUDA
+        graph together with forward and backward.
 
         Args:
             positions: integers `[S]` or `[B, S]`, as in `prepare`.
             document_ids: integers `[S]` or `[B, S]`, -1 or more.
 
         Raises:
-            ValueError: with a group of ranks, other shapes, or facts that were not given when this was prepared.
+            ValueError: with a group, for other shapes, or unless exactly those given to `prepare` are given.
         """
         if self.group is not None:
             raise ValueError(
-                "refresh() is for one device; with a group prepare every batch anew: ranks must count what travels"
+                "refresh() is for one device; with a group, prepare every batch anew: ranks must count the rows to send"
             )
         given = [None if x is None else torch.atleast_2d(x).to(torch.int64) for x in (positions, document_ids)]
         if self.order is not None:
             given = [None if x is None else x[:, self.visible.places(x.device)[0]] for x in given]
         self.visible.refresh(*given)
-        for key in [key for key in self._executions if key.backend != "triton"]:  # decided on the host, once
+        for key in [key for key in self._executions if key.backend != "triton"]:  # decided once, on the host
             del self._executions[key]
 
     def permutation(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
@@ -231,7 +231,7 @@ class Prepared:
         return self._permutations[device]
 
     def misfit(self, q: Tensor) -> str | None:
-        """Why `q [B, S, H, D]` cannot be the rows of this batch on this rank, or None if it can."""
+        """Why `q [B, S, H, D]` cannot be this rank's rows of this batch; None if it can."""
         if q.shape[1] != self.local_len:
             return f"q must have the {self.local_len} rows that prepared says this rank holds, got {list(q.shape)}"
         if self.visible.batch_size not in (1, q.shape[0]):
@@ -239,7 +239,7 @@ class Prepared:
         return None
 
     def agree(self, fields: dict[str, Any], error: str | None) -> None:
-        """Make sure, on all ranks together, that a call with `fields` (hashable values) is everybody's and is valid.
+        """Make sure, collectively, that the call is valid and that its `fields` (hashable values) are the same on all ranks.
 
         One small collective the first time a group sees these fields, nothing afterwards.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hops: what may travel to and from a rank at once, and the partial attention of its queries over it, whatever the batch."""
+"""Hops: what a rank may receive and send at once, and its queries' partial attention over it, whatever the batch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ring_hilbert.parallel.crossings import Block, Crossings
 
 @dataclass(frozen=True, eq=False)
 class Hop:
-    """The candidates that one rank receives and sends at once, by the rank they come from and go to, and the visits over them.
+    """The candidates that one rank receives and sends at once, by source and destination rank, and the visits over them.
 
-    `distance`, in a ring: rows come from the rank that many places before, and go to the one that many after.
+    `distance`: in a ring, rows come from the rank that many places before and go to the one that many after.
     """
 
     distance: int
@@ -60,7 +60,9 @@ def _visits(crossings: Crossings, rank: int, received: dict[int, list[Block]]) -
     if not any(received.values()):
         return
     batch = crossings.batch_size
-    at: dict[int, tuple[list[np.ndarray], list[np.ndarray]]] = {}  # by head: its rows, and their candidates by entry
+    at: dict[
+        int, tuple[list[np.ndarray], list[np.ndarray]]
+    ] = {}  # by head: its rows, and their candidates by batch entry
     size = 0
     for owner in sorted(received):
         for head, rows in received[owner]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`shard_batch`: from a full batch of tokens to one rank's rows, with everything a model needs to train on them."""
+"""`shard_batch`: from a full batch of tokens to one rank's rows, with all that a model needs to train on them."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def shard_batch(
         batch: integer tensors `[B, S]` in natural token order, the same on all ranks of `group`: `input_ids`, and optionally
             `labels` (not shifted, -100 ignored; default `input_ids`), `document_ids` (-1 for padding), `attention_mask`
             (0 for padding, else 1), `position_ids` (default: restart per document). As in Transformers, position ids without
-            a mask say where packed documents start: wherever they jump. With `document_ids` too, a document's position ids
-            count its tokens, from any number on.
+            a mask mark where packed documents start: wherever they jump. With `document_ids` as well, a document's position
+            ids must count its tokens, starting anywhere.
         group: process group or 1-D DeviceMesh; None is one device.
-        order: order of the rows; the real tokens are ordered first, padding rows follow them.
+        order: order of the rows; only the real tokens are ordered, padding rows follow them.
         layout: "contiguous" or "zigzag", as in `prepare`; zigzag needs `S % 2P == 0`.
-        local_lengths: rows of each rank; default `S // P`, the first `S % P` ranks one more.
+        local_lengths: rows of each rank; default `S // P`, the first `S % P` ranks one extra.
         presharded: the batch holds only this rank's tokens, a contiguous piece `[B, S_local]` of the natural order.
         causal, strategy, save_remote: as in `prepare`.
-        device: where the tensors go; default: where `input_ids` is. A batch that is still on the host is read there, and sent
-            without waiting for what the device has to do.
+        device: where the tensors go; default: that of `input_ids`. A batch still on the host is read there and sent without
+            waiting for the device's pending work.
 
     Returns:
         `input_ids`, `position_ids`, `shift_labels` (the next token of the same document, or -100), `document_ids`, all
@@ -66,7 +66,7 @@ def shard_batch(
         check_layout(layout)
         strategy = check_strategy(strategy)
         record = _checked(batch, presharded)
-        if not presharded:  # a mistake in it is an error on all ranks, whether all have made it or one
+        if not presharded:  # a mistake in it, on one rank or all, is an error on all
             documents = _documents(record)
     except ValueError as problem:
         error = str(problem)
@@ -98,7 +98,7 @@ def shard_batch(
     different = {id(x): x for x in (*record.values(), documents)}  # one tensor may be several of these
     sent = {name: _sent(x, there) for name, x in different.items()}
     record, documents = {key: sent[id(x)] for key, x in record.items()}, sent[id(documents)]
-    sums = list[Tensor]()  # by rank and key; they are compared where the host reads the device anyway
+    sums = list[Tensor]()  # by rank and key; compared when the host reads from the device anyway
     if not presharded and process_group is not None:
         mine = torch.stack([_checksum(x) for x in record.values()])
         sums.append(torch.stack(from_all(mine, process_group)))
@@ -129,7 +129,7 @@ def prepare_tokens(documents: Tensor, order: TokenOrder, *, causal: bool = True)
     Args:
         documents: document ids int64 `[B, S]` in natural token order, -1 for padding, which may be anywhere.
         order: of the real tokens.
-        causal: positions are token indices.
+        causal: mask later tokens; positions are token indices.
     """
     tokens = _token_of_row(documents, order, all_real=False)
     layout = Layout((documents.shape[1],))
@@ -145,7 +145,7 @@ def _prepare(
         visible = Visible(layout.seq_len, causal, order=order)
     else:
         by_row = documents.gather(1, tokens.expand(len(documents), -1))
-        if by_row.device.type == "cpu":  # what all entries share is computed once
+        if by_row.device.type == "cpu":  # shared by all entries: computed once
             by_row, tokens = _shared(by_row), _shared(tokens)
         visible = Visible(layout.seq_len, causal, order=order, positions=tokens, documents=by_row, natural=True)
     return Prepared(
@@ -154,14 +154,14 @@ def _prepare(
 
 
 def _checked(batch: Mapping[str, Any], presharded: bool) -> dict[str, Tensor]:
-    """The known keys of a batch as validated int64 `[B, S]`, where they are."""
+    """The known keys of a batch as validated int64 `[B, S]`, on their own device."""
     unknown = sorted(set(batch) - set(KEYS))
     if unknown:
         raise ValueError(f"batch has unknown keys {unknown}; it may have {', '.join(KEYS)}")
     if "input_ids" not in batch:
         raise ValueError(f"batch needs 'input_ids' [B, S], got keys {sorted(batch)}")
     tensors = dict[str, Tensor]()
-    for key in KEYS:  # in one order on all ranks, whatever that of their dictionaries
+    for key in KEYS:  # in the same order on all ranks, whatever that of their dictionaries
         value = batch.get(key)
         if value is None:
             continue
@@ -179,14 +179,14 @@ def _checked(batch: Mapping[str, Any], presharded: bool) -> dict[str, Tensor]:
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`. The host does not wait for what a CUDA device has still to do: that needs pinned memory."""
+    """`x` on `device`, through pinned memory, so that the host does not wait for a CUDA device's pending work."""
     if x.device.type == "cpu" and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 def _checksum(x: Tensor) -> Tensor:
-    """A number of the contents, to compare over ranks: int64 `[]`."""
+    """A checksum of the contents, to compare over ranks: int64 `[]`."""
     place = torch.arange(x.numel(), device=x.device)
     mixed = (x.flatten() + 0x1E3779B97F4A7C15) * (2 * place + 1) * 0x2545F4914F6CDD1D
     return (mixed ^ (mixed >> 29)).sum()
@@ -201,7 +201,7 @@ def _raise_difference(sums: np.ndarray, keys: Sequence[str]) -> None:
 
 
 def _documents(record: dict[str, Tensor]) -> Tensor:
-    """Document ids `[B, S]`, -1 where either the ids or the mask say padding; without both, where position ids jump."""
+    """Document ids `[B, S]`, -1 where the ids or the mask mark padding; without either, documents begin where positions jump."""
     mask, positions = record.get("attention_mask"), record.get("position_ids")
     documents = record["document_ids"] if "document_ids" in record else torch.zeros_like(record["input_ids"])
     if documents.numel() and (least := _plain(documents).min()) < PADDING:
@@ -209,8 +209,8 @@ def _documents(record: dict[str, Tensor]) -> Tensor:
     if mask is not None:
         if not (_plain(mask) >> 1 == 0).all():
             raise ValueError(
-                f"batch['attention_mask'] must be 0 for padding, else 1, got values from {mask.min()} to {mask.max()}; which "
-                "document a token belongs to is said by document_ids"
+                f"batch['attention_mask'] must be 0 for padding, else 1, got values from {mask.min()} to {mask.max()}; to say "
+                "which document a token belongs to, use document_ids"
             )
         return documents.masked_fill(mask == 0, PADDING)
     if positions is None:
@@ -233,23 +233,23 @@ def _check_positions(positions: np.ndarray, documents: np.ndarray) -> None:
             raise ValueError(
                 f"batch['position_ids'][{entry}, {token}] is {line[token]}, which starts another document after "
                 f"{line[before]} at token {before}, but document_ids say {ids[token]} for both; leave out one of the two, or "
-                "say with an attention_mask that position_ids mean no documents"
+                "give an attention_mask if position_ids do not mark documents"
             )
 
 
 def _one_document(documents: Tensor) -> bool:
-    """Whether all tokens of a batch are one document, and none is padding."""
+    """Whether all tokens of a batch are one document without padding."""
     ids = _plain(documents)
     return bool(ids[0, 0] == ids[-1, -1] != PADDING) and bool((ids == ids[0, 0]).all())
 
 
 def _plain(x: Tensor) -> Any:
-    """A tensor of the host as an array: torch would wake a thread for every core, which takes longer than looking at it."""
+    """A host tensor as an array: torch would wake a thread per core, which takes longer than reading the data."""
     return x.numpy() if x.device.type == "cpu" else x
 
 
 def _per_document(labels: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-    """(label of the next token of the same document or -100, place of each token within its document), both `[B, S]`.
+    """(label of the next token of the same document or -100, index of each token within its document), both `[B, S]`.
 
     Equal ids in separate runs are one document, here as in the attention.
     """
@@ -270,7 +270,7 @@ def _token_of_row(documents: Tensor, order: TokenOrder | None, *, all_real: bool
     if order is None:
         return index
     if order.size is not None:
-        for line in documents:  # a grid has a cell for every real token, and no other
+        for line in documents:  # a grid must have exactly one cell for every real token
             real = size if all_real else int((line != PADDING).sum())
             if real:
                 order.permutation(real)
@@ -280,12 +280,12 @@ def _token_of_row(documents: Tensor, order: TokenOrder | None, *, all_real: bool
     padding = documents == PADDING
     real_first = padding.int().argsort(dim=1, stable=True)
     count = (~padding).sum(1, keepdim=True)
-    # Of a curve through all cells that of the first `count` is what remains without the others.
+    # The curve through the first `count` tokens is the curve through all with the others left out.
     within = (curve < count).expand(batch, -1)
     row = torch.where(within, within.cumsum(1) - 1, curve)
     return torch.empty_like(real_first).scatter_(1, row, real_first.gather(1, curve.expand(batch, -1)))
 
 
 def _shared(lines: Tensor) -> Tensor:
-    """The first line alone if all lines are the same."""
+    """Only the first line if all lines are equal."""
     return lines[:1] if bool((lines == lines[:1]).all()) else lines

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which candidates a batch sends: those that some query of the reader sees, to the row. A flag each, made on the device.
+"""Which candidates a batch sends: exactly those that some query of the reader sees. One flag each, computed on the device.
 
-Both ends of a shipment know what the whole sequence sees, so each finds the same flags by itself. A prefix sum of the flags gives
-the place of a row in what is packed; how many there are is the one thing that the host must read, see `read_counts`.
+Both ends of a shipment know the visibility of the whole sequence, so each computes the same flags by itself. A prefix sum of the
+flags gives a row's index in the packed buffer; the counts are all that the host must read, see `read_counts`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ring_hilbert.parallel.remote import Hop, hops_of, payload
 
 
 class _Groups(NamedTuple):
-    """Queries and the keys that they may see, group by group; and which keys each payload row stands for, int64.
+    """Queries and the keys that they may see, by group, and the keys that each payload row stands for, int64.
 
-    A group is a reach of one offset; a *unit* is a row for the heads of equal offsets. Any of a unit's links makes it travel.
+    A group is a reach of one offset; a *unit* is a row for the heads of equal offsets. Any visible link of a unit has it sent.
     """
 
     query_group: Tensor
@@ -40,11 +40,11 @@ class _Groups(NamedTuple):
 
 
 class Candidates:
-    """The payload rows that may travel from some ranks to one reader, in the order of its buffer.
+    """The payload rows that some ranks may send to one reader, in the order of its buffer.
 
     Args:
-        crossings: the segments that reach over rank boundaries.
-        reader: who may see them.
+        crossings: the segments that cross rank boundaries.
+        reader: the rank that may see them.
         blocks: the rows, by owner.
     """
 
@@ -66,7 +66,7 @@ class Candidates:
         crossings, batch = self.crossings, self.crossings.batch_size
         reaches, windows = crossings.toward(self.reader, *self.owners)
         columns: list[list[np.ndarray]] = [[] for _ in range(5)]
-        unit_of: dict[int, tuple[np.ndarray, int]] = {}  # by head: the rows of its units, and the first one's number
+        unit_of: dict[int, tuple[np.ndarray, int]] = {}  # by head: the rows of its units, and the number of the first
         self.groups = self.units = 0
         for offsets, heads in crossings.head_classes(frozenset(reach.branch for reach in reaches)):
             found = list[tuple[np.ndarray, np.ndarray]]()
@@ -93,7 +93,7 @@ class Candidates:
         return [*(np.concatenate(empty + column) for column in columns), entry, row, np.concatenate(empty + units)]
 
     def travel(self, seen: Intervals) -> Tensor:
-        """Which payload rows travel in a batch: bool `[n]`."""
+        """Which payload rows a batch sends: bool `[n]`."""
         groups, entries = self.on(seen.key.device), len(seen.key)
         entry = torch.arange(entries, device=seen.key.device)[:, None]
         query_group, key_group = (
@@ -114,12 +114,12 @@ class Candidates:
 
 @dataclass(frozen=True, eq=False)
 class Shipment:
-    """One direction of a hop: the candidates from or to every rank, and which of them travel (None: all).
+    """One direction of a hop: the candidates from or to every rank, and which of them are sent (None: all).
 
     Attributes:
-        ranks: from or to whom, and `sizes`: how many candidates each.
+        ranks: the source or destination ranks, and `sizes`: the number of candidates of each.
         flags: bool `[n]`, or None.
-        counts: how many travel, by rank; known once `read_counts` has run.
+        counts: how many are sent, by rank; known once `read_counts` has run.
     """
 
     ranks: list[int]
@@ -129,20 +129,22 @@ class Shipment:
 
     @cached_property
     def place(self) -> Tensor | None:
-        """Where each candidate lies in what is packed, int64 `[n]`, -1 for one that does not travel; None: all do."""
+        """The index of each candidate in the packed buffer, int64 `[n]`, -1 if it is not sent; None: all are."""
         return None if self.flags is None else torch.where(self.flags, self.flags.cumsum(0) - 1, -1)
 
     def chosen(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Of `values [n]` of the candidates those of the rows that travel."""
+        """Those of the candidates' `values [n]` whose rows are sent."""
         if self.place is None:
             return list(values)
         total, index = sum(self.counts.values()), torch.arange(len(self.place), device=self.place.device)
-        index = index.new_zeros(total + 1).scatter_(0, self.place % (total + 1), index)[:total]  # -1 is behind the last
+        index = index.new_zeros(total + 1).scatter_(0, self.place % (total + 1), index)[
+            :total
+        ]  # -1 maps behind the last
         return [x[index] for x in values]
 
 
 def read_counts(shipments: Sequence[Shipment], also: Sequence[Tensor] = ()) -> list[list[int]]:
-    """Let the host know how many rows travel, and the integers `also`: one read of the device for everything."""
+    """Read how many rows are sent, and the integers `also`, in a single transfer from the device."""
     values = [x.flatten().long() for x in also]
     for shipment in shipments:
         if shipment.flags is None:
@@ -161,7 +163,7 @@ def read_counts(shipments: Sequence[Shipment], also: Sequence[Tensor] = ()) -> l
 
 
 class HopCandidates:
-    """The candidates of a hop of one rank: those that come, and those that go to each reader."""
+    """The candidates of one rank's hop: those received, and those for each reader."""
 
     def __init__(self, crossings: Crossings, rank: int, hop: Hop) -> None:
         self.hop = hop
@@ -185,7 +187,7 @@ class HopCandidates:
         return self._indices[device]
 
     def in_batch(self, visible: Visible, device: torch.device, all_travel: bool) -> HopTravel:
-        """What travels in a batch, but for its counts."""
+        """What a batch sends, except the counts."""
         seen = visible.on(device)
         flags = None if all_travel else self.incoming.travel(seen)
         received = Shipment(self.incoming.owners, self.incoming.sizes, flags)
@@ -199,7 +201,7 @@ class HopCandidates:
 
 @dataclass(frozen=True, eq=False)
 class HopTravel:
-    """What travels to and from a rank in one hop of one batch."""
+    """What a rank receives and sends in one hop of one batch."""
 
     candidates: HopCandidates
     received: Shipment
@@ -207,7 +209,7 @@ class HopTravel:
     seen: Intervals
 
     def incoming(self) -> Incoming:
-        """What a core must know of what comes."""
+        """What a core must know of the received rows."""
         key = self.candidates.incoming.keys(self.seen)
         place = self.received.place
         if place is None:
@@ -215,7 +217,7 @@ class HopTravel:
         return Incoming(key.masked_fill(place < 0, HIDDEN), place.to(torch.int32), self.received.chosen([key])[0])
 
     def send_index(self) -> list[tuple[Tensor, ...]]:
-        """(batch entry, local row, kv head) of what goes to each rank of `sent`."""
+        """(batch entry, local row, kv head) of the rows for each rank of `sent`."""
         indices = self.sent.chosen(self.candidates.indices(self.seen.key.device))
         parts = [x.split([self.sent.counts[rank] for rank in self.sent.ranks]) for x in indices]
         return list(zip(*parts, strict=True))

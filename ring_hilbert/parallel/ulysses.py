@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ulysses: every rank gets the whole sequence for its share of the heads, and attends as on one device.
 
-After DeepSpeed Ulysses (arXiv 2309.14509). Offsets are those of the true heads, shares may be uneven, and kv heads are
-replicated where there are fewer of them than ranks. What arrived is kept for backward, in place of q, k, v and the results of
-this rank's rows.
+After DeepSpeed Ulysses (arXiv 2309.14509). Heads keep their global offsets, shares may be uneven, and kv heads are replicated
+where there are fewer of them than ranks. The received tensors are kept for backward instead of q, k, v and the results of this
+rank's rows.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ring_hilbert.parallel.execution import Execution
 from ring_hilbert.parallel.plan import Plan
 from ring_hilbert.parallel.wire import collective, communicator
 
-ALIGNED = 16  # bytes: where tensors begin in what is kept
+ALIGNED = 16  # bytes to which tensors are aligned in the kept buffer
 
 
 class Ulysses:
-    """Runs a plan with the strategy "ulysses"; arguments and methods as those of `Execution`."""
+    """Runs a plan with the strategy "ulysses"; arguments and methods as in `Execution`."""
 
     def __init__(
         self, plan: Plan, rank: int, group: dist.ProcessGroup | None, device: torch.device, backend: str = "torch"
@@ -39,7 +39,7 @@ class Ulysses:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, name: str = "", *, keep: bool = True, lse: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As `Execution.forward`; everything is kept, and `lse` travels only if asked for, else it is NaN."""
+        """Like `Execution.forward`; everything is kept, and `lse` is sent only on request, otherwise it is NaN."""
         del keep
         tensors = self._to_heads((q, k, v), (self.heads, self.kv_heads, self.kv_heads), f"q, K and V rows{_of(name)}")
         out, logs, lse_error, _ = self.inner.forward(tensors[0], tensors[1], tensors[2], scale, name)
@@ -54,7 +54,7 @@ class Ulysses:
     def backward(
         self, dout: Tensor, saved: Sequence[Tensor], scale: float, name: str = "", *, wide: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Execution.backward`, with `saved` what was kept."""
+        """Like `Execution.backward`; `saved` is what was kept."""
         (dout_whole,) = self._to_heads((dout,), (self.heads,), f"dout rows{_of(name)}")
         gradients = self.inner.backward(
             dout_whole, self._unpacked(saved[-1], dout), scale, name, wide=wide or self.replicates
@@ -62,7 +62,7 @@ class Ulysses:
         batch, rows, _, dim = dout.shape
         kv_shape = (batch, rows, self.plan.shapes.num_kv_heads, dim)
         dq, dk, dv = (gradients[0].new_zeros(dout.shape), *(x.new_zeros(kv_shape) for x in gradients[1:]))
-        # Shares of replicated kv heads are added at home, so their rows travel with more bits.
+        # Shares of replicated kv heads are added by the owner, so their rows are sent at higher precision.
         travels = compute_dtype(dout.dtype) if self.replicates else dout.dtype
         sent = gradients[0], gradients[1].to(travels), gradients[2].to(travels)
         kinds = (self.heads, self.kv_heads, self.kv_heads)
@@ -73,7 +73,7 @@ class Ulysses:
     # ---- rows for heads, heads for rows
 
     def _to_heads(self, tensors: Sequence[Tensor], kinds: Sequence[list[slice]], what: str) -> list[Tensor]:
-        """Tensors `[B, S_local, heads, D]` as `[B, S, own heads, D]`; `kinds` says whose heads are whose."""
+        """Tensors `[B, S_local, heads, D]` as `[B, S, own heads, D]`; `kinds` are the heads of each rank."""
         parts = {
             other: [x[:, :, heads[other]] for x, heads in zip(tensors, kinds, strict=True)]
             for other in range(self.layout.world_size)
@@ -116,7 +116,7 @@ class Ulysses:
     def _send(
         self, parts: dict[int, list[Tensor]], shapes: dict[int, list[tuple[int, ...]]], what: str
     ) -> list[tuple[int, list[Tensor]]]:
-        """Send every rank its `parts` in one collective; what each sent us, of these `shapes`, by rank; ours as it is."""
+        """Send every rank its `parts` in one collective; returns the parts received, of these `shapes`, by rank; our own as is."""
         own = parts.pop(self.rank)
         arrived = {self.rank: own}
         if self.group is not None:
@@ -148,7 +148,7 @@ class Ulysses:
 
 
 def _packed(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of all tensors in one, every one aligned."""
+    """The bytes of all tensors in one buffer, each aligned."""
     parts = []
     for x in tensors:
         parts.append(x.contiguous().view(-1).view(torch.uint8))

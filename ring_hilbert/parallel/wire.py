@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wire: rows to and from the other ranks of a group, started now and waited for later.
+"""The wire: asynchronous transfer of rows to and from the other ranks of a group.
 
-The only file that puts rows on the wire. Everything runs on a communicator of its own, so that it cannot be confused with what
-else is under way in the caller's group, whatever the order. On CUDA devices NCCL works on a stream of its own that first waits
-for the stream of the caller; `Pending` keeps what is being sent until the caller's stream has been made to wait for it.
+The only file that sends rows. Everything runs on a separate communicator, so that it cannot be confused with other collectives
+in flight in the caller's group, in whatever order. On CUDA devices NCCL works on its own stream, which first waits for the
+caller's; `Pending` keeps what is being sent alive until the caller's stream waits for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def communicator(group: dist.ProcessGroup) -> dist.ProcessGroup:
         own: Any = group
         if len(ranks) > 1:
             timeout = group._get_backend(_device(group)).options._timeout
-            unsorted: Any = {} if ranks == sorted(ranks) else {"sort_ranks": False}  # torch 2.11 has sorted groups only
+            unsorted: Any = {} if ranks == sorted(ranks) else {"sort_ranks": False}  # torch 2.11 only has sorted groups
             own = dist.new_group(
                 ranks, timeout=timeout, backend=dist.get_backend_config(group), use_local_synchronization=True,
                 group_desc="ring_hilbert", **unsorted,
@@ -42,7 +42,7 @@ def _device(group: dist.ProcessGroup) -> torch.device:
 
 @dataclass
 class Pending:
-    """Rows under way: `buffer` is valid after `wait()`. Keeps what is being sent alive until then."""
+    """Rows in flight: `buffer` is valid after `wait()`. Keeps what is being sent alive until then."""
 
     buffer: Tensor
     sending: Tensor | None
@@ -50,10 +50,10 @@ class Pending:
     what: str
 
     def wait(self) -> Tensor:
-        """Wait until the rows have arrived, and those sent have left, and return the former.
+        """Wait until the rows have arrived and those to send have left; return the former.
 
         Raises:
-            RuntimeError: a rank died, or did not come within the timeout of the group; names the rank and what was under way.
+            RuntimeError: if a rank died or did not arrive within the group's timeout; names the rank and the transfer.
         """
         try:
             for work in self.works:
@@ -67,9 +67,9 @@ class Pending:
 def collective(
     payload: Tensor, sent: Mapping[int, int], received: Mapping[int, int], group: dist.ProcessGroup, what: str
 ) -> Pending:
-    """Start to send `sent[rank]` rows of `payload [rows, ...]` to every rank, in their order, and to receive `received[rank]`.
+    """Start sending `sent[rank]` rows of `payload [rows, ...]` to every rank, in rank order, and receiving `received[rank]`.
 
-    All ranks of the group call this, also those that have nothing to say.
+    All ranks of the group call this, even those with nothing to send.
     """
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     splits = [[rows.get(other, 0) for other in range(world)] for rows in (received, sent)]
@@ -85,7 +85,7 @@ def collective(
 def point_to_point(
     payload: Tensor, sent: Mapping[int, int], received: Mapping[int, int], group: dist.ProcessGroup, what: str
 ) -> Pending:
-    """As `collective`, with messages between the ranks concerned; only these call it, all in the same order."""
+    """Like `collective`, with messages between the ranks concerned; only these call it, all in the same order."""
     buffer = payload.new_empty((sum(received.values()), *payload.shape[1:]))
     messages = []
     for operation, rows, tensor in ((dist.irecv, received, buffer), (dist.isend, sent, payload)):
@@ -103,7 +103,7 @@ def point_to_point(
 def all_rows(x: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
     """`x [B, L_p, ...]` of every rank on every rank, on its device; `lengths` are `L_0 ... L_{P-1}`.
 
-    On the way all are as long as the longest, because Gloo sends equal sizes only.
+    All are padded to the longest in transit, because Gloo only sends equal sizes.
     """
     padded = x.new_zeros((x.shape[0], max(lengths), *x.shape[2:]))
     padded[:, : x.shape[1]] = x
@@ -113,7 +113,7 @@ def all_rows(x: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> lis
 def from_all(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """`x` of every rank, of one shape on all, on every rank, on its device."""
     device, sends = x.device, [str(kind).split(":")[0] for kind in group._device_types]
-    if sends and device.type not in sends:  # NCCL, and rows on the host
+    if sends and device.type not in sends:  # NCCL with rows on the host
         device = torch.device("cuda", torch.cuda.current_device())
     sent = x.to(device).contiguous()
     pieces = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sequences a rank reads, and its shard of them: the same global batch whatever the number of ranks and micro-steps."""
+"""The sequences that a rank reads, and its shard of them: the same global batch at any number of ranks and micro-steps."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Batches:
     """Micro-batches of one dataset for this rank, sharded over its sp group.
 
-    The sequences of a step are numbers `first .. first + count`; round m gives `micro_batch` neighbouring ones of them to each
-    dp rank in turn. Every sp rank of a dp rank reads the same ones and keeps its rows.
+    The sequences of a step are numbers `first .. first + count`; each round gives every dp rank in turn `micro_batch` consecutive
+    ones. All sp ranks of a dp rank read the same sequences and keep their rows.
     """
 
     def __init__(self, dataset: Sequences, config: RunConfig, order: TokenOrder | None, world: World) -> None:
@@ -41,7 +41,7 @@ class Batches:
     def load(self, first: int, stop: int, number: int) -> dict[str, Any]:
         """Micro-batch `number` of this rank among sequences `first .. stop`, on its device, as keywords for the model.
 
-        Sequences at `stop` and beyond are padding, so that all ranks run equally many rounds.
+        Sequences at `stop` and beyond are padding, so that all ranks run the same number of rounds.
         """
         start = first + (number * self.dp + self.world.dp_index) * self.micro_batch
         numbers = range(start, start + self.micro_batch)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a profiled step went: seconds of matrix products, attention, elementwise work, loss, communication and idleness."""
+"""Time breakdown of a profiled step: seconds of matrix products, attention, elementwise work, loss, communication, idleness."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COPY = re.compile(r"memcpy|memset", re.IGNORECASE)
 
 
 class Span(NamedTuple):
-    """Something that a device did, or a range that the program named, from `start` to `end`, microseconds."""
+    """Work on a device, or a range named by the program, from `start` to `end`, in microseconds."""
 
     name: str
     start: float
@@ -31,16 +31,16 @@ class Span(NamedTuple):
 
 
 def marked_loss() -> record_function:
-    """A context for what computes the loss."""
+    """A context that marks the computation of the loss."""
     return record_function(LOSS)
 
 
 def breakdown(events: Iterable[Any], seconds: float, *, cuda: bool) -> dict[str, float]:
-    """Seconds of every one of PARTS in a step that took `seconds`, from the events of `torch.profiler`.
+    """Seconds of each of PARTS in a step that took `seconds`, from the events of `torch.profiler`.
 
-    On a GPU they are of its kernels: what ran in a range that the program named belongs to that range, else its name decides.
-    Communication is exposed while nothing else ran, and hidden otherwise; idle is when nothing ran at all. On the CPU they are of
-    operators, on this rank's threads; communication is then what was waited for, and idle what no operator explains.
+    On a GPU these are kernel times: a kernel in a range named by the program belongs to that range, otherwise its own name decides.
+    Communication is exposed while nothing else runs and hidden otherwise; idle is when nothing runs at all. On the CPU they are
+    operator times on this rank's threads; communication is then the time waited for it, and idle what no operator accounts for.
     """
     return (
         of_device([_span(e) for e in events if e.device_type == DeviceType.CUDA], seconds)
@@ -75,7 +75,7 @@ def of_device(spans: Sequence[Span], seconds: float) -> dict[str, float]:
 def _of_host(events: Iterable[Any], seconds: float) -> dict[str, float]:
     found = dict.fromkeys(PARTS, 0.0)
     for event in events:
-        if event.is_async:  # what a collective takes beside the operators
+        if event.is_async:  # collectives running alongside the operators
             continue
         part, above = "", event
         while above is not None and not part:
@@ -93,7 +93,7 @@ def _span(event: Any) -> Span:
 
 def _part_of_range(name: str) -> str:
     """The part that a named range is; empty for others."""
-    if name == LOSS or "LinearLossBackward" in name:  # the latter is on the CPU alone
+    if name == LOSS or "LinearLossBackward" in name:  # the latter only on the CPU
         return "loss"
     if name.startswith(("ring_hilbert: local", "ring_hilbert: remote")):
         return "attention_backward" if name.endswith("backward") else "attention_forward"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a model can be trained here: nothing but our attention may mix rows, and the loss must be that of its logits.
+"""Whether a model can be trained here: only our attention may mix rows, and the loss must be that of its logits.
 
-Both are found by running the model's own code on a few rows, with stand-ins for its large weights: what this takes does not grow
-with them.
+Both are checked by running the model's own code on a few rows, with stand-ins for its large weights, so that the cost does not
+grow with them.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.head import INSTEAD, HiddenStates, output_layer
 
 ROWS, CLASSES = 4, 7
-SMALL = 2**20  # elements of a parameter that is made as it is
-TOLERANCE = 1e-3  # of a log-probability in float32, where a forgotten factor or cap changes it by 0.1 and more
+SMALL = 2**20  # parameters up to this many elements are materialised
+TOLERANCE = 1e-3  # of a log-probability in float32; a forgotten factor or cap changes it by 0.1 or more
 
 
 @torch.no_grad()
 def check_rows(model: PreTrainedModel) -> None:
-    """Where every row is a document of its own and one of them is NaN, the hidden states of the others must be finite.
+    """If every row is its own document and one is NaN, the hidden states of the others must be finite.
 
-    NaN passes whatever the weights are, so these need no values: the large ones are one number, seen as a matrix.
+    NaN propagates whatever the weights, so they need no values: the large ones are one number, expanded to a matrix.
 
     Args:
-        model: on the meta device, with `attn_implementation=ROWS_ALONE`; it gets those values.
+        model: on the meta device, with `attn_implementation=ROWS_ALONE`; it is given those values.
 
     Raises:
-        ValueError: rows see each other elsewhere than in the attention, or this refuses.
+        ValueError: if rows see each other outside the attention, or the attention refuses the model.
     """
     _fill(model, lambda like: torch.ones(like.shape) if like.numel() <= SMALL else torch.ones(()).expand(like.shape))
     ids = torch.arange(ROWS)[None]
@@ -60,11 +60,11 @@ def check_head(model: PreTrainedModel, loss_model: Callable[[PreTrainedModel], n
     """The loss of given hidden states must be that of the logits that the model's own `forward` makes of them.
 
     Args:
-        model: what `check_rows` left; it can be thrown away afterwards.
-        loss_model: makes of it what gives the loss of every row.
+        model: as `check_rows` left it; to be discarded afterwards.
+        loss_model: wraps it in a module that returns the loss of every row.
 
     Raises:
-        ValueError: the logits cannot be followed from the hidden states.
+        ValueError: if the logits cannot be derived from the hidden states.
     """
     output = output_layer(model)
     output.out_features, width = CLASSES, output.in_features
@@ -75,7 +75,7 @@ def check_head(model: PreTrainedModel, loss_model: Callable[[PreTrainedModel], n
         kinds: list[dict[str, Any]] = [module._parameters, module._buffers]
         for values in kinds:
             values.update({name: _drawn(value) for name, value in values.items() if value is not None})
-    hidden = torch.randn(1, ROWS, width) * 10 * width**-0.5  # logits of order 10, where a cap bends them
+    hidden = torch.randn(1, ROWS, width) * 10 * width**-0.5  # logits of order 10, where a cap takes effect
     given = hidden
 
     def base_forward(*_: Any, **__: Any) -> HiddenStates:
@@ -85,7 +85,7 @@ def check_head(model: PreTrainedModel, loss_model: Callable[[PreTrainedModel], n
     ids = torch.zeros(1, ROWS, dtype=torch.int64)
     own = model(input_ids=ids, use_cache=False, return_dict=True).logits.detach().float().log_softmax(-1)
     loss, trained = loss_model(model), torch.empty(1, ROWS, CLASSES)
-    for row, label in product(range(ROWS), range(CLASSES)):  # a row at a time: none may depend on another's logits
+    for row, label in product(range(ROWS), range(CLASSES)):  # row by row: none may depend on another's logits
         given, labels = hidden[:, [row]], torch.tensor([[label]])
         trained[0, row, label] = -loss(input_ids=ids[:, [row]], shift_labels=labels).item()
     error = (own - trained).abs().max().item() if own.shape == trained.shape else torch.inf
@@ -97,7 +97,7 @@ def check_head(model: PreTrainedModel, loss_model: Callable[[PreTrainedModel], n
 
 
 def _fill(model: nn.Module, parameter: Callable[[Tensor], Tensor]) -> None:
-    """Give what is on the meta device values: parameters `parameter(like)`, buffers and other tensors ones."""
+    """Give tensors on the meta device values: parameters `parameter(like)`, buffers and others ones."""
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None:
@@ -109,7 +109,7 @@ def _fill(model: nn.Module, parameter: Callable[[Tensor], Tensor]) -> None:
 
 
 def _drawn(like: Tensor) -> Tensor:
-    """Values of a parameter or buffer that nothing cancels; fields that say what to do stay as they are."""
+    """Random values for a parameter or buffer, so that nothing cancels; non-floating ones stay as they are."""
     drawn = torch.rand(like.shape) + 0.5 if like.is_floating_point() else like
     return nn.Parameter(drawn) if isinstance(like, nn.Parameter) else drawn
 
@@ -125,7 +125,7 @@ class _Poison:
 
 
 class _StandIns(TorchFunctionMode):
-    """A linear layer gives the mean of each row of its input, whatever its weights are: what they cost grows with the model."""
+    """Linear layers return the mean of each input row, whatever their weights, whose cost would grow with the model."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are whole or not there, and exact resume.
+"""Atomic checkpoints, and exact resume.
 
 A checkpoint is a folder `step_<n>` with the files of the engine, the random state of every rank, a `run.json` (progress,
-configuration, engine, hashes of the data) and, written last, a manifest with the checksum of each. It is written under another
-name, synced and renamed, so that a crash leaves at most a folder that nothing reads.
+configuration, engine, hashes of the data) and, written last, a manifest with the checksum of each. It is written under a
+temporary name, synced and renamed, so that a crash leaves at most a folder that nothing reads.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: steps done, sequences read (the data cursor), target tokens, steps that updated nothing."""
+    """The progress of a run: steps done, sequences read (the data cursor), target tokens, skipped updates."""
 
     step: int = 0
     sequences: int = 0
@@ -59,10 +59,10 @@ class Checkpoints:
     """The checkpoints of one run in `checkpoint.dir`, on a file system that all ranks see. Every rank calls every method.
 
     Args:
-        data: what the run reads, by its name in the configuration.
+        data: the run's data, by their names in the configuration.
 
     Attributes:
-        notes: on rank 0, what the user should know: data that changed, checkpoints that were damaged or set aside.
+        notes: on rank 0, messages for the user: data that changed, checkpoints that were damaged or set aside.
     """
 
     def __init__(self, config: RunConfig, world: World, data: Mapping[str, Documents]) -> None:
@@ -73,17 +73,17 @@ class Checkpoints:
         self.contents = contents(data)
         self.notes: list[str] = []
         self._lock: FolderLock | None = None
-        self._aside: list[tuple[Path, str]] = []  # what `load` will set aside, and why
+        self._aside: list[tuple[Path, str]] = []  # to be set aside by `load`, and why
         self._saving: tuple[Future[Any], int, int] | None = None  # with its step and bytes
 
     def latest(self) -> Path | None:
-        """Take the folder for this run, and find the checkpoint it goes on from: whole, and the same on every rank.
+        """Lock the folder for this run, and find the intact checkpoint from which to resume, the same on every rank.
 
-        None if there is none. A damaged one is passed over if `checkpoint.on_damage` says so.
+        None if there is none. A damaged one is skipped if `checkpoint.on_damage` says so.
 
         Raises:
-            ValueError: another run uses the folder, or the hosts do not share it; the checkpoint is damaged, or was written by a
-                run with another configuration or engine, or on other data; or ranks read other data than rank 0.
+            ValueError: if another run uses the folder, or the hosts do not share it; if the checkpoint is damaged, or was written
+                by a run with another configuration, engine or data; or if ranks read other data than rank 0.
         """
         main = self.world.from_main(lambda: self.contents)
         with self.world.together():
@@ -99,10 +99,10 @@ class Checkpoints:
         return path
 
     def load(self, path: Path, engine: Engine) -> Progress:
-        """Restore engine and random state from a checkpoint of `latest()`; returns where the run goes on.
+        """Restore engine and random state from a checkpoint of `latest()`; returns the progress to resume from.
 
-        With another number of ranks than it was written by, random state is drawn anew from seed, step and rank. Checkpoints that
-        the run does not go on from though they are newer are renamed, never deleted.
+        If the number of ranks differs from that of its writer, random state is re-seeded from seed, step and rank. Newer
+        checkpoints, from which the run does not resume, are renamed, never deleted.
         """
         run = self.world.from_main(lambda: read_run(path))
         progress = Progress(**run["progress"])
@@ -119,7 +119,7 @@ class Checkpoints:
         """The newest checkpoint of the run in `checkpoint.init`, None if that is not set.
 
         Raises:
-            ValueError: there is none, it is damaged, or this engine cannot load it.
+            ValueError: if there is none, it is damaged, or this engine cannot load it.
         """
         if self.config.checkpoint.init is None:
             return None
@@ -134,18 +134,18 @@ class Checkpoints:
         return path
 
     def start_from(self, path: Path, engine: Engine) -> None:
-        """Take over weights and optimizer state, and nothing else, of the checkpoint of `initial()`."""
+        """Load only weights and optimizer state from the checkpoint of `initial()`."""
         with self.world.together():
             engine.load(path / ENGINE)
 
     def save(self, engine: Engine, progress: Progress) -> None:
-        """Begin to write a checkpoint; when it is whole, all but the newest `checkpoint.keep` are removed.
+        """Start writing a checkpoint; once it is complete, all but the newest `checkpoint.keep` are removed.
 
-        Waits for the one before, and with `checkpoint.asynchronous` not for this one.
+        Waits for the previous one and, unless `checkpoint.asynchronous`, for this one.
 
         Raises:
-            ValueError: weights or moments are not finite, there is too little room, or the one before could not be written; the
-                older ones are still there.
+            ValueError: if weights or moments are not finite, there is too little space, or the previous one could not be
+                written; the older ones are kept.
         """
         self.wait()
         final = folder_of(self.folder, progress.step)
@@ -169,7 +169,7 @@ class Checkpoints:
 
         try:
             self._saving = engine.save(unfinished / ENGINE, publish), progress.step, needed
-        except RuntimeError as error:  # what torch.save raises on a full disk does not say so
+        except RuntimeError as error:  # torch.save's error on a full disk does not say so
             if needed > shutil.disk_usage(self.folder).free:
                 raise ValueError(f"{_room(self.folder, progress.step, needed)}: {error}") from error
             raise
@@ -178,19 +178,19 @@ class Checkpoints:
 
     @property
     def under_way(self) -> bool:
-        """Whether a save was begun that is not yet over on this rank."""
+        """Whether a save is still in progress on this rank."""
         return self._saving is not None and not self._saving[0].done()
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that the save under way has failed: then all should call `wait`."""
+        """Whether this rank knows that the save in progress has failed: then all should call `wait`."""
         return self._saving is not None and self._saving[0].done() and self._saving[0].exception() is not None
 
     def wait(self) -> None:
-        """Wait until the save that was begun is over.
+        """Wait for the save in progress.
 
         Raises:
-            ValueError: it failed.
+            ValueError: if it failed.
         """
         if self._saving is None:
             return
@@ -207,8 +207,8 @@ class Checkpoints:
             raise RankError(text if self.world.size == 1 else f"rank {rank}: {text}") from error
 
     def close(self) -> None:
-        """Let go of the folder, once nothing is written to it any more."""
-        if self._saving is not None:  # another error is on its way
+        """Release the folder, once nothing more is written to it."""
+        if self._saving is not None:  # another error is propagating
             wait([self._saving[0]])
         if self._lock is not None:
             self._lock.release()
@@ -230,7 +230,7 @@ class Checkpoints:
         self._aside.clear()
 
     def _make_room(self, unfinished: Path, needed: int) -> None:
-        """Make the folder for a checkpoint, whether or not an earlier one was cut short."""
+        """Make the folder for a checkpoint, removing what an interrupted save left."""
         if self._lock is not None:
             self._lock.check()
         for path in self.folder.glob(f"step_*{UNFINISHED}"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether data are still those that a checkpoint was trained on: hashes of their tokens in reading order.
+"""Whether the data are still those on which a checkpoint was trained: hashes of their tokens in reading order.
 
-Neither paths nor times count, nor how documents are spread over files or compressed: data may move. Any other document does count,
-one behind the last as well: every epoch is an order of all documents of a source, and with one more all of it is another.
+Paths, times, compression and how documents are spread over files do not matter: data may move. Any change of a document does, even
+one appended at the end: every epoch is an order of all documents of a source, and one more changes all of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from ring_hilbert.training.documents import Documents, Part
 
-MOST_HASHES = 1024  # of a source: a checkpoint stays small, and a change is found to within some documents
+MOST_HASHES = 1024  # per source: a checkpoint stays small, and a change is located to within a few documents
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Content:
 
     @classmethod
     def of(cls, source: Documents | Part) -> Content:
-        """What `source` holds now."""
+        """The current content of `source`."""
         count = len(source.lengths)
         chunk = 1 << max(0, -(-count // MOST_HASHES) - 1).bit_length()  # a power of two
         return cls(count, int(source.lengths.sum(dtype=np.int64)), chunk, _hashes(source.hashes, chunk))
@@ -46,25 +46,25 @@ class Content:
         if first < last:
             where = f"document {first}" if last - first == 1 else f"one of the documents {first} to {last - 1}"
             files = list(dict.fromkeys(str(source.file(number)) for number in (first, last - 1)))
-            return f"{where} ({' to '.join(files)}) is another, with {self.documents} documents then and {count} now"
+            return f"{where} ({' to '.join(files)}) has changed, with {self.documents} documents then and {count} now"
         if count < self.documents:
             return f"of {self.documents} documents, those from {count} on are missing"
         if count > self.documents:
             tokens = int(source.lengths[self.documents :].sum(dtype=np.int64))
             return (
-                f"{count - self.documents} documents of {tokens} tokens have come behind the {self.documents} known ones, from "
+                f"{count - self.documents} documents of {tokens} tokens were appended to the {self.documents} known ones, from "
                 f"{source.file(self.documents)} on"
             )
         return None
 
 
 def contents(sources: Mapping[str, Documents]) -> dict[str, Any]:
-    """The `Content` of every source by its name, as JSON has it."""
+    """The `Content` of every source by name, as JSON values."""
     return {name: asdict(Content.of(source)) for name, source in sources.items()}
 
 
 def differences(known: Mapping[str, Any], sources: Mapping[str, Documents]) -> Iterator[str]:
-    """`source: difference` for every source that is not what `contents` said of it."""
+    """`source: difference` for every source that differs from what `contents` recorded."""
     for name in sorted({*known, *sources}):
         if name not in known or name not in sources:
             yield f"{name} {'was not there' if name not in known else 'is no longer there'}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of any engine, whole and in one process: written in the form that every engine loads, or as a model's folder."""
+"""Converts any engine's checkpoint, in one process, to the common form that every engine loads, or to a model folder."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ FILE_BYTES = 5 << 30  # of tensors in one file
 
 
 def convert(source: Path, target: Path, step: int | None = None, trust: bool = False) -> Path:
-    """Write the newest checkpoint in `source`, or that of `step`, below `target` in the form that every engine loads.
+    """Write the newest checkpoint in `source`, or that of `step`, below `target` in the common form that every engine loads.
 
-    Weights and moments become safetensors files of whole tensors; progress, the place in the data and the random states of ranks
-    come along. Of DeepSpeed's files everything is in memory once, else a tensor at a time. Returns the new checkpoint.
+    Weights and moments become safetensors files of whole tensors; progress, the place in the data and the ranks' random states
+    are copied. DeepSpeed's files are held in memory all at once, others a tensor at a time. Returns the new checkpoint.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or is DeepSpeed's and not to be trusted; or `target` has it already.
+        ValueError: if there is no such checkpoint, it is damaged, or it is DeepSpeed's and not trusted; or `target` already has it.
     """
     path = checkpoint_at(source, step, "--step")
     final = folder_of(target, step_of(path))
@@ -75,12 +75,12 @@ def convert(source: Path, target: Path, step: int | None = None, trust: bool = F
 
 
 def export_checkpoint(config: RunConfig, target: Path, step: int | None = None) -> Path:
-    """Write the model of a checkpoint in `checkpoint.dir`, the newest or that of `step`, as `export_model` would have.
+    """Write the model of the newest checkpoint in `checkpoint.dir`, or that of `step`, as `export_model` would.
 
     Returns the checkpoint.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or is DeepSpeed's and `checkpoint.trust` is not set; or it is of
+        ValueError: if there is no such checkpoint, it is damaged, is DeepSpeed's and `checkpoint.trust` is not set, or is of
             another model.
     """
     if target.exists() and not (target / "config.json").is_file():
@@ -97,7 +97,7 @@ def export_checkpoint(config: RunConfig, target: Path, step: int | None = None) 
 
 
 def _check(path: Path) -> Manifest:
-    """The files of a checkpoint, after they were compared with their checksums."""
+    """The files of a checkpoint, after checking their checksums."""
     files = read_manifest(path)
     total = sum(known.bytes for known in files.values())
     with tqdm(total=total, desc=f"checking {path.name}", unit="B", unit_scale=True, delay=2) as bar:
@@ -106,7 +106,7 @@ def _check(path: Path) -> Manifest:
 
 
 def _whole(path: Path, engine: dict[str, Any], trust: bool, how: str) -> Mapping[str, Tensor]:
-    """The whole tensors of a checkpoint by the names of `storage.tensors`; `how` the user says that it is to be trusted."""
+    """The whole tensors of a checkpoint by the names of `storage.tensors`; `how`: what the user sets to trust it."""
     if engine["name"] != "deepspeed":
         return Reader(path / ENGINE)
     if not trust:
@@ -121,7 +121,7 @@ def _head(tensors: Mapping[str, Tensor], key: str) -> tuple[torch.dtype, torch.S
 
 
 def _write(tensors: Mapping[str, Tensor], folder: Path) -> Manifest:
-    """Write tensors whole, a file or more for each kind, and the index."""
+    """Write whole tensors, one or more files per kind, and the index."""
     heads = {key: _head(tensors, key) for key in tensors}
     sizes = {key: shape.numel() * dtype.itemsize for key, (dtype, shape) in heads.items()}
     needed, free = sum(sizes.values()), shutil.disk_usage(folder).free
@@ -147,7 +147,7 @@ def _write(tensors: Mapping[str, Tensor], folder: Path) -> Manifest:
 def _by_file(
     heads: Mapping[str, tuple[torch.dtype, torch.Size]], sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Names of files, and of the tensors in each."""
+    """File names, and the names of the tensors in each."""
     for kind in KINDS:
         keys = [key for key in heads if key.startswith(f"{kind}.")]
         keys.sort(key=lambda key: -heads[key][0].itemsize)  # keeps them aligned

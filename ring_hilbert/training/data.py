@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed sequences of documents, by number: `dataset[i]` is the same at all times, on every rank, in every process.
+"""Packed sequences of documents, by number: `dataset[i]` is always the same, on every rank and in every process.
 
 The data cursor of a run is the integer `i`. Within an epoch the documents of a source are shuffled and packed into sequences, and
-these are shuffled again, so that a long document does not fill consecutive batches. What `concat` leaves over at an epoch's end is
-dropped, something else in every epoch.
+these are shuffled again, so that a long document does not fill consecutive batches. The remainder of `concat` at an epoch's end
+is dropped, a different one in every epoch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from ring_hilbert.training.prepared import HELD_OUT, open_part, with_prepared
 
 Sequence = dict[str, np.ndarray]
 Packed = Literal["concat", "best_fit"]
-MIXTURE = 2000  # sequences over which several sources are mixed, at least: rounded to one, a share is right to 0.025 %
+MIXTURE = (
+    2000  # least number of sequences over which sources are mixed: shares, rounded to sequences, are right to 0.025 %
+)
 
 
 class Sequences(Protocol):
@@ -27,7 +29,7 @@ class Sequences(Protocol):
 
     `dataset[i]` has `input_ids`, int64 [seq_len], and `document_ids`, int64 [seq_len]: 0, 1, 2, ... for the runs of
     documents in this sequence (an eos belongs to the document that it ends), -1 for padding. `len(dataset)` is the
-    number of sequences in an epoch; `i` goes on past it in training, and ends there in evaluation (IndexError).
+    number of sequences in an epoch; `i` may exceed it in training, but not in evaluation (IndexError).
     """
 
     def __len__(self) -> int: ...
@@ -36,9 +38,9 @@ class Sequences(Protocol):
 
 
 class PackedDataset(Sequences, Protocol):
-    """What a run trains or evaluates on.
+    """The data on which a run trains or evaluates.
 
-    `documents`: what the sequences are made of, by the name of the source in the configuration. `packings`: how, by the same name.
+    `documents`: the contents of the sequences, by the name of the source in the configuration; `packings`: likewise how packed.
     """
 
     documents: dict[str, Documents]
@@ -48,8 +50,8 @@ class PackedDataset(Sequences, Protocol):
 def open_dataset(config: DataConfig, split: Literal["train", "eval"], vocab_size: int, seed: int = 0) -> PackedDataset:
     """Open the documents of a split: see `open_part`.
 
-    What is held out, the files of `data.eval.path` and every document of the same tokens as one in them, or the documents that
-    `data.eval.share` takes, is left out of training.
+    Held-out documents, those in the files of `data.eval.path` and any with the same tokens, or those that `data.eval.share`
+    takes, are left out of training.
 
     Args:
         config: the data section.
@@ -58,7 +60,7 @@ def open_dataset(config: DataConfig, split: Literal["train", "eval"], vocab_size
         seed: fixes the order of training sequences.
 
     Raises:
-        ValueError: data are missing, unreadable, empty or shorter than one training sequence, or a token id is beyond
+        ValueError: if data are missing, unreadable, empty or shorter than one training sequence, or a token id is beyond
             the vocabulary; the message names the path.
     """
     config = with_prepared(config)
@@ -105,13 +107,13 @@ def _check_ids(documents: Documents, config: DataConfig, path: str, vocab_size: 
 
 
 def _chosen(part: Part, share: float | None, known: np.ndarray | None, held_out: bool) -> np.ndarray | None:
-    """The numbers of the documents that are held out, or of the others; None if they are all.
+    """The numbers of the held-out documents, or of the others; None for all.
 
     Args:
-        part: in which.
-        share: of the documents, by their hashes, which are as good as random.
-        known: hashes of documents, ascending, at least one.
-        held_out: which of the two.
+        part: the documents.
+        share: held-out share of the documents, chosen by their hashes, which are as good as random.
+        known: hashes of held-out documents, ascending, at least one.
+        held_out: return the held-out ones rather than the others.
     """
     hashes, found = part.hashes, []
     for start in range(0, len(hashes), PART):
@@ -127,7 +129,7 @@ def _chosen(part: Part, share: float | None, known: np.ndarray | None, held_out:
 
 
 def _sequence(documents: Documents, pieces: list[Piece], seq_len: int) -> Sequence:
-    """The pieces one after another, padding behind: id 0, document -1."""
+    """The pieces concatenated, followed by padding: id 0, document -1."""
     ids, runs = np.zeros(seq_len, dtype=np.int64), np.full(seq_len, -1, dtype=np.int64)
     filled = 0
     for run, (document, start, stop) in enumerate(pieces):
@@ -159,7 +161,7 @@ class EvaluationSequences:
 
 
 class EndlessSource:
-    """One training source: epoch after epoch, each in an order of its own that `key` (seed, number of source) fixes."""
+    """One training source, epoch after epoch, each in its own order fixed by `key` (seed, number of source)."""
 
     def __init__(self, documents: Documents, seq_len: int, key: tuple[int, ...], packing: Packed = "concat") -> None:
         self.documents, self._seq_len, self._key = documents, seq_len, key
@@ -179,25 +181,27 @@ class EndlessSource:
         return _sequence(self.documents, self._pieces(int(self._places[place])), self._seq_len)
 
     def _open_epoch(self, epoch: int) -> None:
-        self._pieces = self._places = None  # let go of the epoch before
+        self._pieces = self._places = None  # free the previous epoch
         self._pieces = self.packing.epoch((*self._key, epoch))
         self._places = shuffled(len(self), *self._key, epoch, 1)
         self._epoch = epoch
 
 
 class TrainingSequences:
-    """Sources taking turns, spread evenly.
+    """Sources interleaved evenly.
 
-    An epoch is as long as all sources together, or so often that as several sources need to make `MIXTURE` sequences. Each has the
-    share of the tokens that its weight gives, to the nearest sequence and at least one, so that a source may be repeated or left
-    unfinished within an epoch.
+    An epoch is as long as all sources together, or, with several, a multiple of that which reaches `MIXTURE` sequences. Each source
+    gets the share of the tokens given by its weight, to the nearest sequence and at least one, so that a source may be repeated or
+    left unfinished within an epoch.
     """
 
     def __init__(self, sources: list[EndlessSource], weights: list[float]) -> None:
         names = [f"data.sources.{number}" for number in range(len(sources))]
         self.documents = {name: source.documents for name, source in zip(names, sources, strict=True)}
         self.packings = {name: source.packing for name, source in zip(names, sources, strict=True)}
-        shares = np.array(weights) / [source.packing.tokens / len(source) for source in sources]  # padding is no share
+        shares = np.array(weights) / [
+            source.packing.tokens / len(source) for source in sources
+        ]  # padding does not count
         shares /= shares.sum()
         self._sources = sources
         total = sum(map(len, sources))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a folder of prepared data, for a person."""
+"""A readable report on a folder of prepared data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ring_hilbert.training.tokens import load_tokenizer
 
 
 def report(folder: Path, seq_lens: list[int], sample: int, verify: bool) -> Iterator[str]:
-    """Lines: tokens by source, documents by length, what each packing comes to at some lengths, the start of a document decoded.
+    """Lines: tokens by source, documents by length, the result of each packing at some lengths, the start of a document decoded.
 
     Raises:
-        ValueError: the folder is not in order; names the file. With `verify` all tokens are compared with their checksum.
+        ValueError: if the folder is damaged; names the file. With `verify` the checksum of all tokens is checked.
     """
     if min(seq_lens) < 2 or sample < 1:
         raise ValueError(f"--seq-len must be at least 2 and --sample at least 1, got {min(seq_lens)} and {sample}")

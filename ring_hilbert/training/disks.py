@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that fills a folder, done once for all ranks that see the same disk."""
+"""Work that fills a folder, done once for all ranks that share a disk."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from ring_hilbert.training.world import World
 
-TELL = 10.0  # seconds between two lines about what is waited for
+TELL = 10.0  # seconds between two lines about the wait
 
 
 def once_per_disk(world: World, folder: Path, function: Callable[[], object]) -> None:
-    """Call `function`, which fills `folder`, on one rank of those that share it, while the others wait, however long it takes.
+    """Call `function`, which fills `folder`, on one of the ranks that share it, while the others wait, however long it takes.
 
-    Rank 0 tells whom it waits for, and how far that is. An error is raised on all ranks, as in `World.together`.
+    Rank 0 reports for whom it waits and their progress. An error is raised on all ranks, as in `World.together`.
     """
     if world.watchdog is None:
         function()
@@ -34,7 +34,7 @@ def once_per_disk(world: World, folder: Path, function: Callable[[], object]) ->
         finally:
             store.set(f"{done}/{world.rank}", "")
         began, tell = time.monotonic(), TELL
-        # Not in a collective, which has a time limit; whether the others are alive is for the watchdog to see.
+        # Not in a collective, which has a timeout; the watchdog checks that the others are alive.
         while waiting := [leader for leader in leaders if not store.check([f"{done}/{leader}"])]:
             if world.is_main and time.monotonic() - began > tell:
                 tell += TELL
@@ -48,7 +48,7 @@ def _leaders(world: World, folder: Path) -> list[int]:
     """The first rank of those that see each other's files in `folder`."""
     first = {report.machine: report.rank for report in reversed(world.reports)}
     name = world.from_main(lambda: f".ranks {uuid.uuid4().hex}")
-    marks = folder / name  # a new folder, of which no host remembers an older listing
+    marks = folder / name  # a new folder, of which no host has a cached listing
     with world.together():
         if world.rank in first.values():
             marks.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenised documents on disk: NumPy files, memory-mapped, and checked when they are opened.
+"""Tokenised documents on disk: memory-mapped NumPy files, checked on opening.
 
-A part is a folder with the documents of one source in their order: `tokens.npy`, the tokens of all, one after another;
-`lengths.npy`, `hashes.npy` and `files.npy`, a number for each document; `paths.json`, the files that `files.npy` numbers; and
-`part.json`, what there is of each. `prepare` writes parts, whole or so that it can go on.
+A part is a folder with the documents of one source in order: `tokens.npy`, the tokens of all, concatenated; `lengths.npy`,
+`hashes.npy` and `files.npy`, a number per document; `paths.json`, the files that `files.npy` numbers; and `part.json`, the sizes
+of each. `prepare` writes parts, and can resume an unfinished one.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from typing import Any
 
 import numpy as np
 
-VERSION = 3  # of what is read, how it is tokenised and how it is kept
+VERSION = 3  # changes with what is read, how it is tokenised and how it is stored
 RECORD, PATHS = "part.json", "paths.json"
 COLUMNS = ("tokens", "lengths", "hashes", "files")
-KNOWN = {RECORD, PATHS, *(f"{name}.npy" for name in COLUMNS)}  # what is in the folder of a part
-HEADER = 128  # bytes of a .npy file ahead of its numbers: NumPy leaves room for any length
-STRIDE = 64  # documents between those whose place among the tokens is kept; the others are counted from there
-WINDOW = 2**26  # bytes of tokens that stay mapped; what is let go of stays in the system's cache
-FAULT = 2**21  # bytes that touching one may map, where the cache has large pages
+KNOWN = {RECORD, PATHS, *(f"{name}.npy" for name in COLUMNS)}  # the contents of a part's folder
+HEADER = 128  # bytes of a .npy file before its numbers: NumPy leaves room for any length
+STRIDE = 64  # every STRIDE-th document's offset into the tokens is stored; the others are counted from there
+WINDOW = 2**26  # bytes of tokens kept mapped; what is unmapped stays in the system's cache
+FAULT = 2**21  # bytes that a page fault may map, if the cache has large pages
 CHECKED = (
     64,
     2**26,
-)  # documents whose hashes are computed again when a part is opened, and at most so many tokens of them
+)  # documents whose hashes are recomputed when a part is opened, and the most tokens of them
 
 
 class Part:
     """The documents of one source.
 
     Args:
-        folder: what `prepare.tokenise` wrote.
+        folder: written by `prepare.tokenise`.
 
     Attributes:
         record: the content of `part.json`.
         lengths: uint32 [documents], tokens of each, prefix and eos included; never 0. A memory map.
 
     Raises:
-        ValueError: it is not finished, a file in it is missing, truncated, changed or does not belong there; names the file.
+        ValueError: if it is unfinished, or a file in it is missing, truncated, changed or foreign; names the file.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.record = read_record(folder)
         if not self.record["finished"]:
-            raise ValueError(f"{folder} is not prepared to its end; run the same `ring-hilbert prepare-data` again")
+            raise ValueError(f"{folder} is not fully prepared; run the same `ring-hilbert prepare-data` again")
         refuse_foreign(folder, KNOWN)
         for name in COLUMNS:
             self._check_size(name)
@@ -58,7 +58,7 @@ class Part:
             self._check_sum(name)
         paths = folder / PATHS
         if not paths.is_file() or zlib.crc32(paths.read_bytes()) != self.record["checksums"][PATHS]:
-            raise ValueError(f"{paths} is missing or not the one that belongs here; {MEND}")
+            raise ValueError(f"{paths} is missing or not the file written here; {MEND}")
         self._map = np.load(folder / "tokens.npy", mmap_mode="r")
         self._tokens = np.asarray(self._map)
         self.lengths = np.asarray(np.load(folder / "lengths.npy", mmap_mode="r"))
@@ -84,7 +84,7 @@ class Part:
 
     @property
     def hashes(self) -> np.ndarray:
-        """uint64 [documents], `content_hash` of each; mapped anew and not kept, being needed once."""
+        """uint64 [documents], `content_hash` of each; mapped on each call, as it is needed only once."""
         return np.asarray(np.load(self.folder / "hashes.npy", mmap_mode="r"))
 
     def file(self, document: int) -> Path:
@@ -96,15 +96,15 @@ class Part:
         """Compare a document's tokens with its hash.
 
         Raises:
-            ValueError: they are not those that were written.
+            ValueError: if they differ from those written.
         """
         hashes = np.load(self.folder / "hashes.npy", mmap_mode="r")
         if content_hash(self.tokens(document, 0, int(self.lengths[document]))) != hashes[document]:
             path = self.folder / "tokens.npy"
-            raise ValueError(f"{path} is not the one that belongs here: document {document} has other tokens; {MEND}")
+            raise ValueError(f"{path} is not the file written here: document {document} has different tokens; {MEND}")
 
     def check_tokens(self) -> None:
-        """Compare all tokens with their checksum; opening a part compares some documents with their hashes."""
+        """Compare all tokens with their checksum; opening a part only compares some documents with their hashes."""
         self._check_sum("tokens")
 
     def _check_size(self, name: str) -> None:
@@ -112,10 +112,10 @@ class Part:
         wanted = HEADER + column["count"] * np.dtype(column["dtype"]).itemsize
         if not path.is_file() or path.stat().st_size != wanted:
             found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
-            raise ValueError(f"{path} {found}, it was written with {wanted}; {MEND}")
+            raise ValueError(f"{path} {found}, but was written with {wanted}; {MEND}")
         with path.open("rb") as file:
             if file.read(HEADER) != npy_header(column["dtype"], column["count"]):
-                raise ValueError(f"{path} is not the one that belongs here: its header is another; {MEND}")
+                raise ValueError(f"{path} is not the file written here: its header differs; {MEND}")
 
     def _check_sum(self, name: str) -> None:
         path, found = self.folder / f"{name}.npy", 0
@@ -124,23 +124,23 @@ class Part:
             while piece := file.read(2**22):
                 found = zlib.crc32(piece, found)
         if found != self.record["checksums"][name]:
-            raise ValueError(f"{path} is not the one that belongs here: its checksum is another; {MEND}")
+            raise ValueError(f"{path} is not the file written here: its checksum differs; {MEND}")
 
 
-MEND = "copy the folder anew, or remove it and prepare the data again"
+MEND = "copy the folder again, or remove it and prepare the data again"
 
 
 class Documents:
     """Random access to the documents of one part or several, or to some of them.
 
     Args:
-        parts: where they are.
-        chosen: for every part the numbers of those that belong here, ascending; None for all.
+        parts: the parts that hold them.
+        chosen: for every part the numbers of its chosen documents, ascending; None for all.
 
     Attributes:
         lengths: [number of documents], tokens of each; never 0.
-        largest_id: the largest token id, at most.
-        summary: what there is, for the log.
+        largest_id: an upper bound on the token ids.
+        summary: a description for the log.
     """
 
     def __init__(self, parts: list[Part], chosen: list[np.ndarray | None]) -> None:
@@ -162,7 +162,7 @@ class Documents:
 
     @property
     def hashes(self) -> np.ndarray:
-        """uint64 [number of documents], of the tokens of each; not kept, being needed once."""
+        """uint64 [number of documents], of the tokens of each; not cached, as it is needed only once."""
         return self._each([part.hashes for part in self._parts])
 
     def file(self, document: int) -> Path:
@@ -176,18 +176,18 @@ class Documents:
         return self._parts[part], place if chosen is None else int(chosen[place])
 
     def _each(self, columns: list[np.ndarray]) -> np.ndarray:
-        """The entries of documents that belong here; the column itself if it is one and all of it."""
+        """The entries of the chosen documents; the column itself if there is a single one and all of it is chosen."""
         picked = [column if some is None else column[some] for column, some in zip(columns, self._chosen, strict=True)]
         return picked[0] if len(picked) == 1 else np.concatenate(picked)
 
 
 def checked(count: int) -> list[int]:
-    """Which of so many documents are compared with their hashes when a part is opened."""
+    """Which of `count` documents are compared with their hashes when a part is opened."""
     return np.unique(np.linspace(0, count - 1, min(CHECKED[0], count), dtype=np.int64)).tolist()
 
 
 def content_hash(ids: np.ndarray) -> np.uint64:
-    """A number for a document that only the same token ids share, whatever their dtype: eight bytes of BLAKE2b."""
+    """A document's hash, of its token ids whatever their dtype: eight bytes of BLAKE2b."""
     return np.frombuffer(hashlib.blake2b(ids.astype("<i4", copy=False).data, digest_size=8).digest(), dtype="<u8")[0]
 
 
@@ -199,32 +199,32 @@ def npy_header(dtype: str, count: int) -> bytes:
 
 
 def read_record(folder: Path, name: str = RECORD) -> dict[str, Any]:
-    """The JSON file that says what is in a folder of prepared data.
+    """The JSON file that describes a folder of prepared data.
 
     Raises:
-        ValueError: it is not there, is none, or is of another version.
+        ValueError: if it is missing, unreadable, or of another version.
     """
     path = folder / name
     try:
         record = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} holds no {name}: it is not what `ring-hilbert prepare-data` writes, or that has not come to its end; "
+            f"{folder} holds no {name}: `ring-hilbert prepare-data` did not write it, or has not finished; "
             "run it again, or name another folder"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); {MEND}") from None
     if not isinstance(record, dict) or record.get("version") != VERSION:
         found = record.get("version") if isinstance(record, dict) else None
-        raise ValueError(f"{path} is of version {found}, this is {VERSION}; prepare the data again")
+        raise ValueError(f"{path} has version {found}, expected {VERSION}; prepare the data again")
     return record
 
 
 def refuse_foreign(folder: Path, known: set[str]) -> None:
-    """Refuse a folder with anything in it but `known`.
+    """Refuse a folder that holds anything but `known`.
 
     Raises:
-        ValueError: names what does not belong there.
+        ValueError: naming what does not belong there.
     """
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in known)
     if foreign:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of texts to columns of numbers, in order: in this process, and where that takes long on all cores."""
+"""Batches of texts to columns of numbers, in order: in this process, or on all cores if that takes long."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ring_hilbert.training.documents import content_hash
 from ring_hilbert.training.reading import Batch
 from ring_hilbert.training.tokens import document_encoder
 
-ALONE = 2.0  # seconds that a process tokenises by itself before it calls others in
+ALONE = 2.0  # seconds that a process tokenises alone before it starts others
 
 
 class Encoded(NamedTuple):
-    """The columns of a batch, but for its files, and the largest id."""
+    """The columns of a batch, except its files, and the largest id."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -38,7 +38,7 @@ Encode = Callable[[list[str]], Encoded]
 
 
 def encoded(batches: Iterator[Batch], means: Means, workers: int) -> Generator[tuple[Batch, Encoded], None, None]:
-    """Every batch with its columns, in order: made here at first and, if that takes long, by `workers` other processes."""
+    """Every batch with its columns, in order: computed here at first and, if that takes long, by `workers` other processes."""
     begin, encode, starting = time.monotonic(), _encoder(*means), None
     pool: ProcessPoolExecutor | None = None
     with ExitStack() as stack:
@@ -65,7 +65,7 @@ def encoded(batches: Iterator[Batch], means: Means, workers: int) -> Generator[t
 
 
 def _pool(workers: int, means: Means) -> ProcessPoolExecutor:
-    """Forked, where that can be, from a process without threads that has imported everything, which takes seconds, once."""
+    """Forked, if possible, from a thread-free process that has done the imports, which take seconds, once."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -74,7 +74,7 @@ def _pool(workers: int, means: Means) -> ProcessPoolExecutor:
 
 
 def _start(pool: ProcessPoolExecutor) -> threading.Thread:
-    """A thread that ends when the first process is ready for work, or cannot be."""
+    """A thread that ends once the first process is ready for work, or has failed."""
     thread = threading.Thread(target=lambda: pool.submit(int).exception(), daemon=True)
     thread.start()
     return thread
@@ -85,14 +85,14 @@ _encode_there_by: Encode | None = None  # in a process of a pool
 
 def _set_up(*means: Any) -> None:
     global _encode_there_by
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the parent to end this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the cores
     _encode_there_by = _encoder(*means)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A process of a pool whose parent was killed would wait for work for ever."""
+    """End with the parent: a pool process whose parent was killed would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training loop asks of an engine, and the choice of one by the configuration.
+"""The engine protocol of the training loop, and the choice of an engine by the configuration.
 
-An engine owns the parameters and how they lie over the ranks, the gradients' sum, clipping and AdamW. The loop knows only this.
+An engine owns the parameters and their sharding, the reduction of gradients, clipping and AdamW. The loop knows nothing more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Engine(Protocol):
 
     @property
     def model(self) -> torch.nn.Module:
-        """What computes: called with what `shard_batch` returns, it gives the loss of every row."""
+        """The module to call: given what `shard_batch` returns, it returns the loss of every row."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -37,37 +37,37 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rate: float) -> float:
-        """Clip the gradients, summed over all ranks, update, clear them; returns their global norm before clipping.
+        """Clip the gradients, summed over all ranks, update, and clear them; returns their global norm before clipping.
 
-        Where that is not finite nothing is updated.
+        If that is not finite, nothing is updated.
         """
         ...
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Whole gradients by the name of the parameter, before `step`: to look at, in small models."""
+        """Whole gradients by parameter name, before `step`: for inspection, in small models."""
         ...
 
     def prepare_to_save(self) -> None:
-        """Do before the first step what would hold up the first `save`."""
+        """Do ahead of the first step what would delay the first `save`."""
         ...
 
     def save(self, folder: Path, publish: Callable[[Manifest], None]) -> Future[Any]:
-        """Begin to write model and optimizer below `folder`, which is new; `step` may be called before it is over.
+        """Start writing model and optimizer below `folder`, which is new; `step` may be called before it is done.
 
-        Rank 0 calls `publish` with what all ranks have written. The result is done when that is, or when it failed.
+        Rank 0 calls `publish` with what all ranks have written. The future completes when that returns or has failed.
         """
         ...
 
     def load(self, folder: Path) -> None:
-        """Take over what `save` or `ring-hilbert convert` wrote.
+        """Load what `save` or `ring-hilbert convert` wrote.
 
         Raises:
-            ValueError: it cannot be read, or is of another model.
+            ValueError: if it cannot be read, or is of another model.
         """
         ...
 
     def bytes_to_save(self) -> int:
-        """What `save` will write, on all ranks together; at least that."""
+        """At least the number of bytes that `save` will write, over all ranks."""
         ...
 
     def not_finite(self) -> list[str]:
@@ -79,12 +79,12 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what it holds; it is not used any more."""
+        """Release its resources; it is not used afterwards."""
         ...
 
 
 def check_engine(config: RunConfig) -> None:
-    """Find what is wrong with the settings of the chosen engine.
+    """Check the settings of the chosen engine.
 
     Raises:
         ValueError: naming the key.
@@ -101,16 +101,16 @@ def check_engine(config: RunConfig) -> None:
 
 
 def _is_common(folder: Path) -> bool:
-    """Whether the newest checkpoint in a folder is in the form that every engine loads."""
+    """Whether the newest checkpoint in a folder is in the common form that every engine loads."""
     found = checkpoints_in(folder)
     return bool(found) and read_run(found[-1])["engine"]["name"] == COMMON
 
 
 def make_engine(config: RunConfig, hf_config: PretrainedConfig, world: World) -> Engine:
-    """The engine of a checked configuration, with its model in initial state.
+    """The engine of a validated configuration, with its model in the initial state.
 
     Raises:
-        ValueError: the model cannot be made or loaded.
+        ValueError: if the model cannot be made or loaded.
     """
     with world.together():
         weights = initial_weights(config, hf_config)

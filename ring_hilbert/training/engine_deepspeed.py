@@ -28,7 +28,7 @@ from ring_hilbert.training.weights import Weights
 from ring_hilbert.training.world import World
 from ring_hilbert.training.zero_fill import base_optimizer, fill
 
-OURS = "train.micro_batch, train.global_batch_tokens, train.precision and optim"  # what the JSON must leave to these
+OURS = "train.micro_batch, train.global_batch_tokens, train.precision and optim"  # what the JSON must not set
 
 REFUSED = ("fp16", "train_batch_size", "optimizer", "scheduler", "data_parallel_size", "sequence_parallel_size")
 
@@ -62,7 +62,7 @@ class DeepSpeedEngine:
         for (
             name,
             buffer,
-        ) in model.named_buffers():  # it casts them too, and RoPE's frequencies would be 0.4 % off in bfloat16
+        ) in model.named_buffers():  # it casts buffers too, and RoPE's frequencies would be 0.4 % off in bfloat16
             if name in buffers:
                 buffer.data = buffers[name].to(buffer.device)
         self.model = self.engine
@@ -70,13 +70,13 @@ class DeepSpeedEngine:
             self._unround(weights)
 
     def _unround(self, weights: Weights) -> None:
-        """Give the float32 weights their values again: DeepSpeed takes them from the model that it has made bfloat16."""
+        """Restore the float32 weights' values: DeepSpeed takes them from the model, which it has cast to bfloat16."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         named = {name: p for name, p in self.engine.module.model.named_parameters() if p.requires_grad}
         for part in weights:
             for name, value in part.items():
-                if name in named:  # else a buffer
+                if name in named:  # otherwise a buffer
                     safe_set_full_fp32_param(named[name], value)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -108,7 +108,7 @@ class DeepSpeedEngine:
         """See `Engine`: there is nothing to prepare, DeepSpeed saves while training waits."""
 
     def save(self, folder: Path, publish: Callable[[Manifest], None]) -> Future[Any]:
-        """See `Engine`: DeepSpeed's own files, which as many ranks and the same ZeRO stage can load."""
+        """See `Engine`: DeepSpeed's own files, which only the same number of ranks and ZeRO stage can load."""
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         paths = self.world.from_main(lambda: sorted(path for path in folder.rglob("*") if path.is_file()))
         with self.world.together():
@@ -135,7 +135,7 @@ class DeepSpeedEngine:
         as_configured(self.engine.optimizer, self.config)
 
     def bytes_to_save(self) -> int:
-        """See `Engine`: float32 weights and two moments, and the weights that are computed with beside them."""
+        """See `Engine`: float32 weights, two moments, and the weights in the compute dtype."""
         parameters = list(self.engine.module.parameters())
         beside = 0 if self.stage == 0 else parameters[0].element_size()
         return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * (12 + beside)
@@ -163,7 +163,7 @@ class DeepSpeedEngine:
         """See `Engine`."""
         self.engine.destroy()
 
-    _unfinished = False  # backward was called, and not yet the step that DeepSpeed wants after each
+    _unfinished = False  # backward was called, but not yet the step that DeepSpeed expects after each
 
     def _finish_micro_step(self) -> None:
         if self._unfinished:
@@ -172,10 +172,10 @@ class DeepSpeedEngine:
 
 
 def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration: the run's JSON with what the rest of the run's configuration says.
+    """DeepSpeed's configuration: the run's JSON, completed from the rest of the run's configuration.
 
     Raises:
-        ValueError: the file cannot be read, has no ZeRO stage, or says what belongs elsewhere.
+        ValueError: if the file cannot be read, has no ZeRO stage, or sets what belongs elsewhere.
     """
     given = config.deepspeed.config
     try:
@@ -213,10 +213,10 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def import_deepspeed(world: World) -> Any:
-    """DeepSpeed for the device of this run, its communication set up.
+    """DeepSpeed, set up for this run's device and communication.
 
     Raises:
-        ValueError: it is not installed, or cannot build what it needs.
+        ValueError: if it is not installed, or cannot build its extensions.
     """
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -244,7 +244,7 @@ def import_deepspeed(world: World) -> Any:
 
 
 def _optimizer(model: LossModel, config: RunConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW; DeepSpeed's own, which runs on the host, for states that are kept there."""
+    """AdamW; for offloaded states DeepSpeed's own, which runs on the host."""
     if "offload_optimizer" not in settings["zero_optimization"]:
         return adamw(model, config)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -255,8 +255,8 @@ def _optimizer(model: LossModel, config: RunConfig, settings: dict[str, Any]) ->
 
 
 def _partitioned(deepspeed: Any, weights: Weights, settings: dict[str, Any]) -> PreTrainedModel:
-    """The model with every parameter divided among all ranks from the start."""
-    # Values follow; Transformers' own would go to rows of embeddings that are elsewhere.
+    """The model with every parameter partitioned over all ranks from the start."""
+    # Values are filled in later; Transformers' initialisation would index embedding rows that are on other ranks.
     with deepspeed.zero.Init(config_dict_or_path=settings), no_init_weights():
         made = type(weights.skeleton)(weights.skeleton.config)
     made.tie_weights()
@@ -268,7 +268,7 @@ def _partitioned(deepspeed: Any, weights: Weights, settings: dict[str, Any]) -> 
             torch.no_grad(),
         ):
             for tensor, value in zip(whole, part.values(), strict=True):
-                if not hasattr(tensor, "ds_id"):  # a buffer, made in the dtype that is computed in
+                if not hasattr(tensor, "ds_id"):  # a buffer, made in the compute dtype
                     tensor.data = value.to(tensor.device)
                 elif torch.distributed.get_rank() == 0:
                     tensor.copy_(value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine of PyTorch alone: FSDP2 over `dp_shard x sp` ranks, replicas over `dp_replicate`, AdamW on float32 shards."""
+"""The pure PyTorch engine: FSDP2 over `dp_shard x sp` ranks, replicas over `dp_replicate`, AdamW on float32 shards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ring_hilbert.training.world import World
 
 
 class TorchEngine:
-    """See `Engine`. A layer's parameters are whole while it computes; gradients are summed in float32, at every micro-step."""
+    """See `Engine`. A layer's parameters are gathered while it computes; gradients are reduced in float32, every micro-step."""
 
     def __init__(self, skeleton: PreTrainedModel, weights: Weights | None, config: RunConfig, world: World) -> None:
         self.config = config
@@ -39,7 +39,7 @@ class TorchEngine:
         model.to_empty(device=world.device)
         if config.train.precision == "fp64":
             model.double()
-        if weights is not None:  # else it is only to be looked at
+        if weights is not None:  # otherwise it is only inspected
             _fill(model.model, weights)
         self.optimizer = adamw(model, config)
 
@@ -108,9 +108,9 @@ class TorchEngine:
     _saver: Saver | None = None
 
     def _state(self) -> dict[str, torch.Tensor]:
-        """All that is saved, as `storage.tensors` names it: parameters (tied ones once), persistent buffers, AdamW's state."""
+        """All that is saved, by the names of `storage.tensors`: parameters (tied ones once), persistent buffers, AdamW's state."""
         model = self.model.model
-        persistent = model.state_dict().keys()  # it also divides parameters again that are whole since an evaluation
+        persistent = model.state_dict().keys()  # this also reshards parameters left gathered by an evaluation
         parameters = dict(model.named_parameters())
         tensors = parameters | {name: x for name, x in model.named_buffers() if name in persistent}
         state = {f"weight.{name}": tensor.detach() for name, tensor in tensors.items()}
@@ -120,7 +120,7 @@ class TorchEngine:
 
 
 def _shard(model: LossModel, config: RunConfig, world: World) -> None:
-    """Make every layer, and what is left, a unit of FSDP2 that sums gradients instead of averaging them."""
+    """Make every layer, and the rest of the model, an FSDP2 unit that sums gradients instead of averaging them."""
     assert world.mesh is not None
     mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shard"]
     bf16 = config.train.precision == "bf16"

@@ -12,12 +12,12 @@ from ring_hilbert.training.batches import Batches
 from ring_hilbert.training.data import PackedDataset
 from ring_hilbert.training.world import World
 
-UNIGRAM_TOKENS = 2**22  # of training data that the unigram model is fitted on, at most
+UNIGRAM_TOKENS = 2**22  # most training tokens to which the unigram model is fitted
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss in nats per target token, and what it is made of."""
+    """Mean loss in nats per target token, and its components."""
 
     loss: float
     tokens: int
@@ -27,13 +27,13 @@ class Evaluation:
     target_counts: torch.Tensor  # [vocab] int64 CPU: how often each token is a target
 
     def unigram_loss(self, train_counts: torch.Tensor) -> float:
-        """Mean loss on the same targets of a model that knows only token frequencies: `train_counts [vocab]`, add-one smoothed."""
+        """Mean loss, on the same targets, of a model of token frequencies only: `train_counts [vocab]`, add-one smoothed."""
         smoothed = train_counts.double() + 1
         log_probabilities = (smoothed / smoothed.sum()).log()
         return -(self.target_counts * log_probabilities).sum().item() / self.tokens
 
     def by_position(self) -> dict[int, float]:
-        """Mean loss of the targets after tokens 2^i .. 2^(i+1) - 1 of a sequence, by 2^i; ranges without a target are left out."""
+        """Mean loss of the targets after tokens 2^i .. 2^(i+1) - 1 of a sequence, by 2^i; ranges without a target are omitted."""
         found = {}
         for power in range(len(self.position_loss).bit_length()):
             inside = self.position_loss[2**power - 1 : 2 ** (power + 1) - 1]
@@ -47,7 +47,7 @@ def evaluate(model: torch.nn.Module, batches: Batches, vocab: int, world: World)
     """Run `model` over the whole dataset of `batches`, all ranks together.
 
     Raises:
-        ValueError: it holds not one target token.
+        ValueError: if it holds no target token.
     """
     length = len(batches.dataset)
     losses = torch.zeros(batches.seq_len, dtype=torch.float64, device=world.device)  # by natural token index
@@ -74,7 +74,7 @@ def evaluate(model: torch.nn.Module, batches: Batches, vocab: int, world: World)
 
 
 def count_tokens(dataset: PackedDataset, vocab: int, seq_len: int) -> torch.Tensor:
-    """How often each token occurs in the first training sequences, `UNIGRAM_TOKENS` at most: [vocab] int64."""
+    """How often each token occurs in the first training sequences, up to `UNIGRAM_TOKENS`: [vocab] int64."""
     counts = torch.zeros(vocab, dtype=torch.int64)
     for index in range(min(len(dataset), max(1, UNIGRAM_TOKENS // seq_len))):
         sample = dataset[index]

@@ -17,9 +17,9 @@ from ring_hilbert.training.world import World
 
 
 def export_model(engine: Engine, config: RunConfig, hf_config: PretrainedConfig, world: World, folder: Path) -> None:
-    """Write model, configuration (with its `ring_hilbert`) and tokenizer, whole or not at all; replaces an older export.
+    """Write model, configuration (with its `ring_hilbert`) and tokenizer atomically, replacing an older export.
 
-    Weights are the float32 ones; the saved `dtype` is that of training, which loading converts to.
+    Weights are float32; the saved `dtype` is that of training, to which loading converts them.
     """
     state = engine.whole_state()
     world.from_main(lambda: write_model(config, hf_config, state, folder))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data files by path, folder or glob: names of local files and nothing else, so that "::", spaces and "[" mean nothing in them."""
+"""Data files by path, folder or glob. Patterns only name local files, so "::", spaces and "[" have no special meaning in names."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 
 def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
-    """The files, folders and globs of `patterns` as absolute paths of non-empty files; a file of several names comes once.
+    """The files, folders and globs of `patterns` as absolute paths of non-empty files; a file with several names is listed once.
 
-    Sorted within each pattern, so that every machine sees one order. Hidden files are found only by their own name.
+    Sorted within each pattern, so that every machine sees the same order. Hidden files are found only by their exact name.
     `exclude`: see `SourceConfig`.
 
     Raises:
-        ValueError: a pattern matches no file, or nothing but empty or excluded ones, or a link that leads nowhere.
+        ValueError: if a pattern matches no file, only empty or excluded ones, or a broken link.
     """
-    files: dict[Path, Path] = {}  # by what links lead to
+    files: dict[Path, Path] = {}  # by link target
     for pattern in patterns:
         base, names = _expand(pattern)
         dropped = {base / name for rule in exclude for name in _below(base, rule)}
@@ -39,7 +39,7 @@ def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
 
 
 def _expand(pattern: str) -> tuple[Path, set[str]]:
-    """The folder that a pattern starts from, and the names of what it matches below that."""
+    """The base folder of a pattern, and the names that it matches below that."""
     path = Path(pattern).expanduser()
     if path.is_file():
         return path.parent, {path.name}
@@ -51,7 +51,7 @@ def _expand(pattern: str) -> tuple[Path, set[str]]:
 
 
 def _below(base: Path, pattern: str) -> set[str]:
-    """What a glob matches below a folder. `**` is any folders, but no hidden ones and none that a link leads back up to."""
+    """What a glob matches below a folder. `**` is any folders, except hidden ones and cycles through links."""
     parts = pattern.split("/")
     if "**" not in parts:
         return set(glob.glob(pattern, root_dir=base))  # noqa: PTH207 - Path.glob takes hidden files too
@@ -63,7 +63,7 @@ def _below(base: Path, pattern: str) -> set[str]:
 
 
 def _folders(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, str]]:
-    """A folder and those below it, each with what the names of its files begin with."""
+    """A folder and those below it, each with the prefix of its files' names."""
     found = os.stat(folder)  # noqa: PTH116 - there may be very many
     here = found.st_dev, found.st_ino
     if here not in above:

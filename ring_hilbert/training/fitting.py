@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a run fits the memory of its devices, and with which settings: what "auto" takes, and what to change where nothing fits.
+"""Whether a run fits the memory of its devices, and with which settings: resolves "auto", and advises if nothing fits.
 
-Settings are tried on the memory plan, from the fastest to the slowest. Another process does it while the run gets ready, as it
-needs a process group of its own kind.
+Settings are tried on the memory plan, from the fastest to the slowest, in a separate process while the run starts up, because it
+needs a different kind of process group.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from ring_hilbert.training.model import model_config
 from ring_hilbert.training.world import World
 
 PATIENCE = 300.0  # seconds; the other ranks wait meanwhile
-SPARE = 0.05  # of the memory, which "auto" leaves free
-SPARE_TO_KEEP = 0.15  # the same for what need not be kept: closer, the allocator's searches cost what keeping saves
+SPARE = 0.05  # fraction of the memory that "auto" leaves free
+SPARE_TO_KEEP = (
+    0.15  # the same for what is kept optionally: closer to the limit, the allocator's searches cost what keeping saves
+)
 TILES = (1, 2, 4, 8, 16)
 TILES_COST = {2: "about 2 %", 8: "about 4 %"}  # measured with the 1B model on an H100, as the other costs below
 OFFLOAD_COST = "about 10 % more time, and room in the host's memory"
@@ -37,7 +39,7 @@ Plan = Callable[[RunConfig], MemoryPlan]
 
 @dataclass(frozen=True)
 class Fitted:
-    """The settings of `train` that a run takes, with its memory plan; `refusal`: why it cannot run, if so."""
+    """The `train` settings of a run, with its memory plan; `refusal`: why it cannot run, if it cannot."""
 
     train: dict[str, Any]
     plan: MemoryPlan
@@ -48,7 +50,7 @@ class Fitted:
         return _with(config, **self.train)
 
     def taken(self, config: RunConfig) -> str:
-        """The plan, and what was chosen where `config` says auto."""
+        """The plan, and the choices made where `config` says auto."""
         asked = {"recompute": config.train.recomputes, "recompute_layers": config.train.recompute_layers}
         asked["mlp_tiles"] = config.train.mlp_tiles
         chosen = {key: value for key, value in self.train.items() if asked[key] != value}
@@ -58,9 +60,9 @@ class Fitted:
 
 @contextmanager
 def planned(config: RunConfig, world: World) -> Iterator[Callable[[], Fitted | None]]:
-    """What `fit` says of this run on its ranks, found while the block runs. All ranks call it, before they allocate anything.
+    """The result of `fit` for this run, computed while the block runs. All ranks call it, before they allocate anything.
 
-    It yields a function for rank 0, which waits. Without `log.memory_plan`, or where no plan can be made, it says None.
+    Yields a function for rank 0 that waits for it. Without `log.memory_plan`, or if no plan can be made, it returns None.
     """
     room = world.gather(_room_on(world.device, config.parallel)).min().item()
     cuda = _on_gpu(world.device)
@@ -84,7 +86,7 @@ def planned(config: RunConfig, world: World) -> Iterator[Callable[[], Fitted | N
 
 @contextmanager
 def out_of_memory(config: RunConfig, fitted: Fitted | None) -> Iterator[None]:
-    """A device out of memory in the block is an error that says what was planned and which settings need less.
+    """Turns out-of-memory in the block into an error that gives the plan and settings that need less.
 
     Raises:
         ValueError: instead of `torch.OutOfMemoryError`.
@@ -103,7 +105,7 @@ def _on_gpu(device: torch.device) -> bool:
 
 
 def _room_on(device: torch.device, parallel: ParallelConfig) -> float:
-    """Bytes that this process may fill of a GPU, with what it has of it already; infinity elsewhere."""
+    """Bytes of a GPU that this process may use, including those it already has; infinity elsewhere."""
     if device.type != "cuda":
         return math.inf
     connected = dist.group.WORLD is not None and dist.group.WORLD.bound_device_id is not None
@@ -112,7 +114,7 @@ def _room_on(device: torch.device, parallel: ParallelConfig) -> float:
 
 
 def settled(config: RunConfig) -> RunConfig:
-    """`config` with what "auto" is where the memory is not known."""
+    """`config` with "auto" resolved for unknown memory."""
     train = config.train
     return _with(
         config,
@@ -122,10 +124,10 @@ def settled(config: RunConfig) -> RunConfig:
 
 
 def fit(config: RunConfig, room: int | None, *, cuda: bool) -> Fitted:
-    """Settings for `config` on devices of `room` bytes for each rank; `train.memory_gib` may lower it. None: not known.
+    """Settings for `config` on devices with `room` bytes per rank (None: not known); `train.memory_gib` may lower it.
 
     Raises:
-        ValueError: the configuration cannot be run on any device.
+        ValueError: if the configuration cannot run on any device.
     """
     if config.train.memory_gib is not None and cuda:
         room = min(int(config.train.memory_gib * GIB), room or sys.maxsize)
@@ -145,19 +147,19 @@ def fit(config: RunConfig, room: int | None, *, cuda: bool) -> Fitted:
         except (ValueError, TypeError):
             if tiles == TILES[0] or not several:
                 raise
-            break  # what these layers have is not an MLP of one tensor
+            break  # these layers have no MLP of a single tensor
         if needed <= enough:
             chosen = tried
             if tiles == 1 and config.train.recomputes == "auto" and not config.train.offload_activations:
                 chosen = _keeping(chosen, plan, room * (1 - SPARE_TO_KEEP))
             return _fitted(chosen, plan(chosen))
         if needed <= room and (tiles == TILES[-1] or not several):
-            return _fitted(tried, plan(tried))  # as it was asked for, or the best there is, if with less to spare
+            return _fitted(tried, plan(tried))  # as requested, or the best there is with less to spare
     return _fitted(chosen, plan(chosen), _refusal(chosen, plan, room))
 
 
 def advice(config: RunConfig) -> str:
-    """Which changes of a settled `config` would need a tenth less of a GPU, or better, and what each costs in time."""
+    """Changes of a settled `config` that would need at least a tenth less of a GPU, and the time that each costs."""
 
     def plan(config: RunConfig) -> MemoryPlan:
         return _plan(config.model_dump_json(), True)
@@ -171,9 +173,9 @@ def _plan(config: str, cuda: bool) -> MemoryPlan:
 
 
 def _keeping(config: RunConfig, plan: Plan, room: float) -> RunConfig:
-    """`config`, which fits, recomputing less where that fits too: nothing, or selectively in as many of the last layers as can be.
+    """`config`, which fits, recomputing less if that also fits: nothing, or selectively in as many of the last layers as possible.
 
-    A GiB kept by selective recomputation saves two to three times the time of one kept by none (1B model, H100).
+    A GiB kept by selective recomputation saves two to three times as much time as one kept by none (1B model, H100).
     """
     nothing, selective = _with(config, recompute="none"), _with(config, recompute="selective")
     if plan(nothing).total <= room:
@@ -189,9 +191,7 @@ def _keeping(config: RunConfig, plan: Plan, room: float) -> RunConfig:
 
 
 def _refusal(config: RunConfig, plan: Plan, room: float) -> str:
-    return (
-        f"memory: {room / GIB:.1f} GiB are there for a rank, which needs {plan(config)}. {_advice(config, plan, room)}"
-    )
+    return f"memory: {room / GIB:.1f} GiB are available per rank, but it needs {plan(config)}. {_advice(config, plan, room)}"
 
 
 def _advice(config: RunConfig, plan: Plan, room: float) -> str:
@@ -203,11 +203,11 @@ def _advice(config: RunConfig, plan: Plan, room: float) -> str:
     if fits:
         return "What would fit: " + "; ".join(fits)
     least, changes, _ = min(told, default=(plan(config).total, "what it is now", ""))
-    return f"The nearest: {changes}, {least / GIB:.1f} GiB; or more ranks (parallel.sp), a shorter data.seq_len, a smaller model"
+    return f"The nearest: {changes}, {least / GIB:.1f} GiB; or more ranks (parallel.sp), a shorter data.seq_len, or a smaller model"
 
 
 def _alternatives(config: RunConfig) -> Iterator[tuple[str, str, RunConfig]]:
-    """Changes that need less memory, what each costs in time, and the configuration with it; the fastest first."""
+    """Changes that need less memory, the time that each costs, and the configuration with it; fastest first."""
     train, parallel = config.train, config.parallel
     assert isinstance(train.mlp_tiles, int)
     half = train.micro_batch // 2
@@ -251,7 +251,7 @@ def _fitted(config: RunConfig, plan: MemoryPlan, refusal: str | None = None) -> 
 
 @dataclass(frozen=True)
 class _Question:
-    """What `Planning` asks the other process."""
+    """What `Planning` sends to the other process."""
 
     config: RunConfig
     room: int | None
@@ -260,7 +260,7 @@ class _Question:
 
 
 class Planning:
-    """`fit` of a run, or with `only_advice` its `advice`, by another process while this one gets ready."""
+    """`fit` for a run, or with `only_advice` its `advice`, in another process while this one starts up."""
 
     def __init__(self, config: RunConfig, room: int | None, *, cuda: bool, only_advice: bool = False) -> None:
         self.only_advice = only_advice
@@ -278,7 +278,7 @@ class Planning:
         self.process.stdin = None
 
     def result(self) -> Fitted | str | None:
-        """Wait for the answer; None if there cannot be one, or it takes too long."""
+        """Wait for the answer; None if there is none, or it takes too long."""
         try:
             answer, _ = self.process.communicate(timeout=PATIENCE)
             kind: Any = str if self.only_advice else Fitted

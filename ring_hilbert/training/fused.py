@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused elementwise work in the layers of one model: Liger's kernels in place of some of its parts, or compiled layers.
+"""Fused elementwise work in one model's layers: Liger's kernels in place of some modules, or compiled layers.
 
-Which parts are what a kernel computes is not known by name: each runs on a few numbers, and its results tell. What is put in its
-place is bound to this instance; the classes and modules of Transformers stay as they are for everybody else.
+Which modules match a kernel is not decided by name: each is run on a few numbers and its results are compared. Replacements are
+bound to this instance; Transformers' classes and modules stay unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.weights import decoder_layers
 
 ROPE = "apply_rotary_pos_emb"  # as the attention of every Transformers model calls it
-NORMS = (("llama", 0.0), ("gemma", 1.0), ("gemma", 0.0))  # Liger's casting modes, and what is added to the weights
+NORMS = (("llama", 0.0), ("gemma", 1.0), ("gemma", 0.0))  # Liger's casting modes, and the offset of the weights
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "LigerSiLUMulFunction": F.silu,
     "LigerGELUMulFunction": lambda x: F.gelu(x, approximate="tanh"),
@@ -34,7 +34,7 @@ GATED = ({"gate_proj": (6, 4), "up_proj": (6, 4), "down_proj": (4, 6)}, {"gate_u
 
 
 class Fused(NamedTuple):
-    """What was taken, "liger", "compile" or "none", and what of, or why."""
+    """The choice, "liger", "compile" or "none", with the parts replaced or the reason."""
 
     kind: str
     details: str
@@ -46,12 +46,12 @@ class Fused(NamedTuple):
 def fuse(
     model: PreTrainedModel, config: RunConfig, device: torch.device, kinds: tuple[str, ...] = ("liger", "compile")
 ) -> Fused:
-    """Do what `train.fused` says to a model that will compute on `device`, before anything wraps its parts.
+    """Apply `train.fused` to a model that will compute on `device`, before anything wraps its modules.
 
     `kinds`: what may be done; the rest of what `train.fused` says is left.
 
     Raises:
-        ValueError: it is not "auto" and cannot be done.
+        ValueError: if it is not "auto" and cannot be done.
     """
     wanted = config.train.fused
     if wanted == "none" or (wanted == "auto" and device.type != "cuda"):
@@ -69,7 +69,7 @@ def fuse(
 
 
 def _take_kernels(model: PreTrainedModel, config: RunConfig, device: torch.device) -> str:
-    """Put Liger's kernels in their places; returns how many of which."""
+    """Install Liger's kernels; returns how many of each."""
     if importlib.util.find_spec("liger_kernel") is None:
         raise ValueError("liger-kernel is not installed (pip install 'ring_hilbert[gpu]')")
     if device.type != "cuda":
@@ -79,7 +79,7 @@ def _take_kernels(model: PreTrainedModel, config: RunConfig, device: torch.devic
     parts = _parts(model)
     inside = [Counter(part.name for part in parts if part.module in set(x.modules())) for x in decoder_layers(model)]
     if not parts or (config.train.fused == "auto" and not all(x["RMSNorm"] and x["gated MLP"] for x in inside)):
-        raise ValueError(f"norms and MLPs of {type(model).__name__} are not what its kernels compute")
+        raise ValueError(f"its kernels do not compute what the norms and MLPs of {type(model).__name__} do")
     for part in parts:
         part.module.forward = MethodType(part.forward, part.module)
     return ", ".join(f"{count} {name}" for name, count in Counter(part.name for part in parts).items())
@@ -88,11 +88,11 @@ def _take_kernels(model: PreTrainedModel, config: RunConfig, device: torch.devic
 def _take_compiler(model: PreTrainedModel, config: RunConfig, device: torch.device) -> str:
     """Compile the decoder layers; returns how many."""
     if config.train.offload_activations or config.train.mlp_tiles not in ("auto", 1):
-        raise ValueError("compiled layers would not wait on the host nor go by tiles (offload_activations, mlp_tiles)")
+        raise ValueError("compiled layers support neither offload_activations nor mlp_tiles")
     if config.train.recomputes == "selective":
-        raise ValueError("of a compiled layer nothing shows which products to keep (recompute: selective)")
+        raise ValueError("compiled layers do not show which products to keep (recompute: selective)")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError("with ZeRO-3 parameters come one by one, by hooks that compiled code does not run")
+        raise ValueError("ZeRO-3 gathers parameters one by one, by hooks that compiled code does not run")
     if device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
         raise ValueError("it needs a C++ compiler on the CPU, and there is no g++")
     if device.type == "cuda" and not has_triton_package():
@@ -104,7 +104,7 @@ def _take_compiler(model: PreTrainedModel, config: RunConfig, device: torch.devi
 
 
 def _compiled(layer: nn.Module) -> Callable[..., Any]:
-    """The layer's forward compiled, checkpointed by itself or from outside, whatever class an engine makes of the layer's."""
+    """The layer's compiled forward, checkpointed by itself or from outside, whatever class an engine turns the layer into."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return type(layer).forward(layer, *args, **kwargs)
@@ -116,7 +116,7 @@ def _compiled(layer: nn.Module) -> Callable[..., Any]:
 
 
 class _Part(NamedTuple):
-    """A module whose forward a kernel of Liger's computes, and the forward with that kernel."""
+    """A module whose forward matches a Liger kernel, and the forward with that kernel."""
 
     name: str
     module: nn.Module
@@ -124,7 +124,7 @@ class _Part(NamedTuple):
 
 
 def _parts(model: PreTrainedModel) -> list[_Part]:
-    """What of a model Liger has kernels for."""
+    """The modules of a model for which Liger has kernels."""
     generator, found = torch.Generator().manual_seed(0), []
 
     def drawn(*shape: int) -> Tensor:
@@ -139,7 +139,7 @@ def _parts(model: PreTrainedModel) -> list[_Part]:
 
 
 def _result(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor | None:
-    """What the module makes of `x` with these weights in the place of all its own; None if it cannot."""
+    """The module's result for `x` with these weights in place of its own; None if it fails."""
     try:
         result = functional_call(module, weights, (x,))
     except Exception:  # the module's code can raise anything
@@ -148,7 +148,7 @@ def _result(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor 
 
 
 def _norm(module: nn.Module, drawn: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
-    """`weight * x / rms(x)`, or with weights that count from one; the rounding tells Liger's casting modes apart."""
+    """`weight * x / rms(x)`, or with `1 + weight`; the rounding tells Liger's casting modes apart."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if [name for name, _ in module.named_parameters()] != ["weight"] or not isinstance(eps, float) or eps <= 0:
         return None
@@ -164,7 +164,7 @@ def _norm(module: nn.Module, drawn: Callable[..., Tensor]) -> Callable[..., Tens
             from liger_kernel.ops import LigerRMSNormFunction
 
             def forward(self: nn.Module, x: Tensor, casting: str = casting, offset: float = offset) -> Tensor:
-                # Not in place: what it would write to may be the gradient of a residual as well.
+                # Not in place: the buffer may also be the gradient of a residual.
                 return LigerRMSNormFunction.apply(x, self.weight, eps, offset, casting, False, None)
 
             return forward
@@ -172,7 +172,7 @@ def _norm(module: nn.Module, drawn: Callable[..., Tensor]) -> Callable[..., Tens
 
 
 def _gated(module: nn.Module, drawn: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
-    """`down(activation(gate(x)) * up(x))`, gate and up in one layer or in two."""
+    """`down(activation(gate(x)) * up(x))`, with gate and up in one layer or two."""
     children = dict(module.named_children())
     for shapes in GATED:
         if not all(isinstance(children.get(name), nn.Linear) for name in shapes):
@@ -208,7 +208,7 @@ def _with_kernel(kernel: str, *, together: bool) -> Callable[..., Tensor]:
 
 
 def _rope(module: nn.Module, drawn: Callable[..., Tensor]) -> Callable[..., Any] | None:
-    """The attention's own code, its rotation of halves of heads by given cos and sin replaced: rows may be at any positions."""
+    """The attention's own code with its half-rotation of heads by given cos and sin replaced: rows may be at any positions."""
     own = type(module).forward
     rotate = getattr(own, "__globals__", {}).get(ROPE)
     if rotate is None or ROPE not in own.__code__.co_names:
@@ -227,7 +227,7 @@ def _rope(module: nn.Module, drawn: Callable[..., Tensor]) -> Callable[..., Any]
     from liger_kernel.ops import LigerRopeFunction
 
     def kernel(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if args or kwargs:  # tensors that lie otherwise
+        if args or kwargs:  # another tensor layout
             return rotate(q, k, cos, sin, *args, **kwargs)
         return LigerRopeFunction.apply(q, k, cos, sin)
 

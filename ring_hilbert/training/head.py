@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's class does between its base model and its logits, by its own `forward`: before the output layer, and after.
+"""What a model's own `forward` does between base model and logits: before the output layer, and after it.
 
-Granite divides its logits, Cohere multiplies them, Gemma caps them, MiniCPM scales what goes into the output layer, BERT transforms
-it. None of them is known here by name: `forward` itself runs, its base model and its output layer replaced by what returns given
-tensors, so that logits need to exist only where and when the loss asks for them.
+Granite divides its logits, Cohere multiplies them, Gemma caps them, MiniCPM scales the input of the output layer, BERT transforms
+it. None of them is special-cased: `forward` itself runs, its base model and output layer replaced by stand-ins that return given
+tensors, so that logits need to exist only where and when the loss needs them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-INSTEAD = "train it in a loop of your own, on the logits of model(**rh.shard_batch(...)) (launch/examples)"
+INSTEAD = "train it in a custom loop, on the logits of model(**rh.shard_batch(...)) (launch/examples)"
 
 
 class HiddenStates:
-    """What a base model returns, with nothing in it but `last_hidden_state`: whatever else is asked for is None."""
+    """A base model's output with only `last_hidden_state`: every other attribute is None."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -35,10 +35,10 @@ class HiddenStates:
 
 
 class OwnHead:
-    """The way from hidden states to logits of a model, but for the output layer's product.
+    """A model's path from hidden states to logits, except for the output layer's product.
 
     Args:
-        model: with a linear output layer over a base model. Its parameters and buffers are used, wherever they are by then.
+        model: with a linear output layer over a base model. Its parameters and buffers are used wherever they are at the time.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -49,15 +49,15 @@ class OwnHead:
         self._name = type(model).__name__
 
     def features(self, hidden: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        """What the output layer gets of `hidden [B, S, E]`, and `logits`, or None if the class leaves the product as it is.
+        """The output layer's input for `hidden [B, S, E]`, and `logits`, or None if the class does not change the product.
 
         Raises:
-            ValueError: `forward` doesn't call base model and output layer once each, or its logits depend on more than they.
+            ValueError: if `forward` does not call base model and output layer once each, or its logits depend on anything else.
         """
         product = hidden.new_zeros(1, 1, self._size[1], dtype=torch.promote_types(hidden.dtype, torch.float32))
         features, logits = self._run(hidden, product)
         if logits.requires_grad:
-            raise ValueError(f"{self._name} adds to its logits what the loss has no gradient for; {INSTEAD}")
+            raise ValueError(f"{self._name} adds a term to its logits for which the loss has no gradient; {INSTEAD}")
         if _same(logits, product) and product._version == 0:
             return features, None
         if not _same(
@@ -69,7 +69,7 @@ class OwnHead:
         return features, self.logits
 
     def logits(self, product: Tensor) -> Tensor:
-        """The model's logits of `rows [n, V]` that the output layer gave; writing to the result is allowed."""
+        """The model's logits for rows `product [n, V]` of the output layer; the result may be written to."""
         hidden = product.new_zeros(1, 1, 1).expand(1, len(product), self._size[0])
         return self._run(hidden, product[None])[1][0].to(product.dtype)
 
@@ -101,7 +101,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 class _Given:
-    """In the place of a module: keeps what it is called with and returns what was given; everything else is the module's."""
+    """Stands in for a module: records its arguments and returns a given result; all else is the module's."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -117,7 +117,7 @@ class _Given:
 
 
 def _with(module: nn.Module, replaced: Mapping[nn.Module | None, Any]) -> nn.Module:
-    """A copy of `module` with others in some places, without hooks; what is not on the way to them is shared, not copied."""
+    """A copy of `module` with some submodules replaced, without hooks; submodules off the path to them are shared, not copied."""
     copied = copy.copy(module)
     for hooks in HOOKS:
         setattr(copied, hooks, OrderedDict())

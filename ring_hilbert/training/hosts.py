@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hosts of a run: which one this is, which of its interfaces leads to the first, and how all ranks find each other.
+"""The hosts of a run: which one this is, which of its interfaces leads to the first, and how the ranks find each other.
 
-As a command it tells a launcher what it needs to know: `python -m ring_hilbert.training.hosts 10.0.0.1 29400` prints this host's
-address and interface towards 10.0.0.1, whether all are to meet here, at port 29400 (1 or 0), and the number of CUDA devices.
+As a command for launchers: `python -m ring_hilbert.training.hosts 10.0.0.1 29400` prints this host's address and interface
+towards 10.0.0.1, whether the ranks should meet here, at port 29400 (1 or 0), and the number of CUDA devices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
 def identity() -> str:
-    """Equal on two ranks if they share a kernel and its network; names of machines need not be unique, or differ."""
+    """Equal on two ranks iff they share a kernel and its network; host names are neither unique nor always distinct."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/net').stat().st_ino}"
@@ -35,7 +35,7 @@ def identity() -> str:
 
 
 def local_address(towards: str) -> str | None:
-    """The address that packets to `towards` leave from, None if none do."""
+    """The source address of packets to `towards`, None if it is unreachable."""
     for family, _, _, _, target in _resolved(towards):
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             try:
@@ -47,11 +47,13 @@ def local_address(towards: str) -> str | None:
 
 
 def is_local(host: str, port: int = 0) -> bool:
-    """Whether `host` is an address or a name of this machine, and nothing listens there at `port` (0: at any)."""
+    """Whether `host` is an address or name of this machine, and nothing listens there at `port` (0: any port)."""
     for family, kind, protocol, _, target in _resolved(host):
         with socket.socket(family, kind, protocol) as probe:
             try:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what has just ended does not listen
+                probe.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+                )  # a process that has just ended does not listen
                 probe.bind((target[0], port))
                 return True
             except OSError:
@@ -60,7 +62,7 @@ def is_local(host: str, port: int = 0) -> bool:
 
 
 def interface_of(address: str | None) -> str | None:
-    """The interface that has this IPv4 address; None if none is known to (on other systems than Linux)."""
+    """The interface with this IPv4 address; None if not known (on systems other than Linux)."""
     if sys.platform != "linux" or address is None:
         return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -75,7 +77,7 @@ def interface_of(address: str | None) -> str | None:
 
 
 def gloo_address() -> str:
-    """The address that Gloo of this process gives to the others: of GLOO_SOCKET_IFNAME, or else what this host's name leads to."""
+    """The address that this process's Gloo announces: that of GLOO_SOCKET_IFNAME, or the one to which this host's name resolves."""
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return f"interface {os.environ['GLOO_SOCKET_IFNAME']}, as GLOO_SOCKET_IFNAME says"
     name = socket.gethostname()
@@ -84,19 +86,19 @@ def gloo_address() -> str:
 
 
 def join(backend: str, start: float, timeout: float, device: torch.device | None = None) -> None:
-    """Make the process group that the launcher describes.
+    """Initialise the process group that the launcher describes.
 
-    Where there are several hosts and GLOO_SOCKET_IFNAME is not set, it is set to the interface that leads to MASTER_ADDR: Gloo by
-    itself takes the one that this host's name leads to, which often is the loopback or a bridge of containers.
+    With several hosts and GLOO_SOCKET_IFNAME not set, it is set to the interface that leads to MASTER_ADDR: by default Gloo
+    takes the one to which this host's name resolves, which is often the loopback or a container bridge.
 
     Args:
         backend: of torch.distributed.
         start: seconds to wait for the others.
         timeout: seconds that a collective may take.
-        device: this rank's, that NCCL connects at once; None: when it is first used.
+        device: this rank's, for NCCL to connect at once; None: on first use.
 
     Raises:
-        ValueError: ranks do not come, naming them; or they come and do not reach each other, naming the interfaces.
+        ValueError: if ranks do not arrive, naming them; or cannot reach each other, naming the interfaces.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     head = os.environ.get("MASTER_ADDR", "")
@@ -134,7 +136,7 @@ def join(backend: str, start: float, timeout: float, device: torch.device | None
 
 
 def _wait_for_all(store: Store, rank: int, size: int, start: float) -> None:
-    """Wait until every rank has said where it is; rank 0 tells for whom it waits."""
+    """Wait until every rank has registered; rank 0 reports for whom it waits."""
     keys = [f"host/{other}" for other in range(size)]
     began, tell = time.monotonic(), 10.0
     while not store.check(keys):
@@ -153,7 +155,7 @@ def _wait_for_all(store: Store, rank: int, size: int, start: float) -> None:
 
 
 def groups_across(machines: Sequence[str], sp: int) -> list[int]:
-    """The sp groups, neighbouring ranks of the machines in rank order, that lie on several machines, by number."""
+    """The numbers of the sp groups (neighbouring ranks) that span several machines; `machines` in rank order."""
     return [group for group in range(len(machines) // sp) if len(set(machines[group * sp : (group + 1) * sp])) > 1]
 
 

@@ -39,12 +39,12 @@ from ring_hilbert.training.stragglers import Stopwatch, Stragglers
 from ring_hilbert.training.weights import decoder_layers
 from ring_hilbert.training.world import RankError, World, open_world, process_group, rank_device, release_memory
 
-HANGS = "hangs"  # the folder below log.dir of what a hang leaves behind
+HANGS = "hangs"  # the folder below log.dir for the traces of a hang
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended; the losses are None without data.eval, and `model`, the exported folder, if it was told to stop."""
+    """How a run ended; losses are None without data.eval, and `model`, the exported folder, is None if told to stop."""
 
     progress: Progress
     eval_loss: float | None
@@ -53,14 +53,14 @@ class Summary:
 
 
 def pretrain(config: RunConfig) -> Summary:
-    """Train until `train.steps`, going on from the newest checkpoint in `checkpoint.dir` if there is one. All ranks call it.
+    """Train until `train.steps`, resuming from the newest checkpoint in `checkpoint.dir` if there is one. All ranks call it.
 
-    Nothing is written before the whole configuration, the data and the checkpoint have been found in order.
+    Nothing is written before the whole configuration, the data and the checkpoint have been validated.
 
     Raises:
-        ValueError: the configuration cannot be run, or does not fit the devices; on every rank, naming the rank that found it.
-            A device was out of memory: on that rank.
-        FloatingPointError: the gradient was not finite in optim.max_skipped steps in a row.
+        ValueError: if the configuration cannot be run, or does not fit the devices; on every rank, naming the rank that found it.
+            If a device was out of memory: on that rank.
+        FloatingPointError: if the gradient was not finite in optim.max_skipped steps in a row.
     """
     check_engine(config)
     check_log(config)
@@ -78,7 +78,7 @@ def pretrain(config: RunConfig) -> Summary:
         with closing(Checkpoints(config, world, documents)) as checkpoints:
             found = checkpoints.latest()
             initial = checkpoints.initial() if found is None else None
-            release_memory(world.device)  # of a stage before
+            release_memory(world.device)  # of the previous stage
             with planned(config, world) as fitted:
                 if config.train.probe and world.size > 1:
                     probe(settled(config), hf_config, world)
@@ -99,10 +99,10 @@ def pretrain(config: RunConfig) -> Summary:
 
 
 def pretrain_stages(stages: dict[str, RunConfig]) -> Summary | None:
-    """`pretrain` of each stage in turn, but of those that are finished; stops after one that was told to stop.
+    """`pretrain` each stage in turn, skipping finished ones; stops after one that was told to stop.
 
     Returns:
-        How the last one ended, None if all were finished before.
+        How the last one ended, None if all had been finished already.
     """
     summary = None
     for config in stages.values():
@@ -110,7 +110,7 @@ def pretrain_stages(stages: dict[str, RunConfig]) -> Summary | None:
     longest = max((config.timeouts for config in stages.values()), key=lambda timeouts: timeouts.longest)
     with process_group(rank_device(), longest):  # one for all
         left = [[name for name, config in stages.items() if not (name and finished(config))]]
-        dist.broadcast_object_list(left, src=0)  # files may not look alike from every host
+        dist.broadcast_object_list(left, src=0)  # hosts may see different files
         for name in left[0]:
             summary = pretrain(stages[name])
             if summary.model is None:
@@ -125,7 +125,7 @@ def _said(config: RunConfig, fit: Fitted | None) -> str | None:
 
 
 def _open_data(config: RunConfig, hf_config: PretrainedConfig) -> tuple[PackedDataset, PackedDataset | None]:
-    """The training and the held-out sequences, the latter None without data.eval."""
+    """The training and held-out sequences, the latter None without data.eval."""
     splits: list[Literal["train", "eval"]] = ["train"] if config.data.eval is None else ["train", "eval"]
     vocab = vocab_size(hf_config)
     opened = [open_dataset(config.data, split, vocab_size=vocab, seed=config.train.seed) for split in splits]
@@ -133,7 +133,7 @@ def _open_data(config: RunConfig, hf_config: PretrainedConfig) -> tuple[PackedDa
 
 
 class Run:
-    """One call of `pretrain`, everything built."""
+    """One call of `pretrain`, with everything built."""
 
     def __init__(
         self,
@@ -166,9 +166,9 @@ class Run:
             self.flops = step_flops(config, hf_config, multiplying_parameters(build_skeleton(config, hf_config)))
 
     def go(self, resumed_from: int | None, plan: str | None = None) -> Summary:
-        """Train the steps that are left, then evaluate, export and draw; or leave after a checkpoint when told to stop.
+        """Train the remaining steps, then evaluate, export and plot; or leave after a checkpoint when told to stop.
 
-        `plan`: what to say of the memory.
+        `plan`: the memory plan to report.
         """
         config = self.config
         self.world.from_main(self._make_folders)
@@ -201,7 +201,7 @@ class Run:
                 if stop and not last:
                     metrics.close_bar()
                     metrics.say(
-                        f"{signals.received or 'told to stop'}: left after step {step}; the same command goes on from there"
+                        f"{signals.received or 'told to stop'}: stopped after step {step}; the same command resumes from there"
                     )
                     return Summary(self.progress, None, None, None)
             metrics.close_bar()
@@ -209,7 +209,7 @@ class Run:
             return self._finish(metrics)
 
     def _say_peak(self, metrics: Metrics) -> None:
-        """The measured memory; on the CPU with what Python and its libraries take."""
+        """Report the measured memory; on the CPU including that of Python and its libraries."""
         peak = self.world.gather(peak_memory(self.world.device)).max().item()
         metrics.say(f"peak memory after step {self.progress.step}: {peak / 2**30:.2f} GiB on the rank with most")
 
@@ -238,7 +238,7 @@ class Run:
         self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
         if self.skipped_in_a_row >= max(1, self.config.optim.max_skipped):
             raise FloatingPointError(
-                f"the global gradient norm is {norm}, and was not finite in {self.skipped_in_a_row} steps in a row; none of them "
+                f"the global gradient norm is {norm}, not finite for {self.skipped_in_a_row} steps in a row; none of them "
                 "updated the model; a lower optim.lr or a longer warm-up may help"
             )
 
@@ -247,11 +247,11 @@ class Run:
             Path(folder).mkdir(parents=True, exist_ok=True)
 
     def _timed_step(self, metrics: Metrics, watch: Watch, signals: StopSignals) -> bool:
-        """A step and its metrics; whether any rank was told to stop."""
+        """Run a step and record its metrics; returns whether any rank was told to stop."""
         config, start = self.config, time.perf_counter()
         with watch.step(self.progress.step + 1):
             loss, norm, rate = self.train_step()
-            took = time.perf_counter() - start  # without what the profiler does afterwards
+            took = time.perf_counter() - start  # excludes the profiler's work afterwards
         told = signals.received is not None, self.checkpoints.failed
         ranks = self.world.gather(took, self.computing, *told, self.stopwatch.read())
         seconds = ranks[:, 0].max().item()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Next-token loss per token in float32 or better, from hidden states: logits exist only a chunk at a time."""
+"""Next-token loss per token in float32 or better, from hidden states: logits exist only one chunk at a time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ring_hilbert.parallel.sharding import IGNORED
 
 CHUNK_ELEMENTS = (
     2**25
-)  # logits held at once, 128 MiB in float32; or as many as the weights, whose gradient every chunk adds to
+)  # logits held at once, 128 MiB in float32; or as many as there are weights, to whose gradient every chunk adds
 
 
 class LossHead(nn.Module):
-    """The output layer of a language model and its cross-entropy, in one.
+    """The output layer of a language model fused with its cross-entropy.
 
-    A module of its own, with the output layer's parameters, so that engines that shard them gather them around it.
+    A separate module that holds the output layer's parameters, so that engines that shard them gather them around it.
 
     Args:
         output: the layer.
@@ -34,40 +34,40 @@ class LossHead(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor, after: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Cross-entropy (nats) of every row: `hidden [B, S, E]`, `labels [B, S]` int64 -> `[B, S]`, 0 where IGNORED.
 
-        float32, float64 for float64. Gradients are made along with the losses while a chunk's logits are at hand, those of the
-        weights summed in the same dtype; where backward then weights rows differently, they are made again. `after`: what else the
-        model does to rows of logits `[n, V]`, which may be written to; nothing if None.
+        float32, float64 for float64. Gradients are computed with the losses while a chunk's logits exist, those of the weights
+        summed in the same dtype; if backward then weights rows differently, they are recomputed. `after`: the model's own
+        function of rows of logits `[n, V]`, which may be written to; None for none.
         """
         chunk = _Chunk(after, self._rows, self._rows is _row_losses)
         return _LinearLoss.apply(hidden, self.weight, self.bias, labels, chunk, torch.is_grad_enabled())
 
 
 def count_targets(labels: Tensor) -> Tensor:
-    """How many rows of `labels` have a target: int64 scalar on the device of `labels`."""
+    """Number of rows of `labels` with a target: int64 scalar on the device of `labels`."""
     return (labels != IGNORED).sum()
 
 
 class _Chunk(NamedTuple):
-    """What is done to a chunk's logits; `in_place`: `rows` writes its results over them."""
+    """The work on a chunk's logits; `in_place`: `rows` overwrites them with its results."""
 
     after: Callable[[Tensor], Tensor] | None
     rows: Callable[..., tuple[Tensor, Tensor | None]]
     in_place: bool
 
     def __call__(self, product: Tensor, labels: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-        """Losses of rows whose output layer gave `product [n, V]`, and in `dtype` the gradient of their sum unless it is None."""
+        """Losses of rows with output-layer result `product [n, V]`, and the gradient of their sum in `dtype`, unless None."""
         if self.after is None or dtype is None:
             logits = product if self.after is None else self.after(product)
             return self.rows(logits, labels, dtype, logits if self.in_place else None)
         with torch.enable_grad():
-            logits = self.after(product.requires_grad_().clone())  # `after` may write to the one, we to the other
+            logits = self.after(product.requires_grad_().clone())  # `after` may write to one, we to the other
         losses, dlogits = self.rows(logits.detach(), labels, product.dtype)
         (dproduct,) = torch.autograd.grad(logits, product, dlogits)
         return losses, dproduct.to(dtype)
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Cross-entropy of `after(hidden @ weight.T + bias)` by rows."""
+    """Row-wise cross-entropy of `after(hidden @ weight.T + bias)`."""
 
     @staticmethod
     def forward(
@@ -92,7 +92,7 @@ class _LinearLoss(torch.autograd.Function):
         (upstream,) = grad_outputs
         hidden, weight, bias, labels, *gradients = ctx.saved_tensors
         shape, scale = (*upstream.shape, hidden.shape[-1]), upstream.flatten()[:1].sum()
-        if any(upstream.stride()):  # not one number for all rows
+        if any(upstream.stride()):  # rows are weighted differently
             losses = upstream.new_empty(len(hidden))
             gradients = _sum_chunks(losses, hidden, weight, bias, labels, ctx.chunk, True, upstream.flatten())
             scale = torch.ones_like(scale)
@@ -136,9 +136,9 @@ def _sum_chunks(
 def _row_losses(
     logits: Tensor, labels: Tensor, dtype: torch.dtype | None, scratch: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy of rows `[n]`, 0 where IGNORED, and in `dtype` the gradient of their sum `[n, V]`, unless that is None.
+    """Cross-entropy of rows `[n]`, 0 where IGNORED, and, unless `dtype` is None, the gradient of their sum in it, `[n, V]`.
 
-    `scratch`: `logits`, to be written over, as they are large; None where nothing between the passes is kept, in compiled code.
+    `scratch`: `logits`, to be overwritten, as they are large; None in compiled code, which keeps nothing between the passes.
     """
     real, at = labels != IGNORED, labels.clamp_min(0)[:, None]
     wanted, most = logits.gather(-1, at), logits.amax(-1, keepdim=True)
@@ -164,7 +164,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b`, summed in the dtype of `total`, at least as wide as theirs."""
+    """`total += a @ b`, summed in the dtype of `total`, which is at least as wide as theirs."""
     if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a rank will need, found by going through a whole step of the run without computing or allocating anything.
+"""How much memory a rank will need, found by running a whole step on fake tensors, without computing or allocating anything.
 
-The torch engine, the model, its checkpointing and its loss are those of the run, on fake tensors and a process group that sends
-nothing; a dispatch mode adds up what lives. What the attention holds inside, of other ranks' rows and for its kernels, comes from
-its plan and its walks; what the driver and NCCL take, from measurements.
+The torch engine, the model, its checkpointing and its loss are those of the run, with a fake process group; a dispatch mode adds
+up live storage. What the attention holds internally, of other ranks' rows and for its kernels, comes from its plan and walks; the
+share of driver and NCCL from measurements.
 """
 
 from __future__ import annotations
@@ -47,14 +47,12 @@ from ring_hilbert.training.weights import decoder_layers
 from ring_hilbert.training.world import lay_world
 
 GIB = 2**30
-HOPPER = 90  # the compute capability that walks are planned for: the plan's process sees no device
-STARTED = (
-    GIB * 6 // 10
-)  # what a process takes of a GPU outside PyTorch's allocator, measured on an H100: before any kernel
+HOPPER = 90  # the compute capability for which walks are planned: the planning process sees no device
+STARTED = GIB * 6 // 10  # GPU memory of a process outside PyTorch's allocator, measured on an H100: before any kernel
 CONTEXT = GIB * 13 // 10  # the same in training
-COMMUNICATOR = GIB // 2  # of NCCL, each; a guess on the safe side
-SAMPLE = 2**16  # rows whose walks are made, where a rank has more
-SLACK = 0.02  # of what is allocated: what lies idle between its pieces
+COMMUNICATOR = GIB // 2  # per NCCL communicator; a conservative guess
+SAMPLE = 2**16  # most rows for which walks are made; larger ones are extrapolated
+SLACK = 0.02  # fraction of allocated memory lost to fragmentation
 ALIKE = {  # for what attention holds
     "checkpoint_activations": True, "recompute": "all", "recompute_layers": 0, "offload_activations": False, "mlp_tiles": 1,
 }  # fmt: skip
@@ -63,15 +61,15 @@ _ATTENTION = torch.ops.ring_hilbert.attention.default, torch.ops.ring_hilbert.at
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of the rank that needs most, at the peak of a step.
+    """Bytes on the rank that needs most, at the peak of a step.
 
-    `gradients` are those of earlier micro-steps; `activations` what forward leaves for backward; `temporary` all else that lives at
-    the peak, gradients as they come included; `exchange` what the attention then has inside, of other ranks' rows and for its
-    kernels; `walks` the static tables of these; `contexts` what the driver and NCCL take; `slack` what the allocator cannot use.
-    `host` is no part of the peak: main memory for the copy that checkpoints are written from behind the steps.
+    `gradients` are those of earlier micro-steps; `activations` what forward saves for backward; `temporary` all else alive at the
+    peak, including new gradients; `exchange` what the attention then holds internally, of other ranks' rows and for its kernels;
+    `walks` the kernels' static tables; `contexts` driver and NCCL; `slack` what the allocator cannot use. `host` is not part of
+    the peak: main memory for the copy from which checkpoints are written in the background.
     """
 
-    model_parameters: int  # how many there are, over all ranks
+    model_parameters: int  # their number, over all ranks
     host: int
     parameters: int
     gradients: int
@@ -104,12 +102,12 @@ class MemoryPlan:
 
 
 def plan_memory(config: RunConfig, *, cuda: bool) -> MemoryPlan:
-    """The plan of a run on GPUs or CPUs, from a process without a process group (it makes one that sends nothing, and closes it).
+    """The plan of a run on GPUs or CPUs, from a process without a process group (it makes a fake one, and closes it).
 
-    With `engine: deepspeed` activations are those of the torch engine, and states what its ZeRO stage keeps.
+    With `engine: deepspeed` activations are those of the torch engine, and states those of its ZeRO stage.
 
     Raises:
-        ValueError: the configuration cannot be run.
+        ValueError: if the configuration cannot be run.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -167,7 +165,7 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig, cuda: bool) -> Mem
         count = sum(parameter.numel() for parameter in parameters)
         layers = len(decoder_layers(engine.model))
     if config.train.offload_activations:
-        # Here the host is the same device, so that what waits there was counted: layers' inputs but two in transit.
+        # Here the host is the same device, so offloaded tensors were counted: all layers' inputs but two in transit.
         width = hf_config.get_text_config(decoder=True).hidden_size * (2 if config.train.precision == "bf16" else 4)
         activations -= max(0, layers - 2) * config.train.micro_batch * rows * width
     host = states[0] + states[2] if config.checkpoint.asynchronous else 0
@@ -182,7 +180,7 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig, cuda: bool) -> Mem
 
 
 def communicators(parallel: ParallelConfig) -> int:
-    """Bytes that NCCL takes: of all ranks, of the shards of parameters, of a sequence's rows."""
+    """Bytes of NCCL's communicators: for all ranks, parameter shards, and a sequence's rows."""
     return COMMUNICATOR * (2 + (parallel.sp > 1)) if parallel.world_size > 1 else 0
 
 
@@ -201,9 +199,9 @@ def _nothing_launched() -> Iterator[None]:
 
 
 class _Held(TorchDispatchMode):
-    """Bytes of the storages that live, and the most there were, as operators run on fake tensors.
+    """Bytes of live storages, and their peak, as operators run on fake tensors.
 
-    `inside`: what some operators hold beyond their arguments and results; `most_inside` counts it, `most` does not.
+    `inside`: bytes that some operators hold beyond arguments and results; `most_inside` includes them, `most` does not.
     """
 
     def __init__(self, inside: Mapping[Any, int]) -> None:
@@ -213,7 +211,7 @@ class _Held(TorchDispatchMode):
         self._sizes: dict[int, tuple[int, weakref.ref[Any]]] = {}
 
     def count(self, tensors: Any) -> int:
-        """Take up what is made already, a nest of tensors; returns how much is new."""
+        """Register existing tensors, nested in any way; returns how many bytes are new."""
         before = self.now
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
@@ -230,7 +228,7 @@ class _Held(TorchDispatchMode):
     def __enter__(self) -> _Held:
         self._resize, held = torch.UntypedStorage.resize_, self
 
-        def resize_(self: torch.UntypedStorage, size: int) -> Any:  # how FSDP lets go of gathered parameters
+        def resize_(self: torch.UntypedStorage, size: int) -> Any:  # how FSDP frees gathered parameters
             result = held._resize(self, size)
             if id(self) in held._sizes:
                 held._gone(id(self))
@@ -271,9 +269,9 @@ def _zero_states(config: RunConfig, count: int) -> list[int]:
 
 @lru_cache(maxsize=16)
 def _attention(config_json: str, cuda: bool) -> tuple[int, tuple[int, int]]:
-    """Bytes of all layers' walks, and the most that a layer's attention holds inside, in forward and in backward.
+    """Bytes of all layers' walks, and the most that a layer's attention holds internally, in forward and in backward.
 
-    Of the rank that receives most. On CPUs there are no walks, and what is held inside is what other ranks send.
+    For the rank that receives most. On CPUs there are no walks, and only what other ranks send is held.
     """
     config = RunConfig.model_validate_json(config_json)
     text, ranks = model_config(config).get_text_config(decoder=True), config.parallel.sp
@@ -289,7 +287,7 @@ def _attention(config_json: str, cuda: bool) -> tuple[int, tuple[int, int]]:
         rank = max(range(ranks), key=made.remote_bytes)
         remote, shared, sums = made.remote_bytes(rank), 0, 0
         if triton and made.strategy != "ulysses":
-            key = pattern.branches, pattern.segment_shift  # another head_shift: other values in tables of the same size
+            key = pattern.branches, pattern.segment_shift  # another head_shift gives tables of the same size
             if key not in alike:
                 alike[key] = _tables(made, rank)
             walks += alike[key][0]
@@ -299,7 +297,7 @@ def _attention(config_json: str, cuda: bool) -> tuple[int, tuple[int, int]]:
 
 
 def _tables(made: Plan, rank: int) -> tuple[int, int]:
-    """Bytes of a layer's walks, and of what a launch makes of them: its schedule, and rows that several launches work on."""
+    """Bytes of a layer's walks, and of what a launch makes of them: its schedule, and rows shared between launches."""
     shapes, order, cpu = made.shapes, made.visible.order, torch.device("cpu")
     chunks = made.layout.chunks(rank)
     shard = Shard(chunks, made.layout.seq_len, order)
@@ -334,7 +332,7 @@ def _tables(made: Plan, rank: int) -> tuple[int, int]:
 
 
 def _sums(made: Plan, rank: int) -> int:
-    """Bytes that backward sums in: lse and delta of every row and head, dK and dV in float32 where other ranks add to them."""
+    """Bytes of backward's sums: lse and delta of every row and head, dK and dV in float32 if other ranks add to them."""
     batch, heads, kv_heads, dim, _ = made.shapes
     wide = 2 * kv_heads * dim if made.layout.world_size > 1 else 0
     return 4 * batch * made.layout.lengths[rank] * (2 * heads + wide)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells while it runs: a progress bar, one JSON line per step and evaluation, TensorBoard, Weights & Biases."""
+"""What a run reports: a progress bar, one JSON line per step and evaluation, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes on rank 0, does nothing elsewhere. A context manager; the files are opened on entering it, in log.dir, which exists.
+    """Writes on rank 0, does nothing elsewhere. A context manager that opens its files on entry, in log.dir, which must exist.
 
-    A resumed run continues `metrics.jsonl` after the step it resumes from, without a line twice; a fresh run moves an older
-    file aside.
+    A resumed run continues `metrics.jsonl` after the step from which it resumes, without duplicates; a fresh run moves an
+    older file aside.
     """
 
     def __init__(self, config: RunConfig, world: World, resumed_from: int | None) -> None:
@@ -67,7 +67,7 @@ class Metrics:
                 self._wandb.finish()
 
     def write(self, kind: str, step: int, **values: float) -> None:
-        """Record `values` of `kind` ("train" or "eval") after `step` steps, once; JSON has null for what is not finite."""
+        """Record `values` of `kind` ("train" or "eval") after `step` steps, once; non-finite values are null in JSON."""
         if not self.world.is_main or (kind, step) in self._seen:
             return
         self._seen.add((kind, step))
@@ -80,7 +80,7 @@ class Metrics:
             self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def advance(self, loss: float, tokens_per_second: float) -> None:
-        """Move the progress bar by a step."""
+        """Advance the progress bar by a step."""
         if self._bar is not None:
             memory = f"{peak_memory(self.world.device) / 2**30:.2f} GiB"
             self._bar.set_postfix(
@@ -89,7 +89,7 @@ class Metrics:
             self._bar.update()
 
     def close_bar(self) -> None:
-        """End the progress bar: no more steps will be made."""
+        """Close the progress bar: there are no more steps."""
         if self._bar is not None:
             self._bar.close()
 
@@ -100,17 +100,17 @@ class Metrics:
 
 
 def check_log(config: RunConfig) -> None:
-    """Find what cannot be logged to.
+    """Check that all that is to be logged to is available.
 
     Raises:
-        ValueError: log.wandb is set and the package is not installed.
+        ValueError: if log.wandb is set and the package is not installed.
     """
     if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError("log.wandb: Weights & Biases is not installed; pip install wandb, or log.wandb=null")
 
 
 def _open_wandb(config: RunConfig) -> Any:
-    """The run of Weights & Biases, or None if there is to be none."""
+    """The Weights & Biases run, or None if not configured."""
     if config.log.wandb is None:
         return None
     import wandb  # pyright: ignore[reportMissingImports]  # of those who want it
@@ -121,7 +121,7 @@ def _open_wandb(config: RunConfig) -> Any:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of the device's allocator, or resident in main memory."""
+    """The peak bytes of this process: of the device's allocator, or resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -131,12 +131,12 @@ def peak_memory(device: torch.device) -> int:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that a crash cut short is left out."""
     lines = path.read_text().splitlines(keepends=True)
-    # Lines of earlier versions may hold NaN.
+    # Lines from earlier versions may hold NaN.
     return [json.loads(line, parse_constant=lambda _: None) for line in lines if line.endswith("\n")]
 
 
 def _continue_file(path: Path, resumed_from: int | None) -> set[tuple[str, int]]:
-    """Make `path` end at the step resumed from, or move it aside; returns the (kind, step) that it holds."""
+    """Truncate `path` at the step resumed from, or move it aside; returns the (kind, step) pairs that it holds."""
     if not path.exists():
         return set()
     if resumed_from is None:

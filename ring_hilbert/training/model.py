@@ -34,16 +34,16 @@ _LEGACY_KEYS = {
     "rope_scaling",
     "torch_dtype",
     "dtype",
-}  # still understood, but fields of no configuration class
+}  # still accepted, but no fields of a configuration class
 
 
 def model_config(config: RunConfig) -> PretrainedConfig:
     """The Transformers configuration of `config.model`, with the `attention` section as its `ring_hilbert`.
 
-    A new model takes the longest position from data.seq_len and its special tokens from the tokenizer, unless they are given.
+    A new model takes its maximum position from data.seq_len and its special tokens from the tokenizer, unless given.
 
     Raises:
-        ValueError: Transformers knows no such model_type, key, value or folder, or the tokenizer cannot be loaded.
+        ValueError: if Transformers knows no such model_type, key, value or folder, or the tokenizer cannot be loaded.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     try:
@@ -54,7 +54,7 @@ def model_config(config: RunConfig) -> PretrainedConfig:
             changed = hf_config.to_dict() | {"max_position_embeddings": longest} | config.model.changes
             hf_config = type(hf_config).from_dict(changed)
         else:
-            assert config.model.config is not None  # RunConfig checked that one of the two is there
+            assert config.model.config is not None  # checked by RunConfig
             keys = {
                 "max_position_embeddings": config.data.seq_len,
                 "bos_token_id": tokenizer.bos_token_id,
@@ -64,7 +64,7 @@ def model_config(config: RunConfig) -> PretrainedConfig:
             hf_config = AutoConfig.for_model(keys.pop("model_type"), **keys)
             _refuse_unknown(hf_config, keys)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        raise ValueError(f"model: Transformers cannot make a configuration of this: {error}") from error
+        raise ValueError(f"model: Transformers cannot make a configuration from this: {error}") from error
     kind = local_rope(hf_config.get_text_config(decoder=True)) if config.parallel.sp > 1 else None
     if kind is not None:
         raise ValueError(f"model: {LOCAL_ROPE.format(kind)} (model.changes.rope_parameters), or parallel.sp=1")
@@ -73,7 +73,7 @@ def model_config(config: RunConfig) -> PretrainedConfig:
 
 
 def vocab_size(hf_config: PretrainedConfig) -> int:
-    """How many token ids the model knows."""
+    """The size of the model's vocabulary."""
     return hf_config.get_text_config(decoder=True).vocab_size
 
 
@@ -82,7 +82,7 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """The model without values, on the meta device, in training mode: `Weights` fills it. `check_model` accepts it.
 
-    `device`: where it will compute, None if nowhere. `fusing`: further arguments of `fuse`.
+    `device`: on which it will compute, None if on none. `fusing`: further arguments of `fuse`.
     """
     with torch.device("meta"):
         model = make_model(hf_config)
@@ -92,17 +92,17 @@ def build_skeleton(
 def for_training(
     model: PreTrainedModel, config: RunConfig, device: torch.device | None, **fusing: Any
 ) -> PreTrainedModel:
-    """`model` in training mode, with the fused parts, the activation checkpointing and the tiled MLP of `config`.
+    """`model` in training mode, with the fused modules, activation checkpointing and tiled MLP of `config`.
 
     Raises:
-        ValueError: the layers have no `mlp` to tile, or `fuse` refuses.
+        ValueError: if the layers have no `mlp` to tile, or `fuse` refuses.
     """
     train = config.train
     model.train()
     if device is not None:
         model.fused = fuse(model, config, device, **fusing)  # pyright: ignore[reportArgumentType]  # modules take any attribute
     if train.recomputes != "none" or train.recompute_layers:
-        # The name of Transformers 5.2x; gradient_checkpointing_enable is the older one, deprecated there.
+        # The name since Transformers 5.2x; gradient_checkpointing_enable is the older one, deprecated there.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     layers: list[Any] = [*decoder_layers(model)]
@@ -121,7 +121,7 @@ def for_training(
 
 
 def _offloaded(checkpointed: Callable[..., Any]) -> Callable[..., Any]:
-    """What the checkpoint keeps, the layer's input, waits on the host; pinned where there is a device to copy from."""
+    """Offload what the checkpoint keeps, the layer's input, to the host; pinned if there is a device to copy from."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with save_on_cpu(pin_memory=torch.cuda.is_available()):
@@ -131,9 +131,10 @@ def _offloaded(checkpointed: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], tiles: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function of every row alone, on `tiles` pieces of the rows, of which backward computes one at a time again.
+    """A row-wise function, run on `tiles` pieces of the rows, which backward recomputes one at a time.
 
-    As many pieces on every rank, some perhaps empty: engines that gather parameters for each need that. (ALST, arXiv 2506.13996.)
+    Every rank has the same number of pieces, some possibly empty, as engines that gather parameters for each require. (ALST, arXiv
+    2506.13996.)
     """
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
@@ -146,21 +147,21 @@ def _tiled(forward: Callable[[torch.Tensor], torch.Tensor], tiles: int) -> Calla
 
 
 class _Kept:
-    """Pieces of a tensor `[B, S, E]`, each the input of a checkpoint, that are kept as one, before the first is computed.
+    """Pieces of a tensor `[B, S, E]`, each the input of a checkpoint, kept as one tensor, before the first is computed.
 
-    A checkpoint around them stops computing again at the last thing that is kept inside: here at the tensor, before any piece,
-    where inputs kept one by one would let it compute all pieces but the last, and each once more when backward comes to it.
+    An enclosing checkpoint stops recomputing at the last tensor kept inside: here at this tensor, before any piece. If inputs were
+    kept one by one, it would recompute all pieces but the last, and each again when backward reaches it.
     """
 
     def __init__(self, tensor: torch.Tensor, tiles: int) -> None:
         self.tiles = tiles
         self.held = _Keep.apply(tensor)
-        self.again: tuple[torch.Tensor, ...] | None = None  # the pieces as backward finds them
+        self.again: tuple[torch.Tensor, ...] | None = None  # the pieces as recomputed for backward
 
     def checkpoint(
         self, forward: Callable[[torch.Tensor], torch.Tensor], number: int, piece: torch.Tensor
     ) -> torch.Tensor:
-        """`forward` of a piece. Nothing here may hold on to it."""
+        """`forward` of a piece. Nothing here may keep it alive."""
         shape, node = piece.shape, self.held.grad_fn
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -169,7 +170,7 @@ class _Kept:
         def unpack(packed: torch.Tensor | None) -> torch.Tensor:
             if packed is not None:
                 return packed
-            if self.again is None:  # what is saved can be asked for once
+            if self.again is None:  # saved tensors can be unpacked only once
                 (tensor,) = node.saved_tensors
                 self.again = tuple(tensor.tensor_split(self.tiles, dim=1))
             return self.again[number]
@@ -179,7 +180,7 @@ class _Kept:
 
 
 class _Keep(torch.autograd.Function):
-    """Saves a tensor, for whoever asks its node."""
+    """Saves a tensor, to be retrieved through its node."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -192,14 +193,14 @@ class _Keep(torch.autograd.Function):
 
 
 def check_model(hf_config: PretrainedConfig) -> None:
-    """Refuse a model that the attention or the loss would make another one of.
+    """Refuse a model whose function the attention or the loss would change.
 
     Raises:
-        ValueError: the model cannot be made or run, needs what our attention does not have, lets rows see each other elsewhere, or
-            its logits cannot be followed from its hidden states.
+        ValueError: if the model cannot be made or run, needs what our attention does not support, lets rows see each other
+            elsewhere, or has logits that cannot be derived from its hidden states.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of a few rows, the others would only wait for each other
+    torch.set_num_threads(1)  # with a few rows, more would only wait for each other
     try:
         with torch.device("meta"):
             model = make_model(hf_config, attn_implementation=ROWS_ALONE, experts_implementation="eager")
@@ -221,10 +222,10 @@ def check_model(hf_config: PretrainedConfig) -> None:
 
 
 def make_model(hf_config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The model in float32 on the current device, with weights of Transformers' choosing; `options` as of its `from_config`.
+    """The model in float32 on the current device, initialised by Transformers; `options` as in its `from_config`.
 
     Raises:
-        ValueError: it has no output layer that the loss could be computed with.
+        ValueError: if it has no output layer with which the loss can be computed.
     """
     options = {"attn_implementation": NAME, "dtype": torch.float32, **options}
     model = AutoModelForCausalLM.from_config(hf_config, **options)
@@ -234,19 +235,19 @@ def make_model(hf_config: PretrainedConfig, **options: Any) -> PreTrainedModel:
 
 
 def initial_weights(config: RunConfig, hf_config: PretrainedConfig) -> Weights:
-    """What the parameters start with: drawn from train.seed, or those of model.path.
+    """The initial parameters: drawn from train.seed, or those of model.path.
 
     Raises:
-        ValueError: the folder has no safetensors files.
+        ValueError: if the folder has no safetensors files.
     """
     folder = None if config.model.path is None else Path(config.model.path)
     return Weights(build_skeleton(config, hf_config), config.train.seed, folder)
 
 
 class LossModel(torch.nn.Module):
-    """A language model up to its loss per token: what an engine trains.
+    """A language model including its loss per token: what an engine trains.
 
-    `model` is the Transformers model; `head` its output layer again, with the loss. `fused`: what was done to its elementwise work.
+    `model` is the Transformers model; `head` its output layer with the loss. `fused`: how its elementwise work was fused.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -265,7 +266,7 @@ class LossModel(torch.nn.Module):
 
 
 def _refuse_unknown(hf_config: PretrainedConfig, keys: dict[str, Any]) -> None:
-    """Transformers keeps a misspelt key as an attribute that nothing reads."""
+    """Refuse unknown keys: Transformers would keep a misspelt one as an attribute that nothing reads."""
     if not dataclasses.is_dataclass(hf_config):
         return
     known = {field.name for field in dataclasses.fields(hf_config)} | set(hf_config.attribute_map) | _LEGACY_KEYS

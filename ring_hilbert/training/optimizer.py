@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW of a run, the same in every engine."""
+"""A run's AdamW, the same in every engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def parameter_groups(model: torch.nn.Module, config: RunConfig) -> list[dict[str
     """Matrices and embeddings with weight decay; norms and biases without."""
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for parameter in model.parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor, and its shape here
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor, with its shape here
         groups[len(shape) >= 2].append(parameter)
     return [
         {"params": groups[True], "weight_decay": config.optim.weight_decay},
@@ -28,12 +28,12 @@ def adamw(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
 
 
 def betas_of(config: RunConfig) -> tuple[float, float]:
-    """Of both moments."""
+    """The betas of both moments."""
     return config.optim.betas[0], config.optim.betas[1]
 
 
 def state_of(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state of a parameter: `step`, `exp_avg`, `exp_avg_sq`; before its first update what that begins with."""
+    """AdamW's state of a parameter: `step`, `exp_avg`, `exp_avg_sq`; before the first update its initial state."""
     state = optimizer.state[parameter]
     if not state:
         zero = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -42,6 +42,6 @@ def state_of(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def as_configured(optimizer: Any, config: RunConfig) -> None:
-    """Weight decay and betas of this run, after a state was loaded that has those of another."""
+    """Set this run's weight decay and betas, after loading a state that has another run's."""
     for group, decay in zip(optimizer.param_groups, (config.optim.weight_decay, 0.0), strict=True):
         group.update(weight_decay=decay, betas=betas_of(config))

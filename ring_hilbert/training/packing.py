@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How documents share sequences: joined and cut anywhere, or whole as far as they fit.
+"""How documents share sequences: joined and cut anywhere, or kept whole if they fit.
 
-A packing says of every sequence of an epoch which pieces of which documents it holds. What it keeps for an epoch is one number for
-each document, of 32 bits where these do.
+A packing says which pieces of which documents each sequence of an epoch holds. It stores one number per document and epoch, of 32
+bits if these suffice.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ring_hilbert.training.documents import Documents
 
 Piece = tuple[int, int, int]  # tokens [start, stop) of a document: document, start, stop
 Epoch = Callable[[int], list[Piece]]  # the pieces of a sequence, by its number
-Key = tuple[int, ...]  # what fixes an order
+Key = tuple[int, ...]  # seeds an order
 
-PART = 2**20  # numbers that are sorted or looked at together
-BLOCK = 1024  # documents of an order between those whose place among the tokens is kept
+PART = 2**20  # numbers processed at once
+BLOCK = 1024  # every BLOCK-th document's token offset in an order is stored
 
 
 class Packing(Protocol):
     """Documents in sequences.
 
     Attributes:
-        documents: what is packed.
+        documents: the documents to pack.
         seq_len: tokens of a sequence.
-        sequences: in an epoch.
-        tokens: of the documents, in the sequences of an epoch; the rest of these is padding.
+        sequences: number of sequences in an epoch.
+        tokens: number of document tokens in an epoch's sequences; the rest is padding.
     """
 
     documents: Documents
@@ -39,16 +39,16 @@ class Packing(Protocol):
     tokens: int
 
     def epoch(self, key: Key | None) -> Epoch:
-        """The sequences of an epoch in an order of documents that `key` fixes; None for the order in which they are given."""
+        """The sequences of an epoch, with the order of documents fixed by `key`; None for their given order."""
         ...
 
     def cut(self) -> int:
-        """How many documents are not in one piece, in the first epoch of seed 0 if epochs differ in that."""
+        """Number of documents not in one piece (in the first epoch of seed 0, if epochs differ)."""
         ...
 
 
 def describe(packing: Packing) -> str:
-    """What a packing comes to, for a person."""
+    """A readable summary of a packing."""
     padding = 1 - packing.tokens / max(1, packing.sequences * packing.seq_len)
     cut = packing.cut() / len(packing.documents.lengths)
     return f"{packing.sequences:,} sequences of {packing.seq_len:,}: {padding:.2%} padding, {cut:.2%} of documents cut"
@@ -60,7 +60,7 @@ class Concat:
     Args:
         documents: at least one.
         seq_len: tokens of a sequence.
-        last: whether the last sequence is one if it is not full.
+        last: whether to keep the last sequence if it is not full.
     """
 
     def __init__(self, documents: Documents, seq_len: int, last: bool) -> None:
@@ -94,7 +94,7 @@ class Concat:
         return pieces
 
     def cut(self) -> int:
-        """See `Packing`; a document that an epoch's end cuts counts as well."""
+        """See `Packing`; a document cut by the end of an epoch counts as well."""
         count = before = 0
         for lengths in self._lengths(self._order((0, 0, 0))):
             ends = before + np.cumsum(lengths)
@@ -108,17 +108,17 @@ class Concat:
         return np.arange(count, dtype=np.min_scalar_type(count)) if key is None else shuffled(count, *key, 0)
 
     def _lengths(self, order: np.ndarray) -> Iterator[np.ndarray]:
-        """int64, of the documents in this order, a number of whole blocks at a time."""
+        """The documents' lengths in this order, int64, several whole blocks at a time."""
         for start in range(0, len(order), PART):
             yield self.documents.lengths[order[start : start + PART]].astype(np.int64)
 
 
 class BestFit:
-    """Documents whole, each where it leaves the least room, the longest first; one longer than a sequence fills some on its own.
+    """Best fit decreasing: whole documents, longest first, each where it leaves the least room; longer ones fill sequences alone.
 
-    What is left of such a document is packed as a short one. Lengths alone decide which lengths share a sequence (best fit
-    decreasing, as in "Fewer Truncations Improve Language Modeling", arXiv 2404.10830), so that all epochs have equally many
-    sequences; which documents of a length do, and in which order, is the epoch's.
+    The remainder of a document longer than a sequence is packed like a short one. Lengths alone decide which lengths share a
+    sequence ("Fewer Truncations Improve Language Modeling", arXiv 2404.10830), so that all epochs have the same number of
+    sequences; which documents of a length these are, and in which order, depends on the epoch.
 
     Args:
         documents: at least one.
@@ -127,13 +127,13 @@ class BestFit:
 
     def __init__(self, documents: Documents, seq_len: int) -> None:
         self.documents, self.seq_len = documents, seq_len
-        self._counts = np.zeros(seq_len, dtype=np.int64)  # of documents, by what is left of them
-        full = []  # documents that fill sequences, and how many
+        self._counts = np.zeros(seq_len, dtype=np.int64)  # number of documents by remaining length
+        full = []  # documents that fill whole sequences, and how many
         for start, lengths in self._chunks():
             self._counts += np.bincount(lengths % seq_len, minlength=seq_len)
             long = np.flatnonzero(lengths >= seq_len)
             full.append((start + long, lengths[long] // seq_len))
-        self._counts[0] = 0  # nothing left is nothing to pack
+        self._counts[0] = 0  # no remainder, nothing to pack
         self._long = np.concatenate([long for long, _ in full])
         self._ends = np.cumsum(np.concatenate([times for _, times in full]))
         self._full = int(self._ends[-1]) if len(self._ends) else 0
@@ -169,7 +169,7 @@ class BestFit:
         return sum(int((lengths > self.seq_len).sum()) for _, lengths in self._chunks())
 
     def _places(self, bin_: int) -> list[int]:
-        """Which documents a sequence holds, counted from the one of which most is left."""
+        """The documents of a sequence, numbered from the longest remainder on."""
         fill = self._fills[int(np.searchsorted(self._first, bin_, side="right")) - 1]
         places: list[int] = []
         while fill is not None:
@@ -179,7 +179,7 @@ class BestFit:
         return places
 
     def _by_length(self, key: Key | None) -> np.ndarray:
-        """The documents by what is left of them, the most first; equals in an order that `key` fixes."""
+        """The documents by remaining length, longest first; ties in an order fixed by `key`."""
         order = np.empty(int(self._counts.sum()), dtype=np.min_scalar_type(len(self.documents.lengths)))
         generator = None if key is None else np.random.PCG64(np.random.SeedSequence((*key, 0)))
         ranks = np.cumsum(self._counts[::-1])
@@ -200,7 +200,7 @@ class BestFit:
         return order
 
     def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Lengths, int64, some at a time, and which document the first is of."""
+        """The lengths, int64, a chunk at a time, each with the number of its first document."""
         for start in range(0, len(self.documents.lengths), PART):
             yield start, self.documents.lengths[start : start + PART].astype(np.int64)
 
@@ -209,17 +209,17 @@ def best_fit(counts: np.ndarray, room: int) -> tuple[np.ndarray, list[Any], int]
     """Best fit decreasing, all items of a length at a time.
 
     Args:
-        counts: int64, how many items have the length of their index, which is below `room`.
-        room: of a bin.
+        counts: int64, `counts[n]` items have length `n`, which is below `room`.
+        room: size of a bin.
 
     Returns:
-        first: bins `first[n] .. first[n + 1] - 1` are filled alike, int64.
-        fills: how, for each `n`: (place, times, bin, fill) says that bin `bin + i` holds the `times` items from `place + i * times`
-            on, counted from the longest, and what the next fill says; None ends it.
-        bins: how many there are.
+        first: bins `first[n] .. first[n + 1] - 1` are filled in the same way, int64.
+        fills: for each `n` how: (place, times, bin, fill) says that bin `bin + i` holds the `times` items from `place + i * times`
+            on, numbered from the longest, and what the linked `fill` says; None ends it.
+        bins: number of bins.
     """
-    spaces: dict[int, list[tuple[int, int, Any]]] = {}  # by the room that is left: first bin, bins, fill
-    rooms: list[int] = []  # that some bin has left, ascending
+    spaces: dict[int, list[tuple[int, int, Any]]] = {}  # by remaining room: first bin, bins, fill
+    rooms: list[int] = []  # remaining in some bin, ascending
     closed: list[tuple[int, int, Any]] = []
     place = bins = 0
     for length in np.flatnonzero(counts)[::-1].tolist():
@@ -253,7 +253,7 @@ def best_fit(counts: np.ndarray, room: int) -> tuple[np.ndarray, list[Any], int]
 def shuffled(count: int, *key: int) -> np.ndarray:
     """A permutation of `count`, in the smallest dtype, fixed by `key` in every version of NumPy (its bit streams do not change).
 
-    It sorts random numbers, those of a range at a time, so that it needs little more memory than its result.
+    Sorts random numbers one range at a time, so that it needs little more memory than its result.
     """
     order = np.empty(count, dtype=np.min_scalar_type(count))
     parts, filled = _parts(count), 0
@@ -274,5 +274,5 @@ def shuffled(count: int, *key: int) -> np.ndarray:
 
 
 def _parts(count: int) -> int:
-    """In how many parts `count` numbers are sorted: each is another pass over all."""
+    """The number of parts in which `count` numbers are sorted: each is another pass over all."""
     return max(1, min(16, -(-count // PART)))

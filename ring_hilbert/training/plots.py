@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a run: loss over steps, and loss over the position in the sequence."""
+"""The plots of a run: loss over steps, and loss over the position in the sequence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plot_loss_by_position(evaluation: Evaluation, path: Path, bins: int = 48) ->
     """Held-out loss over the number of tokens before the predicted one (log axis): it falls where more context helps."""
     losses = evaluation.position_loss.numpy()
     edges = np.unique(np.geomspace(1, len(losses) + 1, bins + 1).astype(int))
-    position = np.arange(1, len(losses) + 1)  # tokens of the sequence up to and with row i, the context of its target
+    position = np.arange(1, len(losses) + 1)  # tokens up to and including row i, the context of its target
     centers, means = [], []
     for low, high in itertools.pairwise(edges):
         inside = losses[(position >= low) & (position < high)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From files to parts (`documents`): read by one process, tokenised by several, written in order by the first.
 
-It goes on after a crash, and what it writes depends neither on that nor on the number of processes: `part.json` says from time to
-time how far the columns are known to be whole; what lies behind is cut off and done again.
+It resumes after a crash, and its output depends neither on that nor on the number of processes: `part.json` is updated from time
+to time with how much of the columns is known to be complete; anything beyond is truncated and redone.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from ring_hilbert.training.encoding import Encoded, encoded
 from ring_hilbert.training.reading import Batch, Reading
 from ring_hilbert.training.tokens import document_prefix, eos_id, tokenizer_digest
 
-SAVED = 10.0  # seconds between two notes of how far it is
+SAVED = 10.0  # seconds between two records of progress
 
 
 def cache_folder() -> Path:
-    """Where runs keep what they prepare for themselves."""
+    """Where runs cache the data that they prepare themselves."""
     return Path(constants.HF_HOME) / "ring_hilbert"
 
 
 def cached(reading: Reading, tokenizer: PreTrainedTokenizerBase, workers: int | None) -> Part:
-    """The part in `cache_folder`, written now if it is not there; others who want it at the same time wait.
+    """The part in `cache_folder`, written now if it is missing; others that need it at the same time wait.
 
     Raises:
         ValueError: see `tokenise`.
@@ -65,7 +65,7 @@ def cached(reading: Reading, tokenizer: PreTrainedTokenizerBase, workers: int | 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the only process that writes to a folder, waiting until it is."""
+    """Hold the exclusive right to write to a folder, waiting for it if necessary."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
@@ -84,19 +84,19 @@ def tokenise(
     workers: int | None = None,
     label: str = "Tokenising",
 ) -> None:
-    """Write a part, or go on with one that was interrupted, or find it done. Texts without a character are left out.
+    """Write a part, resume an interrupted one, or find it done. Empty texts are left out.
 
     Args:
-        reading: what.
+        reading: what to read.
         tokenizer: from `load_tokenizer`.
-        folder: of this part alone.
-        workers: processes that tokenise; None for one per core that this process may use.
+        folder: for this part only.
+        workers: number of tokenising processes; None for one per core that this process may use.
         label: of the progress bar.
 
     Raises:
-        ValueError: a file cannot be read or decoded, or a row has no text in its field (names file and line; nothing of the part is
-            kept); or the folder holds a finished part of something else.
-        OSError: it cannot be written, or a process was ended; the same call goes on from there.
+        ValueError: if a file cannot be read or decoded, or a row has no text in its field (names file and line; nothing of the
+            part is kept); or the folder holds a finished part of something else.
+        OSError: if it cannot be written, or a process was killed; the same call resumes from there.
     """
     key = _key(reading, tokenizer)
     record = read_record(folder) if (folder / RECORD).is_file() else None
@@ -115,17 +115,17 @@ def tokenise(
     try:
         _go_on(reading, tokenizer, folder, record, _workers(workers), label)
     except ValueError:
-        shutil.rmtree(folder)  # the files or the settings must change, and then it is another part
+        shutil.rmtree(folder)  # files or settings must change, which makes it another part
         raise
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            f"a process that tokenises for {folder} was ended from outside, for want of memory perhaps; the same command goes on "
-            "from there, and data.workers says how many there are"
+            f"a process tokenising for {folder} was killed, perhaps for lack of memory; the same command resumes from there, and "
+            "a smaller data.workers needs less memory"
         ) from error
 
 
 def _begin(folder: Path, key: str, reading: Reading, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Files without documents, and the record of that."""
+    """Create files without documents, and their record."""
     folder.mkdir(parents=True)
     ids = [*tokenizer.get_vocab().values(), *document_prefix(tokenizer, reading.bos), eos_id(tokenizer)]
     smallest = np.min_scalar_type(max(ids)).newbyteorder("<").str
@@ -154,7 +154,7 @@ def _go_on(
             file.truncate(HEADER + column["count"] * np.dtype(column["dtype"]).itemsize)
             file.seek(0, os.SEEK_END)
         saved = time.monotonic()
-        often = 1.0 if sys.stderr.isatty() else 30.0  # a log keeps every line
+        often = 1.0 if sys.stderr.isatty() else 30.0  # a log file keeps every line
         bar = tqdm(desc=label, total=size, unit="B", unit_scale=True, delay=1.0, mininterval=often)
         with bar, closing(encoded(batches, means, workers)) as done:
             for batch, found in done:
@@ -164,7 +164,9 @@ def _go_on(
                     _note(folder, columns, record)
                     saved = time.monotonic()
         if _key(reading, tokenizer) != record["key"]:
-            raise ValueError(f"files changed while they were read into {folder}; start again when they rest")
+            raise ValueError(
+                f"files changed while they were read into {folder}; start again once they no longer change"
+            )
         for name, file in columns.items():
             file.seek(0)
             file.write(npy_header(**record["columns"][name]))
@@ -186,7 +188,7 @@ def _append(columns: dict[str, Any], record: dict[str, Any], found: Encoded, bat
 
 
 def _note(folder: Path, columns: dict[str, Any], record: dict[str, Any]) -> None:
-    """Have on the disk what has been written, then that it has."""
+    """Sync what has been written to disk, then record it."""
     for file in columns.values():
         file.flush()
         os.fsync(file.fileno())
@@ -194,7 +196,7 @@ def _note(folder: Path, columns: dict[str, Any], record: dict[str, Any]) -> None
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     unfinished = path.with_name(path.name + ".new")
     with unfinished.open("w") as file:
         json.dump(record, file, indent=1)
@@ -205,14 +207,14 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 def _workers(wanted: int | None) -> int:
     if multiprocessing.current_process().daemon:
-        return 1  # such a process may have none below it
+        return 1  # a daemonic process may not have children
     if wanted is not None:
         return wanted
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _key(reading: Reading, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes when what a part holds may."""
+    """A digest that changes whenever the content of a part may."""
     how = reading.field, reading.format, reading.encoding_errors, document_prefix(tokenizer, reading.bos)
     parts = VERSION, how, tokenizer_digest(tokenizer), reading.states()
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of prepared data: a part per source, the tokenizer, and a manifest; what a run needs of its data, wherever it runs."""
+"""A folder of prepared data: a part per source, the tokenizer, and a manifest; all the data a run needs, wherever it runs."""
 
 from __future__ import annotations
 
@@ -16,28 +16,26 @@ from ring_hilbert.training.prepare import Reading, cached, locked, tokenise, wri
 from ring_hilbert.training.tokens import load_tokenizer, saved_digest, tokenizer_digest
 
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
-HELD_OUT = "data.eval"  # the name of its part
+HELD_OUT = "data.eval"  # the name of the held-out part
 READ = {"path", "exclude", "field", "format"}  # settings of a source that decide on its documents
 
 
 def open_part(data: DataConfig, name: str) -> Part:
     """The documents of a source, by its name in the configuration: "data.sources.0" or "data.eval", whose `path` must be set.
 
-    Out of the folder `data.prepared`; without it they are tokenised now, if they are not in the cache. Any number of processes may
-    call it at the same time, and it is quicker if one on each host calls it before the others.
+    From the folder `data.prepared`; without it they are tokenised now, unless cached. Any number of processes may call it at the
+    same time; it is quicker if one on each host calls it before the others.
 
     Args:
         data: as `with_prepared` returns it.
 
     Raises:
-        ValueError: there are none, they cannot be read, or the folder is not in order; names the file.
+        ValueError: if there are none, they cannot be read, or the folder is damaged; names the file.
     """
     if data.prepared is not None:
         part = Part(Path(data.prepared) / name)
         if part.record["key"] != _manifest(data.prepared)["parts"][name]["key"]:
-            raise ValueError(
-                f"{part.folder} does not belong in {data.prepared}: it was prepared apart from that; {MEND}"
-            )
+            raise ValueError(f"{part.folder} does not belong in {data.prepared}: it was prepared separately; {MEND}")
     else:
         part = cached(_reading(data, name), load_tokenizer(data.tokenizer), data.workers)
     _refuse_empty(part, data, name)
@@ -45,10 +43,10 @@ def open_part(data: DataConfig, name: str) -> Part:
 
 
 def with_prepared(data: DataConfig) -> DataConfig:
-    """`data`, what it leaves unsaid being as it was in `data.prepared`: sources, weights, tokenizer, bos, eval.
+    """`data`, with unset keys taken from `data.prepared`: sources, weights, tokenizer, bos, eval.
 
     Raises:
-        ValueError: the folder is not in order (names the file), or holds something else than `data` says.
+        ValueError: if the folder is damaged (names the file), or contradicts `data`.
     """
     if data.prepared is None:
         return data
@@ -64,8 +62,8 @@ def with_prepared(data: DataConfig) -> DataConfig:
     differences = list(_differences(data, then, manifest["tokenizer"], folder / TOKENIZER))
     if differences:
         raise ValueError(
-            f"data.prepared {folder} holds something else than the configuration says: {'; '.join(differences)}; leave these keys "
-            "out to take what was prepared, or prepare the data again"
+            f"data.prepared {folder} differs from the configuration: {'; '.join(differences)}; leave these keys "
+            "out to use what was prepared, or prepare the data again"
         )
     name = manifest["tokenizer"]["name"]
     filled: dict[str, Any] = {"tokenizer": name if name == "bytes" else str(folder / TOKENIZER), "bos": then.bos}
@@ -74,14 +72,14 @@ def with_prepared(data: DataConfig) -> DataConfig:
 
 
 def prepare(data: DataConfig, say: Callable[[str], object]) -> None:
-    """Write the folder `data.prepared`, or go on with one that was interrupted, or find it done.
+    """Write the folder `data.prepared`, resume an interrupted one, or find it done.
 
     Raises:
-        ValueError: the data cannot be read, or the folder holds something else; names the file.
-        OSError: it cannot be written, or a process was ended; the same call goes on from there.
+        ValueError: if the data cannot be read, or the folder holds something else; names the file.
+        OSError: if it cannot be written, or a process was killed; the same call resumes from there.
     """
     if data.prepared is None or data.sources is None:
-        raise ValueError("data.prepared names the folder to write and data.sources what is read: give both")
+        raise ValueError("data.prepared names the folder to write and data.sources what to read: give both")
     folder = Path(data.prepared)
     tokenizer = load_tokenizer(data.tokenizer)
     names = [f"data.sources.{number}" for number in range(len(data.sources))]
@@ -98,7 +96,7 @@ def prepare(data: DataConfig, say: Callable[[str], object]) -> None:
 
 
 def write_manifest(data: DataConfig, names: list[str]) -> dict[str, Any]:
-    """Make parts that are there, in `data.prepared`, a folder that runs read; returns what its manifest says."""
+    """Write the manifest that turns existing parts in `data.prepared` into a folder for runs; returns its contents."""
     assert data.prepared is not None
     folder, tokenizer = Path(data.prepared), load_tokenizer(data.tokenizer)
     tokenizer.save_pretrained(folder / TOKENIZER)
@@ -139,7 +137,7 @@ def _refuse_empty(part: Part, data: DataConfig, name: str) -> None:
 
 
 def _reading(data: DataConfig, name: str) -> Reading:
-    """The files of a source, but for those that are held out by data.eval.path."""
+    """The files of a source, except those held out by data.eval.path."""
     section = _section(data, name)
     assert section.path is not None
     files = find_files(section.path, section.exclude)
@@ -152,7 +150,7 @@ def _reading(data: DataConfig, name: str) -> Reading:
 
 
 def _differences(now: DataConfig, then: DataConfig, tokenizer: dict[str, str], saved: Path) -> Iterator[str]:
-    """`key: then, now` for what is said now and was another thing when the data were prepared."""
+    """`key: then, now` for settings given now that differ from those with which the data were prepared."""
     for key in ("bos", "encoding_errors"):
         if key in now.model_fields_set and getattr(now, key) != getattr(then, key):
             yield f"data.{key}: {getattr(then, key)} in the folder, now {getattr(now, key)}"
@@ -168,13 +166,13 @@ def _differences(now: DataConfig, then: DataConfig, tokenizer: dict[str, str], s
         else:
             yield from _changed(HELD_OUT, now.eval, then.eval)
     if "tokenizer" in now.model_fields_set and now.tokenizer != str(saved):
-        there = now.tokenizer == "bytes" or Path(now.tokenizer).is_dir()  # else it is not needed, and its name must do
+        there = now.tokenizer == "bytes" or Path(now.tokenizer).is_dir()  # if not, it is not needed: compare its name
         if (
             tokenizer_digest(load_tokenizer(now.tokenizer)) != tokenizer["digest"]
             if there
             else now.tokenizer != tokenizer["name"]
         ):
-            yield f"data.tokenizer: {tokenizer['name']} in the folder, now {now.tokenizer}, which is another one"
+            yield f"data.tokenizer: {tokenizer['name']} in the folder, now {now.tokenizer}, a different one"
 
 
 def _changed(name: str, now: SourceConfig | EvalConfig, then: SourceConfig | EvalConfig) -> Iterator[str]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Before a run: does this engine, configured like this and on these ranks, compute the right gradient?
+"""Before a run: does this engine, so configured and on these ranks, compute the right gradient?
 
-A two-layer model of the same family makes one step's gradient through the engine, and the same gradient is computed from the
-definition: whole sequences in one process, Transformers' own loss, autograd. What differs by a factor (a mean in the place of a
-sum) or has no factor (ranks left out) is refused.
+The engine computes one step's gradient of a two-layer model of the same family, which is compared with that from the definition:
+whole sequences in one process, Transformers' own loss, autograd. A gradient that differs by a factor (a mean in place of a sum) or
+otherwise (ranks left out) is refused.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ring_hilbert.training.step import accumulate
 from ring_hilbert.training.world import World
 
 VOCAB = 256
-NOTHING = 1e-6  # of the largest gradient: rounding
-ROWS = 32  # of a rank and sequence
-TOLERANCE = {"fp64": 1e-4, "fp32": 1e-3, "bf16": 0.1}  # of a factor, and of what no factor explains, relative
+NOTHING = 1e-6  # relative to the largest gradient: rounding
+ROWS = 32  # per rank and sequence
+TOLERANCE = {"fp64": 1e-4, "fp32": 1e-3, "bf16": 0.1}  # relative, of the factor and of the rest
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def probe(config: RunConfig, hf_config: PretrainedConfig, world: World) -> Findi
     """Compare one gradient with the true one. All ranks call it; takes seconds.
 
     Raises:
-        ValueError: it is wrong; says by which factor, or that ranks are missing.
+        ValueError: if it is wrong; says by which factor, or that ranks are missing.
     """
     small, small_model = _small(config), _small_model(hf_config)
     data = _Sequences(small)
@@ -64,14 +64,14 @@ def probe(config: RunConfig, hf_config: PretrainedConfig, world: World) -> Findi
 
 
 def worst(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> Finding:
-    """The finding of the parameter that is furthest from its true gradient."""
+    """The finding for the parameter whose gradient is furthest from the true one."""
     findings, largest = [], max(true.norm().item() for true in truth.values())
     for name, true in truth.items():
         if name not in gradients:
             return Finding(name, 0.0, 0.0)
         mine = gradients[name].double().cpu()
         if max(mine.norm().item(), true.norm().item()) < NOTHING * largest:
-            continue  # a key's bias, to which softmax is blind, or an expert without a token
+            continue  # a key bias, to which softmax is invariant, or an expert without tokens
         factor = ((mine * true).sum() / (true * true).sum()).item()
         rest = ((mine - factor * true).norm() / max(mine.norm().item(), true.norm().item())).item()
         findings.append(Finding(name, factor, rest))
@@ -93,8 +93,8 @@ def check(finding: Finding, tolerance: float, config: RunConfig) -> None:
     )
     if finding.rest <= tolerance:
         raise ValueError(
-            f"{where} {finding.factor:.4g} times the true one{_named(finding.factor, config)}: a mean is taken in place of a sum "
-            "over ranks, or the other way round; the versions in launch/constraints.txt have the right one"
+            f"{where} {finding.factor:.4g} times the true one{_named(finding.factor, config)}: a mean is used in place of a sum "
+            "over ranks, or vice versa; the versions in launch/constraints.txt are correct"
         )
     raise ValueError(
         f"{where} not a multiple of the true one ({finding.rest:.0%} of it is something else): a sum over the ranks of a sequence "
@@ -103,7 +103,7 @@ def check(finding: Finding, tolerance: float, config: RunConfig) -> None:
 
 
 def _named(factor: float, config: RunConfig) -> str:
-    """What the factor is of this run, if it is something."""
+    """Which size of this run the factor equals, if any."""
     parallel = config.parallel
     sizes = {parallel.world_size: "the number of ranks", parallel.dp: "dp", parallel.sp: "sp"}
     for size, name in sizes.items():
@@ -161,7 +161,7 @@ def _small_model(hf_config: PretrainedConfig) -> PretrainedConfig:
         small.layer_types = small.layer_types[:2]
     small.initializer_range = 1 / math.sqrt(small.hidden_size)
     for key, value in vars(small).items():
-        if "drop" in key and isinstance(value, float):  # random, so no gradient with it has a true one
+        if "drop" in key and isinstance(value, float):  # random, so there would be no true gradient
             setattr(small, key, 0.0)
     small.ring_hilbert = {
         "segment_lengths": [ROWS, 2 * ROWS], "dilation_rates": [1, 2], "backend": hf_config.ring_hilbert["backend"],
@@ -170,7 +170,7 @@ def _small_model(hf_config: PretrainedConfig) -> PretrainedConfig:
 
 
 class _Sequences:
-    """Sequences of random tokens, of two documents and more or less padding, so that ranks have unequal counts of targets."""
+    """Sequences of random tokens: two documents and varying padding, so that ranks have different numbers of targets."""
 
     def __init__(self, config: RunConfig) -> None:
         self.length, self.count = config.data.seq_len, config.sequences_per_step

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The random state of a rank, which dropout draws from: at the start of a run, and in a checkpoint."""
+"""A rank's random state, from which dropout draws: at the start of a run, and in a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ring_hilbert.training.world import World
 
 
 def seed_rank(config: RunConfig, world: World, step: int) -> None:
-    """Give this rank random numbers of its own, a function of seed, step and rank."""
+    """Seed this rank's own random numbers from seed, step and rank."""
     seeds = np.random.SeedSequence((config.train.seed, step, world.rank))
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
 
@@ -33,10 +33,10 @@ def write_random(path: Path, world: World) -> FileSum:
 
 
 def read_random(path: Path, world: World) -> None:
-    """Take over what `write_random` wrote, the device's part too if both runs had one.
+    """Restore what `write_random` wrote, including the device's state if both runs have a device.
 
     Raises:
-        ValueError: the file is damaged, or no random state.
+        ValueError: if the file is damaged, or not a random state.
     """
     state = read_tensors(path)
     try:
@@ -44,4 +44,4 @@ def read_random(path: Path, world: World) -> None:
         if world.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], world.device)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is no random state: {error}") from error
+        raise ValueError(f"{path} is not a random state: {error}") from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The texts of many files, in batches to tokenise, from any place on where reading was interrupted."""
+"""The texts of many files, in batches to tokenise, resumable from any place."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import BinaryIO, Literal, NamedTuple
 
 from ring_hilbert.training.texts import Errors, Format, file_format, read_texts
 
-CHARACTERS, DOCUMENTS = 2**18, 1024  # of a batch, about
+CHARACTERS, DOCUMENTS = 2**18, 1024  # approximate size of a batch
 
 
 class Batch(NamedTuple):
-    """Texts to tokenise, the number of each one's file, and where reading goes on after them: file, values read of it, bytes."""
+    """Texts to tokenise, the number of each one's file, and where reading resumes after them: file, values read of it, bytes."""
 
     texts: list[str]
     files: list[int]
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """Which files are read, and how: see `read_texts` and `document_prefix`. A document per file come first, then those by rows."""
+    """Which files are read, and how: see `read_texts` and `document_prefix`. Files of one document each precede files of rows."""
 
     files: list[Path]
     field: str
@@ -37,17 +37,17 @@ class Reading:
     bos: bool | None
 
     def states(self) -> list[tuple[bytes, int, int, int]]:
-        """What changes when a file's content does, for each."""
+        """For each file, values that change with its content."""
         found = ((file, file.stat()) for file in self.in_order)
         return [(os.fsencode(file), its.st_size, its.st_mtime_ns, its.st_ctime_ns) for file, its in found]
 
     @cached_property
     def in_order(self) -> list[Path]:
-        """The files as they are read."""
+        """The files in reading order."""
         return sorted(self.files, key=self._has_rows)
 
     def kinds(self) -> str:
-        """What the documents are, for a person."""
+        """A readable description of the documents."""
         found = (
             ("file", [f for f in self.files if not self._has_rows(f)]),
             ("row", [f for f in self.files if self._has_rows(f)]),
@@ -81,7 +81,7 @@ class Reading:
 
 
 def _names(files: Iterable[Path]) -> str:
-    """How many files have which suffix, the most frequent ones."""
+    """The number of files per suffix, for the most frequent ones."""
     packed = ((file, file_format(file, "text")[1]) for file in files)
     counts = Counter("".join(file.suffixes[-2 if some else -1 :]).lower() or "without suffix" for file, some in packed)
     rest = len(counts) - 8

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint a run goes on from: it is whole, and of the same configuration, data and engine."""
+"""The checkpoint from which a run resumes: intact, and of the same configuration, data and engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ring_hilbert.training.world import RankError, World
 
 @dataclass
 class Choice:
-    """A checkpoint, None if there is none; on rank 0 what the user should know of it, and what to rename, and to what."""
+    """A checkpoint, None if there is none; on rank 0 also notes for the user, and what to rename, and to what."""
 
     path: Path | None = None
     notes: list[str] = field(default_factory=list)
@@ -29,10 +29,10 @@ class Choice:
 
 
 def choose(config: RunConfig, world: World) -> Choice:
-    """The newest checkpoint in `checkpoint.dir`, or that of `checkpoint.resume`, that is as it was written.
+    """The newest intact checkpoint in `checkpoint.dir`, or that of `checkpoint.resume`.
 
     Raises:
-        ValueError: it is damaged, or there is none of that step.
+        ValueError: if it is damaged, or there is none of that step.
     """
     candidates, newer = world.from_main(lambda: _candidates(config))
     choice = newest_whole(candidates, config, world, "checkpoint.dir")
@@ -41,13 +41,13 @@ def choose(config: RunConfig, world: World) -> Choice:
 
 
 def newest_whole(candidates: list[Path], config: RunConfig, world: World, key: str) -> Choice:
-    """The newest of `candidates`, which are ordered; a damaged one is passed over if `checkpoint.on_damage` says so.
+    """The newest of the ordered `candidates`; a damaged one is skipped if `checkpoint.on_damage` says so.
 
     Args:
-        key: the setting that they come from, checkpoint.dir or checkpoint.init.
+        key: the setting from which they come, checkpoint.dir or checkpoint.init.
 
     Raises:
-        ValueError: it is damaged; names file and step, and what to do.
+        ValueError: if it is damaged; names file and step, and says what to do.
     """
     faults: list[str] = []
     choice = Choice()
@@ -68,10 +68,10 @@ def newest_whole(candidates: list[Path], config: RunConfig, world: World, key: s
 
 
 def check_run(path: Path, config: RunConfig, data: Mapping[str, Documents], ranks: int) -> list[str]:
-    """Whether a run may go on from a checkpoint; returns what the user should know of it.
+    """Check that a run may resume from a checkpoint; returns notes for the user.
 
     Raises:
-        ValueError: it was written by a run with another configuration or engine, or on other data.
+        ValueError: if it was written by a run with another configuration, engine or data.
     """
     run = read_run(path)
     check_engine(path, config, ranks, "checkpoint.dir")
@@ -79,24 +79,24 @@ def check_run(path: Path, config: RunConfig, data: Mapping[str, Documents], rank
         changed = ", ".join(_differences(run["identity"], config.identity()))
         hint = " (the schedule spans train.steps unless it is set)" if "optim.decay_steps" in changed else ""
         raise ValueError(
-            f"checkpoint.dir: {path} was written by a run with another configuration: {changed}{hint}; to go on with it "
-            "use its values, to start anew use another checkpoint.dir"
+            f"checkpoint.dir: {path} was written by a run with another configuration: {changed}{hint}; to resume from it "
+            "use its values, to start afresh use another checkpoint.dir"
         )
     changes = list(differences(run["data"], data))
     if changes and config.checkpoint.changed_data == "refuse":
         raise ValueError(
             f"checkpoint.dir: {path} was written by a run on other data: {'; '.join(changes)}. Give it the same data again, start "
-            "anew with another checkpoint.dir, or set checkpoint.changed_data: accept to go on with the sequence of the same "
-            "number in the data as they are now: of the epoch under way, documents may be read twice or never"
+            "afresh with another checkpoint.dir, or set checkpoint.changed_data: accept to resume at the sequence of the same "
+            "number in the data as they are now: in the current epoch, documents may be read twice or never"
         )
     return [f"accepted by checkpoint.changed_data: {change}" for change in changes]
 
 
 def check_engine(path: Path, config: RunConfig, ranks: int, key: str) -> None:
-    """Whether the engine of a run of so many ranks can load a checkpoint; `key` is the setting that asks for it.
+    """Check that the engine of a run of `ranks` ranks can load a checkpoint; `key` is the setting that requests it.
 
     Raises:
-        ValueError: it cannot, or may not.
+        ValueError: if it cannot, or may not.
     """
     run = read_run(path)
     theirs, ours = run["engine"], engine_of(config)
@@ -119,23 +119,23 @@ def check_engine(path: Path, config: RunConfig, ranks: int, key: str) -> None:
 
 
 def engine_of(config: RunConfig) -> dict[str, Any]:
-    """What of the engine a checkpoint depends on."""
+    """The properties of the engine on which a checkpoint depends."""
     if config.engine == "deepspeed":
         return {"name": "deepspeed", "stage": deepspeed_settings(config)["zero_optimization"]["stage"]}
     return {"name": config.engine}
 
 
 def describe_engine(engine: dict[str, Any], ranks: int) -> str:
-    """As messages name it."""
+    """The engine as named in messages."""
     name = f"engine deepspeed (ZeRO-{engine['stage']}" if engine["name"] == "deepspeed" else "engine torch (FSDP2"
     return f"{name}, {ranks} {'rank' if ranks == 1 else 'ranks'})"
 
 
 def _candidates(config: RunConfig) -> tuple[list[Path], list[Path]]:
-    """The checkpoints that a run may go on from, oldest first, and those that are newer than it wants."""
+    """The checkpoints from which a run may resume, oldest first, and those newer than the one requested."""
     folder = Path(config.checkpoint.dir)
     found, step = checkpoints_in(folder), config.checkpoint.resume
-    # Once gone back, a run that is started with the same settings again goes on from what it has written since.
+    # After going back once, a run restarted with the same settings resumes from what it has written since.
     if step is None or (found and _resumed(found[-1]) == step):
         return found, []
     asked = checkpoint_at(folder, step, "checkpoint.resume")
@@ -143,7 +143,7 @@ def _candidates(config: RunConfig) -> tuple[list[Path], list[Path]]:
 
 
 def _fault(path: Path, config: RunConfig, world: World) -> str | None:
-    """What is wrong with a checkpoint, the same on every rank, of which each looks at some files; None if nothing is."""
+    """What is wrong with a checkpoint, None if nothing is; the same on every rank, though each checks only some files."""
     try:
         files = world.from_main(lambda: read_manifest(path))
         mine = dict(sorted(files.items())[world.rank :: world.size])
@@ -166,10 +166,10 @@ def _resumed(path: Path) -> int | None:
 
 def _what_then(before: list[int], folder: Path, key: str) -> str:
     if not before:
-        return f"There is none before it; to start anew give another {key}, or move what is in {folder} away"
+        return f"There is none before it; to start afresh set another {key}, or move the contents of {folder} away"
     back = f"checkpoint.resume={before[-1]}, or " if key == "checkpoint.dir" else ""
     return (
-        f"To go on from step {before[-1]} set {back}checkpoint.on_damage=previous, which takes the newest that is whole and sets "
+        f"To resume from step {before[-1]} set {back}checkpoint.on_damage=previous, which uses the newest intact one and sets "
         "the damaged one aside without deleting it"
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rate as a pure function of the step, so that resuming needs no state of it."""
+"""The learning rate as a pure function of the step, so that resuming needs no state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ring_hilbert.training.config import RunConfig
 
 
 def with_decay_steps(config: RunConfig) -> RunConfig:
-    """`config` with the steps that its schedule spans spelt out, so that its digest covers them though not train.steps."""
+    """`config` with its schedule's steps made explicit, so that its digest covers them though not train.steps."""
     steps = None if config.optim.schedule == "constant" else config.optim.decay_steps or config.train.steps
     return config.model_copy(update={"optim": config.optim.model_copy(update={"decay_steps": steps})})
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Being told to stop: SIGTERM (a scheduler takes the machine back) and SIGUSR1 (it announces that it will)."""
+"""Requests to stop: SIGTERM (a scheduler takes the machine back) and SIGUSR1 (it announces that it will)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """A context manager in which these signals are noted in `received`, instead of ending the process.
+    """A context manager in which these signals are recorded in `received` instead of ending the process.
 
-    Outside of the main thread, where Python takes no signals, it does nothing.
+    Outside the main thread, where Python receives no signals, it does nothing.
     """
 
     def __init__(self) -> None:

@@ -18,14 +18,14 @@ from ring_hilbert.training.breakdown import breakdown
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.world import World
 
-# Dense bfloat16 TFLOP/s by what the device's name has in it (vendors' data sheets, SXM where there are several).
+# Dense bfloat16 TFLOP/s by a substring of the device's name (vendors' data sheets, SXM where there are several).
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312}
 
 
 def step_flops(config: RunConfig, hf_config: PretrainedConfig, parameters: int) -> float:
-    """Model FLOPs of one step over all ranks: 6 per parameter and token, and attention's pairs, backward 2.5 times forward.
+    """Model FLOPs of one step over all ranks: 6 per parameter and token, plus attention's pairs, backward 2.5 times forward.
 
-    Recomputation is not counted (the convention of PaLM, appendix B). `parameters`: those that multiply, embeddings left out.
+    Recomputation is not counted (the convention of PaLM, appendix B). `parameters`: those in matrix products, without embeddings.
     """
     text = hf_config.get_text_config(decoder=True)
     heads = text.num_attention_heads
@@ -46,7 +46,7 @@ def step_flops(config: RunConfig, hf_config: PretrainedConfig, parameters: int) 
 
 
 def multiplying_parameters(model: torch.nn.Module) -> int:
-    """Parameters of the model but its input embeddings; tied to the output layer, they multiply there."""
+    """The model's parameters without its input embeddings, unless these are tied to the output layer and multiply there."""
     count = sum(parameter.numel() for parameter in model.parameters())
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight  # type: ignore[operator]
     return count if tied else count - model.get_input_embeddings().weight.numel()  # type: ignore[operator]
@@ -70,7 +70,7 @@ class Watch:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step `number` (from 1). Afterwards `breakdown` has its seconds by part, if it was measured."""
+        """Wraps step `number` (from 1). Afterwards `breakdown` has its seconds by part, if measured."""
         log, self.breakdown = self.config.log, {}
         traced = log.profile is not None and log.profile[0] <= number <= log.profile[1]
         if not traced and (log.breakdown_every is None or number % log.breakdown_every):

@@ -16,8 +16,8 @@ from ring_hilbert.training.world import World
 def accumulate(engine: Engine, micro_batches: Sequence[dict[str, Any]], world: World) -> tuple[float, int]:
     """Forward and backward of this rank's micro-batches; returns the global mean loss and the global count of targets.
 
-    The denominator is known before the first backward: one sum of counts over ranks and micro-steps. So every rank divides by the
-    same number, and gradients only ever need summing.
+    The denominator, the sum of counts over ranks and micro-steps, is known before the first backward. So every rank divides by the
+    same number, and gradients only need summing.
     """
     tokens = int(world.sum(torch.stack([count_targets(batch["shift_labels"]) for batch in micro_batches]).sum()))
     total = torch.zeros((), dtype=torch.float64, device=world.device)

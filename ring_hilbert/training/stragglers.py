@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stragglers: a rank that computes slower than the others, step after step, though all of them take equally long.
+"""Stragglers: ranks that compute slower than the others, step after step, though every rank's step takes equally long.
 
-Ranks wait for each other in every layer, so the time of a step tells nothing of who is slow. What a rank computes alone does: here
-one linear layer in each decoder layer, of as many rows on every rank, without the collectives around it.
+Ranks wait for each other in every layer, so the time of a step does not show which is slow. The time of purely local work does:
+here one linear layer in each decoder layer, with the same number of rows on every rank, without the collectives around it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ring_hilbert.training.config import LogConfig
 
 
 class Stopwatch:
-    """The seconds that some modules take in forward, on the host or on a CUDA device without waiting for it."""
+    """Seconds that some modules take in forward, on the host, or on a CUDA device without synchronising."""
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self._spans: list[tuple[Any, Any]] = []
@@ -27,12 +27,12 @@ class Stopwatch:
             linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
             if linears:
                 largest = max(linears, key=lambda linear: linear.in_features * linear.out_features)
-                # Innermost: after the hooks that gather its parameters, before those that let go of them.
+                # Innermost: after the hooks that gather its parameters, before those that free them.
                 largest.register_forward_pre_hook(self._begin)
                 largest.register_forward_hook(self._end, prepend=True)
 
     def read(self) -> float:
-        """The sum since the last reading; a device has come past the last of them."""
+        """The sum since the last reading; the device must have passed the last of them."""
         spans, self._spans = self._spans, []
         return sum(
             begin.elapsed_time(end) / 1e3 if isinstance(begin, torch.cuda.Event) else end - begin
@@ -67,7 +67,7 @@ class Stragglers:
         Args:
             seconds: of every rank, `[ranks]`.
         """
-        median = seconds.median()  # of two, the lower
+        median = seconds.median()  # of two values, the lower
         ratio = seconds / median if median > 0 else torch.ones_like(seconds)
         slow = ratio > self.factor
         self._in_a_row = torch.where(slow, self._in_a_row + 1, 0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data files as they come, read as one text after another.
+"""Reads raw data files as a series of texts.
 
-What a file holds goes by its name, in any case: JSON values or Parquet rows, a text in a field of each, or else one text. JSON and
-text may be compressed. A link is read as what it is called, not as what it leads to.
+A file's format follows from its name, case-insensitively: JSON values or Parquet rows, with a text in a field of each, or one
+text. JSON and text may be compressed. For a link its own name counts, not its target's.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ COMPRESSIONS: dict[str, Callable[[Any], Any]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
     ".zst": lambda file: io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd")),  # type: ignore[arg-type]
 }  # fmt: skip
-TABLES = {".csv", ".tsv"}  # text, but rows: nobody wants their raw syntax as one document
-WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32 LE's begins with that of UTF-16 LE
+TABLES = {".csv", ".tsv"}  # text, but of rows: nobody wants their raw syntax as one document
+WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32 LE's BOM begins with UTF-16 LE's
 SURROGATES = re.compile("[\ud800-\udfff]")
-SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # between JSON values; byte-order marks are where files were joined
-ROWS = 128  # of a Parquet file in memory
+SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # between JSON values; byte-order marks occur where files were joined
+ROWS = 128  # rows of a Parquet file in memory
 
 
 class DataError(ValueError):
-    """What is wrong in a file, and where in it; `read_texts` adds the file's name."""
+    """An error in a file, with its place; `read_texts` adds the file's name."""
 
 
 def file_format(file: Path, chosen: Literal["auto"] | Format = "auto") -> tuple[Format, str]:
-    """What a file holds, by the last suffixes of its name, and the suffix that says how it is compressed ("" if it is not).
+    """A file's format, by the last suffixes of its name, and the suffix of its compression ("" if none).
 
     Raises:
-        ValueError: the name tells of a table of another kind, or of rows that cannot be read compressed.
+        ValueError: if the name is that of an unsupported table, or of rows that cannot be read compressed.
     """
     suffixes = [suffix.lower() for suffix in file.suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
@@ -71,20 +71,20 @@ def read_texts(
     errors: Errors = "strict",
     opened: Callable[[BinaryIO], object] = lambda _: None,
 ) -> Iterator[str]:
-    """The texts in a file, in their order: of every JSON value or Parquet row that in `field`, else the whole file as one.
+    """The texts in a file, in order: `field` of every JSON value or Parquet row, else the whole file as one.
 
-    A byte-order mark at the start of a file or of a JSON line is no part of any text. In files that are one text, line ends become
-    a single newline. A file without rows has no texts, whatever its columns.
+    A byte-order mark at the start of a file or of a JSON line is not part of any text. In files that are one text, line endings
+    are normalised to a single newline. A file without rows has no texts, whatever its columns.
 
     Args:
         file: a local file.
-        field: the column; "meta.text" is `text` in `meta` where there is no column of that very name. Nothing else is looked at.
+        field: the column; "meta.text" is `text` in `meta` unless there is a column of that very name. Nothing else is read.
         chosen: "auto" goes by the name.
-        errors: "replace" puts U+FFFD for bytes that are not UTF-8 and for lone surrogates; "strict" refuses them.
-        opened: is given the open file, whose position tells how far reading is.
+        errors: "replace" substitutes U+FFFD for bytes that are not UTF-8 and for lone surrogates; "strict" refuses them.
+        opened: is called with the open file, whose position shows the progress of reading.
 
     Raises:
-        ValueError: it cannot be read or decoded, or a row has no text in `field`; the message names file and line (Parquet: row).
+        ValueError: if it cannot be read or decoded, or a row has no text in `field`; names file and line (Parquet: row).
     """
     kind, packed = file_format(file, chosen)
     try:
@@ -103,7 +103,7 @@ def read_texts(
 
 
 def _text(stream: BinaryIO, errors: Errors, check: bool) -> str:
-    """`check`: refuse what a text does not look like, the name not saying that it is one."""
+    """`check`: refuse what does not look like a text, because its name does not say that it is one."""
     text = _decode(_utf8(stream.read()), errors, 1)
     if check and "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -134,7 +134,7 @@ def _utf8(data: bytes) -> bytes:
 
 
 def _decode(data: bytes, errors: Errors, line: int) -> str:
-    """Text that begins in this line of its file."""
+    """Decode text that begins at `line` of its file."""
     try:
         return data.decode("utf-8", errors)
     except UnicodeDecodeError as error:
@@ -154,7 +154,7 @@ def _json_texts(stream: BinaryIO, field: str, errors: Errors) -> Iterator[str]:
             text = _field(row, field, line)
             try:
                 text.encode()
-            except UnicodeEncodeError as error:  # JSON can spell what UTF-8 cannot
+            except UnicodeEncodeError as error:  # JSON can express what UTF-8 cannot
                 if errors == "strict":
                     raise DataError(
                         f"line {line} has the lone surrogate {ascii(text[error.start])[1:-1]} in {field!r}, which is no character; "
@@ -165,7 +165,7 @@ def _json_texts(stream: BinaryIO, field: str, errors: Errors) -> Iterator[str]:
 
 
 def _json_values(stream: BinaryIO, errors: Errors) -> Iterator[tuple[int, Any]]:
-    """Every value and its line: one on each line; or, if the first line is none, values over several lines."""
+    """Every value and its line: one per line; or, if the first line is not a value, values over several lines."""
     first = True
     for line, data in enumerate(stream, 1):
         text = _decode(_utf8(data) if line == 1 else data, errors, line)
@@ -184,7 +184,7 @@ def _json_values(stream: BinaryIO, errors: Errors) -> Iterator[tuple[int, Any]]:
 
 
 def _spread_values(text: str, line: int) -> Iterator[tuple[int, Any]]:
-    """The values in a text that begins in this line of its file."""
+    """The values in a text that begins at `line` of its file."""
     decoder, end = json.JSONDecoder(), 0
     while (start := _skip_space(text, end)) < len(text):
         line += text.count("\n", end, start)
@@ -205,13 +205,13 @@ def _not_json(error: Exception, where: str) -> DataError:
 
 def _skip_space(text: str, start: int) -> int:
     found = SPACE.match(text, start)
-    assert found is not None  # it matches nothing, too
+    assert found is not None  # it also matches the empty string
     return found.end()
 
 
 def _field(row: Any, field: str, line: int) -> str:
     if not isinstance(row, dict):
-        raise DataError(f"line {line} holds {_type(row)}, an object with the field {field!r} is needed")
+        raise DataError(f"line {line} holds {_type(row)}, expected an object with the field {field!r}")
     value = row
     for name in [field] if field in row else field.split("."):
         if not isinstance(value, dict) or name not in value:
@@ -220,7 +220,7 @@ def _field(row: Any, field: str, line: int) -> str:
             )
         value = value[name]
     if not isinstance(value, str):
-        raise DataError(f"line {line}: field {field!r} holds {_type(value)}, text is needed")
+        raise DataError(f"line {line}: field {field!r} holds {_type(value)}, expected text")
     return value
 
 
@@ -251,7 +251,7 @@ def _parquet_texts(file: BinaryIO, field: str, errors: Errors) -> Iterator[str]:
             for value in column.cast(kind).cast(pyarrow.large_binary()).to_pylist():
                 number += 1
                 if value is None:
-                    raise DataError(f"row {number} has null in the field {field!r}, text is needed")
+                    raise DataError(f"row {number} has null in the field {field!r}, expected text")
                 try:
                     yield value.decode("utf-8", errors)
                 except UnicodeDecodeError as error:
@@ -259,7 +259,7 @@ def _parquet_texts(file: BinaryIO, field: str, errors: Errors) -> Iterator[str]:
 
 
 def _parquet_type(table: pyarrow.parquet.ParquetFile, field: str, names: list[str]) -> pyarrow.DataType:
-    """The type of string in the column that `names` lead to."""
+    """The string type of the column at the path `names`."""
     kind: pyarrow.DataType = pyarrow.struct(list(table.schema_arrow))
     for name in names:
         if not pyarrow.types.is_struct(kind) or kind.get_field_index(name) < 0:
@@ -270,5 +270,5 @@ def _parquet_type(table: pyarrow.parquet.ParquetFile, field: str, names: list[st
         kind = kind.value_type
     strings = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
     if not any(check(kind) for check in strings):
-        raise DataError(f"field {field!r} holds {kind}, text is needed")
+        raise DataError(f"field {field!r} holds {kind}, expected text")
     return kind

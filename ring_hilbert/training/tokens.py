@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers: loading one by name, text to token ids, and a digest that tells two of them apart."""
+"""Tokenizers: loading one by name, text to token ids, and a digest that distinguishes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer `data.tokenizer` names: "bytes" (ByT5's, which needs no files) or a folder on disk.
 
     Raises:
-        ValueError: the folder holds no tokenizer, or one without an end-of-sequence token to close documents with.
+        ValueError: if the folder holds no tokenizer, or one without an end-of-sequence token to end documents with.
     """
     if name == "bytes":
         return ByT5Tokenizer()
@@ -53,21 +53,21 @@ def saved_digest(folder: Path) -> str:
 
 
 def document_prefix(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> list[int]:
-    """The token ids ahead of every document: `data.bos`.
+    """The token ids that precede every document: `data.bos`.
 
     Args:
         tokenizer: from `load_tokenizer`.
-        bos: True for the BOS token, False for nothing, None for what the tokenizer itself puts ahead of a text, as the models made
-            for it expect: BOS for Llama and Gemma, nothing for GPT-2 and bytes.
+        bos: True for the BOS token, False for nothing, None for what the tokenizer itself puts before a text, as its models
+            expect: BOS for Llama and Gemma, nothing for GPT-2 and bytes.
 
     Raises:
-        ValueError: `bos` is True and the tokenizer has no BOS token.
+        ValueError: if `bos` is True and the tokenizer has no BOS token.
     """
     if bos is None:
         text = tokenizer("a b", add_special_tokens=False)["input_ids"]
         whole = tokenizer("a b")["input_ids"]
         starts = [n for n in range(len(whole)) if text and whole[n : n + len(text)] == text]
-        return whole[: starts[-1]] if starts else []  # the last: "a b" may be unknown, and such a token stand ahead
+        return whole[: starts[-1]] if starts else []  # the last: "a b" may be unknown tokens, as may those before it
     if not bos:
         return []
     first = tokenizer.bos_token_id
@@ -86,10 +86,10 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def document_encoder(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> Encoder:
     """A function from texts to one int32 array of token ids per text: `document_prefix`, the text's own, eos.
 
-    Special tokens that are spelt in a text, such as `</s>`, are text there.
+    Special tokens spelt out in a text, such as `</s>`, are treated as text.
 
     Raises:
-        ValueError: see `document_prefix`. From the function: the tokenizer reads such a spelling as the token all the same.
+        ValueError: see `document_prefix`. From the function: if the tokenizer still reads such a spelling as the token.
     """
     encode = _text_encoder(tokenizer)
     prefix, eos = np.array(document_prefix(tokenizer, bos), dtype=np.int32), np.int32(eos_id(tokenizer))
@@ -97,9 +97,9 @@ def document_encoder(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None
 
 
 def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[Any]]:
-    """From texts to the ids of each, as a list or an array, without any that a text does not have as text."""
+    """From texts to the ids of each, as a list or an array, without added special tokens."""
     if isinstance(tokenizer, ByT5Tokenizer):
-        # not by itself: it goes character by character in Python, and reads the names of special tokens as these
+        # not by itself: it works character by character in Python, and reads the names of special tokens as tokens
         first = tokenizer.convert_tokens_to_ids(chr(0))
         return lambda texts: [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) + first for text in texts]
     if isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -123,7 +123,7 @@ def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], l
 def _without_spellings(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy whose special tokens have names that occur in no text.
 
-    `split_special_tokens` does less: the vocabulary of Unigram and word models holds those names too, and matches them.
+    `split_special_tokens` is not enough: the vocabularies of Unigram and word models hold those names too, and match them.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     added, model = state["added_tokens"], state["model"]

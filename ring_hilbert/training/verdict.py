@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For whom a rank waits, by what all ranks last said of themselves."""
+"""For which rank a rank waits, by all ranks' last reports."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pathlib import Path
 
 from ring_hilbert.training.hosts import identity
 
-SILENT = 5.0  # seconds without a message after which a rank is stopped, gone or cut off
-NAMED = 4  # ranks that a message has room for
+SILENT = 5.0  # seconds without a message after which a rank counts as stopped, gone or cut off
+NAMED = 4  # most ranks named in a message
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says of itself.
+    """A rank's report on itself.
 
     Attributes:
         machine: see `hosts.identity`.
-        whereabouts, collective: as of `Whereabouts` and `collective_of`.
-        idle: seconds for which nothing has moved.
-        progress: of long work, for those who wait.
+        whereabouts, collective: as in `Whereabouts` and `collective_of`.
+        idle: seconds since anything last moved.
+        progress: of long work, for those that wait.
         failure: the exception that ends it.
-        leaving: it has found that it waits in vain, and ends.
+        leaving: whether it has found that it waits in vain, and ends.
         number: of the message.
     """
 
@@ -49,7 +49,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Report:
-        """The report that `as_json` wrote down."""
+        """The report that `as_json` wrote."""
         return cls(**json.loads(text))
 
     def __str__(self) -> str:
@@ -63,9 +63,9 @@ class Report:
 
 @dataclass
 class Heard:
-    """The last report of another rank, and the seconds since then, in which this process was not stopped itself.
+    """The last report of another rank, and the seconds since then, excluding those in which this process itself was stopped.
 
-    `patience`: seconds that pass between two reports, at most.
+    `patience`: the most seconds between two reports.
     """
 
     report: Report
@@ -73,7 +73,7 @@ class Heard:
     silence: float = 0.0
 
     def absent(self, machine: str) -> str:
-        """Why nothing is to be expected of the rank, as far as it is seen from this machine; empty if it is alive."""
+        """Why the rank will not respond, as seen from this machine; empty if it is alive."""
         state = _process_state(self.report) if self.report.machine == machine else ""
         if state in ("T", "t"):
             return "is stopped"
@@ -83,13 +83,13 @@ class Heard:
 
 
 def verdict(me: Report, others: Sequence[Heard], store: str, keeper: int | None) -> str:
-    """One sentence: how long this rank has waited, where, and for whom.
+    """One sentence: how long this rank has waited, where, and for which rank.
 
     Args:
-        me: with the seconds it has waited as `idle`.
+        me: with the seconds waited as `idle`.
         others: all other ranks.
-        store: the address that messages go through.
-        keeper: the rank that has the store in its process; None if a launcher has it.
+        store: the address of the store that relays messages.
+        keeper: the rank whose process hosts the store; None if a launcher does.
     """
     waited = f"has waited {me.idle:.0f} s, since {_ago(me.idle)}," if me.idle > 1 else "cannot go on"
     waits = f"{me} {waited} in {me.place}"
@@ -98,10 +98,10 @@ def verdict(me: Report, others: Sequence[Heard], store: str, keeper: int | None)
     failed = [heard.report for heard in others if heard.report.failure]
     cut_off = len(gone) == len(others) > 1
     if keeper in absent and (cut_off or len(others) == 1):
-        return f"{waits}, for {_missing(absent[keeper], me)}; it keeps the store at {store}, so that no other rank can be heard"
+        return f"{waits}, for {_missing(absent[keeper], me)}; it hosts the store at {store}, so that no other rank can be heard"
     if failed:
         return f"{waits}, for {', '.join(f'{report}, which failed: {report.failure}' for report in failed[:NAMED])}"
-    if cut_off:  # of this host nothing can be heard either
+    if cut_off:  # nothing can be heard from this host either
         absent = {rank: h for rank, h in absent.items() if h.report.machine != me.machine} or absent
     if absent:
         named = "; ".join(_missing(heard, me) for heard in list(absent.values())[:NAMED])
@@ -132,7 +132,7 @@ def _ago(seconds: float) -> str:
 
 
 def _process_state(report: Report) -> str:
-    """The state of a process of this machine as Linux has it, "gone" if there is none; empty where that is not known."""
+    """The Linux state of a process of this machine, "gone" if there is none; empty if not known."""
     if not Path("/proc/self/stat").exists():
         return ""
     try:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hangs have an author: every rank tells the others where it is, and one that waits too long says for whom, and ends its process.
+"""Hang detection: every rank reports where it is, and one that waits too long says for which rank, and ends its process.
 
-A collective that never completes blocks in C++ on all ranks but the one that is to blame. So two threads look after it. One
-exchanges reports with the other ranks every second, through the store that the ranks met in; the other compares them with the
-limits of the configuration, and never waits for anything. Neither costs a step anything, and both are daemons: they end with the
-process. Time in which this process was stopped itself does not count.
+A collective that never completes blocks in C++ on all ranks but the culprit. So two threads watch for it. One exchanges reports
+with the other ranks every second, through the rendezvous store; the other compares them with the configured limits, and never
+waits for anything. Neither slows down a step, and both are daemon threads, which end with the process. Time in which this process
+itself was stopped does not count.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from ring_hilbert.training.verdict import SILENT, Heard, Report, verdict
 from ring_hilbert.training.whereabouts import FLIGHT_RECORDER, Whereabouts, collective_of, on_device, on_host, outwards
 
 EVERY = 1.0  # seconds between two reports of a rank
-LOOK = 0.25  # seconds between two looks at the limits
-READ = 64  # reports of others that a rank reads in a second, at most
-STATUS = 70  # of a process that ends so
+LOOK = 0.25  # seconds between two checks of the limits
+READ = 64  # most reports of others that a rank reads per second
+STATUS = 70  # exit status of a process ended by the watchdog
 
 
 class RankLost(RuntimeError):
-    """Another rank is gone, stopped or stuck: which one, and where it was."""
+    """Another rank is gone, stopped or stuck; names it, and where it was."""
 
 
 def first_reports(prefix: str) -> tuple[Report, ...]:
-    """What every rank says of itself to begin with; all ranks call it. `prefix`: see `Watchdog`."""
+    """Every rank's first report; all ranks call it. `prefix`: see `Watchdog`."""
     store, rank, size = _get_default_store(), dist.get_rank(), dist.get_world_size()
     store.set(f"{prefix}/{rank}", Report(rank).as_json())
     return tuple(map(Report.from_json, store.multi_get([f"{prefix}/{other}" for other in range(size)])))
 
 
 class Watchdog:
-    """A context manager around all that ranks do together.
+    """A context manager around everything that ranks do together.
 
     Args:
         whereabouts: where this rank is.
         timeouts: the limits.
         reports: the first report of every rank.
-        folder: for what a hang leaves behind.
-        prefix: of the keys in the store; the same on all ranks, and another one for every watchdog of a process group.
+        folder: for the traces of a hang.
+        prefix: of the keys in the store; the same on all ranks, and different for every watchdog of a process group.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Watchdog:
         self.heard = {r.rank: Heard(r, patience) for r in reports if r.rank != self.report.rank}
         self._number, self._told, self._telling = 0, False, threading.Lock()
         shared: Any = _get_default_store()  # the stub lacks `clone`
-        self._store = shared.clone()  # a connection of its own: on the other one the run waits
+        self._store = shared.clone()  # a separate connection: the run blocks on the other one
         self._store.set_timeout(timedelta(seconds=SILENT))
         self._watched = threading.get_ident()
         self._seen: object = None
@@ -89,15 +89,15 @@ class Watchdog:
         self._hurry.set()
 
     def verdict(self, collective: str | None = None) -> str:
-        """For whom this rank waits, in this collective or in that which its stack shows."""
+        """For which rank this one waits, in `collective` or the one that its stack shows."""
         me = self.report if collective is None else replace(self.report, collective=collective)
         keeper = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
         place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         return verdict(me, list(self.heard.values()), place, keeper)
 
     def explain(self, error: BaseException) -> str | None:
-        """The verdict, if `error` is a collective's and another rank is to blame for it; else the others are told of `error`."""
-        if self.report.leaving:  # the verdict has been told, and that others leave too is no news
+        """The verdict, if `error` is a collective's that another rank caused; otherwise tell the others of `error`."""
+        if self.report.leaving:  # the verdict was given, and others leaving too is no news
             time.sleep(3 * SILENT)
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         collective = collective_of(reversed(frames))
@@ -105,29 +105,29 @@ class Watchdog:
             self._tell(failure=f"{type(error).__name__}: {error}"[:1000])
             return None
         machine, until = self.report.machine, time.monotonic() + SILENT + 2 * EVERY
-        with StopSignals():  # a launcher ends the other ranks as soon as it sees the first of them gone
+        with StopSignals():  # a launcher ends all ranks as soon as it sees the first one exit
             while time.monotonic() < until:
                 others = [h for h in self.heard.values() if not h.report.leaving]
                 if any(heard.absent(machine) or heard.report.failure for heard in others):
                     self._tell(leaving=True)
-                    time.sleep(EVERY + LOOK)  # until it is known who has left for the same reason
+                    time.sleep(EVERY + LOOK)  # until it is known which ranks have left for the same reason
                     return self.verdict(collective)
                 time.sleep(LOOK)
         return None
 
-    # ---- one thread speaks with the other ranks
+    # ---- one thread communicates with the other ranks
 
     def _exchange(self) -> None:
         others = list(self.heard)
         while not self._stop.is_set():
             self._tell()
-            with suppress(RuntimeError):  # the store does not answer, which the ranks' silence tells
+            with suppress(RuntimeError):  # the store does not answer, which shows in the ranks' silence
                 self._hear(others[self._number % self._turns :: self._turns])
             self._hurry.wait(EVERY)
             self._hurry.clear()
 
     def _tell(self, **last: Any) -> None:
-        """Report; `last` is of the last report, which no other follows."""
+        """Send a report; `last`: fields of the final one."""
         with self._telling:
             if not self._told:
                 self._told, self._number = bool(last), self._number + 1
@@ -151,7 +151,7 @@ class Watchdog:
             self._count(passed)
             phase = self.whereabouts.phase
             limit = getattr(self.timeouts, phase)
-            # Who prepares data may take as long as it likes, if only it is alive; waiting for it is not idle.
+            # A rank that prepares data may take any time as long as it is alive; waiting for it is not idle.
             waited = max(h.silence for h in self.heard.values()) if phase == "data" else self.report.idle
             if waited + 2 * LOOK >= limit:
                 self._end(f"timeouts.{phase} is {limit:g} s, the run ends")
@@ -164,13 +164,13 @@ class Watchdog:
                 _say(f"{self.verdict()}; timeouts.{phase} is {limit:g} s")
 
     def _count(self, passed: float) -> None:
-        """Look whether anything has moved in the thread that trains, and count the others' silence."""
+        """Check whether anything has moved in the training thread, and count the others' silence."""
         frames = list(outwards(sys._current_frames().get(self._watched)))
         seen = (self.whereabouts.moves, [(id(frame.f_code), frame.f_lasti) for frame in frames])
         idle = self.report.idle + passed if seen == self._seen else 0.0
         self._seen = seen
         collective = collective_of(frames)
-        if idle // SILENT != self.report.idle // SILENT:  # not at every look: it takes time
+        if idle // SILENT != self.report.idle // SILENT:  # not at every check: it takes time
             self._recorded = on_device() or collective or on_host() if idle else None
         collective = self._recorded or collective
         bars = [str(bar) for bar in list(tqdm._instances)] if self.whereabouts.phase == "data" else []  # type: ignore[attr-defined]
@@ -195,7 +195,7 @@ class Watchdog:
         return all(h.report.leaving or h.absent(self.report.machine) for h in self.heard.values())
 
     def _leave_behind(self) -> None:
-        """Write stacks and the flight recorder's last collectives to files, and say where."""
+        """Write stacks and the flight recorder's last collectives to files, and report where."""
         sys.stdout.flush()
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"stacks_{self.report.rank}.txt").open("w") as file:
@@ -206,12 +206,12 @@ class Watchdog:
 
 
 def _say(text: str) -> None:
-    """To stderr in one piece, whatever happens to be written there."""
+    """Write to stderr in one piece, even if others write there."""
     os.write(2, f"ring-hilbert: {text}\n".encode())
 
 
 def _within(seconds: float, function: Callable[[], None]) -> None:
-    """Call what may itself hang, and wait for it only so long."""
+    """Call a function that may itself hang, and wait for it at most `seconds`."""
     thread = threading.Thread(target=function, daemon=True)
     thread.start()
     thread.join(seconds)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initial weights, a part of the model at a time: no process holds the whole of them to start with.
+"""Initial weights, one part of the model at a time: no process ever holds all of them.
 
-Drawn weights depend on the seed and the module's name alone: they are the same at every world size and in every engine.
+Drawn weights depend only on the seed and the module's name: they are the same at every world size and in every engine.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ SINGLE = "model.safetensors"
 
 
 class Weights:
-    """The values that parameters and buffers start with.
+    """The initial values of parameters and buffers.
 
     Args:
         skeleton: the model on the meta device; it stays there.
-        seed: for what is drawn.
+        seed: for drawn values.
         folder: a Transformers model folder with safetensors files, or None to draw all parameters.
 
     Raises:
-        ValueError: the folder has no such files.
+        ValueError: if the folder has no such files.
     """
 
     def __init__(self, skeleton: PreTrainedModel, seed: int, folder: Path | None) -> None:
@@ -41,12 +41,12 @@ class Weights:
         self.files = None if folder is None else _Files(folder)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Tensors by name on the CPU, float32 where they are floating, a layer or a single other module at a time.
+        """Tensors by name on the CPU, float32 if floating, one layer or other module at a time.
 
-        Tied parameters come once. Buffers are among them, though they may not be in the state dict.
+        Tied parameters come once. Buffers are included, even those not in the state dict.
 
         Raises:
-            ValueError: the folder lacks a parameter or holds it in another shape.
+            ValueError: if the folder lacks a parameter or holds it in another shape.
         """
         seen: set[int] = set()
         for name, module in _parts(self.skeleton):
@@ -109,12 +109,12 @@ class _Files:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a Transformers model: what is sharded, checkpointed and drawn as one."""
+    """The layers of a Transformers model, each sharded, checkpointed and drawn as a unit."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _parts(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Layers, and modules outside of them that have no children; every parameter is in one of them."""
+    """Layers, and leaf modules outside them; every parameter is in one of them."""
     if isinstance(model, GradientCheckpointingLayer) or not any(True for _ in model.children()):
         yield name, model
         return

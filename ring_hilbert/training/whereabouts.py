@@ -22,13 +22,13 @@ WAITS = {"wait_for_unshard": "all_gather of parameters"}  # FSDP2's
 
 
 class Whereabouts:
-    """What this rank is at. The training code sets it, the watchdog's threads read it; no lock, no message, no cost.
+    """What this rank is doing. Set by the training code and read by the watchdog's threads, without locks or messages.
 
     Attributes:
-        phase: which of `timeouts` counts.
-        step: the number of the step under way.
-        part: of the step, or of what else is done.
-        layer: the decoder layer that was entered last, in forward or backward; empty outside of the model.
+        phase: which of `timeouts` applies.
+        step: the number of the current step.
+        part: of the step, or of other work.
+        layer: the decoder layer entered last, in forward or backward; empty outside the model.
         moves: counts all changes.
     """
 
@@ -43,12 +43,12 @@ class Whereabouts:
         return f"{self.part}{f' of {self.layer}' if self.layer else ''}{step}"
 
     def enter(self, part: str, layer: str = "") -> None:
-        """Note what begins."""
+        """Record what begins."""
         self.part, self.layer = part, layer
         self.moves += 1
 
     def follow(self, layers: Iterable[nn.Module]) -> None:
-        """Note from now on which layer is entered; before what the layers' own hooks do, which gather parameters."""
+        """Record from now on which layer is entered, ahead of the layers' own hooks, which gather parameters."""
         for number, layer in enumerate(layers):
             name = f"layer {number}"
             layer.register_forward_pre_hook(partial(self._forward, name), prepend=True)
@@ -67,7 +67,7 @@ class Whereabouts:
 
 
 def collective_of(frames: Iterable[FrameType]) -> str | None:
-    """The collective that a thread is in by its stack, innermost frame first; None if it shows none."""
+    """The collective in which a thread is, by its stack, innermost frame first; None if it shows none."""
     found = None
     for frame in frames:
         code = frame.f_code
@@ -88,14 +88,14 @@ def outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def on_device() -> str | None:
-    """The first collective that NCCL has not completed, by PyTorch's flight recorder; None if there is none, or no NCCL."""
+    """The first collective that NCCL has not completed, by PyTorch's flight recorder; None if there is none or no NCCL."""
     dump = getattr(FLIGHT_RECORDER, "_dump_nccl_trace_json", None)
     entries = [] if dump is None else _entries(dump(includeCollectives=True, onlyActive=True))
     return _named(entries[0]) if entries else None
 
 
 def on_host() -> str | None:
-    """The last collective of Gloo that is not completed; between ranks two by two nothing is recorded."""
+    """Gloo's last incomplete collective; point-to-point messages are not recorded."""
     entries = _entries(FLIGHT_RECORDER._dump_fr_trace_json())
     return _named(entries[-1]) if entries and not entries[-1]["retired"] else None
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ranks of a run: process group, device, device mesh, and the few collectives that the trainer needs.
 
-Ranks of one sequence are neighbours, so that the exchange stays inside a host where it can, and those that share parameters too:
+Ranks of one sequence are neighbours, so that the exchange stays within a host if possible, as are those that share parameters:
 `rank = (replicate_index * dp_shard + shard_index) * sp + sp_index`.
 """
 
@@ -32,12 +32,12 @@ from ring_hilbert.training.whereabouts import Phase, Whereabouts
 
 HANGS = Path(tempfile.gettempdir()) / "ring_hilbert_hangs"
 T = TypeVar("T")
-# Counts the worlds of a process group.
+# Numbers the worlds of a process group.
 _worlds: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
 
 
 class RankError(ValueError):
-    """A user's mistake that every rank knows of and raises; one rank printing it is enough."""
+    """A user's mistake that is known to and raised on every rank; it is enough for one to print it."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class World:
     """This process among the others.
 
     Args:
-        mesh: how parameters lie: the axes are replicate and shard. None without a process group.
-        sp_group: the ranks that share this rank's sequences; None if it has them for itself.
-        dp_index: which of the groups that read different sequences this rank is in.
+        mesh: how parameters are distributed, with axes replicate and shard. None without a process group.
+        sp_group: the ranks that share this rank's sequences; None if there are no others.
+        dp_index: the index of this rank's group among those that read different sequences.
         control: all ranks, on the CPU. None without a process group.
-        reports: what every rank first said of itself: its host among other things.
-        whereabouts: what this rank is at.
-        watchdog: what ends a hang; None without other ranks.
+        reports: every rank's first report on itself, including its host.
+        whereabouts: what this rank is doing.
+        watchdog: ends a hang; None without other ranks.
     """
 
     rank: int
@@ -67,11 +67,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank prints and writes the files of which there is one."""
+        """Whether this rank prints and writes the files that exist once."""
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum `tensor` in place over all ranks, to the same bits on each; returns it."""
+        """Sum `tensor` in place over all ranks, bitwise equal on each; returns it."""
         if self.mesh is not None:
             dist.all_reduce(tensor)
         return tensor
@@ -95,7 +95,7 @@ class World:
 
     @contextmanager
     def phase(self, name: Phase, part: str) -> Iterator[None]:
-        """What this rank is at in the block, and which of `timeouts` counts there."""
+        """Set what this rank does in the block, and which of `timeouts` applies."""
         whereabouts = self.whereabouts
         before = whereabouts.phase, whereabouts.part
         whereabouts.phase = name
@@ -106,11 +106,11 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A step that every rank takes and any may fail in: an error on one is raised on all. Waits for all ranks.
+        """A block that every rank runs and in which any may fail: an error on one is raised on all. Waits for all ranks.
 
         Raises:
-            RankError: a ValueError or OSError on some rank; names the first such rank if there are several ranks.
-            Exception: what else was raised in the block, on the rank where it was; the others raise RankError.
+            RankError: for a ValueError or OSError on some rank; names the first such rank if there are several ranks.
+            Exception: any other that was raised in the block, on its rank; the others raise RankError.
         """
         error: Exception | None = None
         try:
@@ -139,16 +139,16 @@ class World:
 
 @contextmanager
 def process_group(device: torch.device, timeouts: TimeoutsConfig) -> Iterator[None]:
-    """Join the process group that a launcher describes, or make one of this process alone, and leave it; nothing if one is open.
+    """Join the process group that a launcher describes, or make one of this process alone, and leave it; no-op if one is open.
 
-    Gloo on the CPU; with CUDA devices, NCCL for tensors on them and Gloo for the rest. Under a launcher once in the life of a
-    process: a second group would find the addresses of the first.
+    Gloo on the CPU; with CUDA devices, NCCL for tensors on them and Gloo for the rest. Under a launcher only once per process: a
+    second group would find the addresses of the first.
     """
     if dist.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # With a device NCCL connects now, and makes the groups that follow out of this one, instead of each in the first step.
+    # Given a device, NCCL connects now and splits later groups off this one, instead of connecting each in the first step.
     bound = device if device.type == "cuda" else None
     if "WORLD_SIZE" in os.environ:
         join(backend, timeouts.start, timeouts.longest, bound)
@@ -159,12 +159,14 @@ def process_group(device: torch.device, timeouts: TimeoutsConfig) -> Iterator[No
     try:
         yield
     except BaseException:
-        leave = dist.get_world_size() == 1  # others may be waiting inside a collective, which ending this process stops
+        leave = (
+            dist.get_world_size() == 1
+        )  # others may be waiting in a collective, which the end of this process aborts
         raise
     finally:
         if leave:
             dist.destroy_process_group()
-            # Gloo's threads let go of their last tensors, which torch 2.13 aborts on while Python shuts down.
+            # Let Gloo's threads free their last tensors: torch 2.13 aborts if they do so while Python shuts down.
             time.sleep(0.1)
 
 
@@ -172,16 +174,16 @@ def process_group(device: torch.device, timeouts: TimeoutsConfig) -> Iterator[No
 def open_world(
     parallel: ParallelConfig, timeouts: TimeoutsConfig | None = None, hangs: Path = HANGS
 ) -> Iterator[World]:
-    """Join the `process_group`, lay the mesh over it, and watch that no rank waits for ever.
+    """Join the `process_group`, make the mesh over it, and watch that no rank waits for ever.
 
     Args:
         parallel: the axes.
-        timeouts: by default those of a configuration that names none.
-        hangs: the folder for what a hang leaves behind.
+        timeouts: default: those of a configuration that sets none.
+        hangs: the folder for the traces of a hang.
 
     Raises:
-        ValueError: the number of ranks is not dp_shard * dp_replicate * sp, or this rank has no CUDA device.
-        RankLost: from inside, in place of the error of a collective that another rank did not come to.
+        ValueError: if the number of ranks is not dp_shard * dp_replicate * sp, or this rank has no CUDA device.
+        RankLost: from within, in place of the error of a collective that another rank did not join.
     """
     device, timeouts = rank_device(), timeouts or TimeoutsConfig()
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
@@ -217,7 +219,7 @@ def rank_device() -> torch.device:
     """This rank's CUDA device, made the current one, or the CPU.
 
     Raises:
-        ValueError: there are CUDA devices, but fewer than ranks on this host.
+        ValueError: if there are CUDA devices, but fewer than ranks on this host.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -251,14 +253,14 @@ def lay_world(
 
 
 def _subgroup(members: torch.Tensor, timeout: timedelta | None) -> dist.ProcessGroup:
-    """This rank's group, of the groups in the rows of `members`."""
+    """This rank's group among those in the rows of `members`."""
     group, _ = dist.new_subgroups_by_enumeration(members.tolist(), timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)  # every rank is in exactly one of them
     return group
 
 
 def release_memory(device: torch.device) -> None:
-    """Let go of what only reference cycles hold, as FSDP's modules do, and measure peaks anew."""
+    """Free what only reference cycles hold, such as FSDP's modules, and reset peak statistics."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

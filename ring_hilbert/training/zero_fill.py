@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole weights and moments into the parts that a rank of DeepSpeed's ZeRO keeps of them, float32 in flat groups."""
+"""Copies whole weights and moments into a DeepSpeed ZeRO rank's partitions, float32 in flat groups."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ring_hilbert.training.storage.tensors import KINDS, MOMENTS, Reader
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The optimizer that an engine of any stage updates with."""
+    """The optimizer with which an engine of any stage updates."""
     return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
 
 
 def fill(engine: Any, reader: Reader) -> None:
-    """Give an engine, whose module holds the language model in `model`, the weights and moments of a checkpoint. On every rank.
+    """Load a checkpoint's weights and moments into an engine whose module has the language model as `model`. On every rank.
 
     Raises:
-        ValueError: they are of another model.
+        ValueError: if they are of another model.
     """
     model = engine.module.model
     named, persistent = dict(model.named_parameters()), model.state_dict().keys()
@@ -44,7 +44,7 @@ def fill(engine: Any, reader: Reader) -> None:
             state = state_of(flat, base)
             for kind, target in (("weight", flat), *((kind, state[kind]) for kind in MOMENTS)):
                 target.detach().view(-1)[at : at + count].copy_(whole[kind].view(-1)[first : first + count])
-            # DeepSpeed's own AdamW counts in integers.
+            # DeepSpeed's own AdamW has integer step counts.
             base.state[flat]["step"] = whole["step"] if isinstance(base, torch.optim.AdamW) else int(whole["step"])
         _refresh(parameter, whole["weight"])
     for key, buffer in buffers.items():
@@ -52,13 +52,13 @@ def fill(engine: Any, reader: Reader) -> None:
 
 
 def _place_of(parameter: Any, engine: Any) -> tuple[Tensor, int, int, int] | None:
-    """The flat float32 tensor with this rank's part of a parameter, where in it, the part's first element, and how many."""
+    """The flat float32 tensor with this rank's part of a parameter, the offset in it, the part's first element, and its size."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         return parameter, 0, 0, parameter.numel()
     if stage == 3:
         group, at, size = zero.grad_position[zero.get_param_id(parameter)]
-        first = dist.get_rank() * size  # the last ranks' parts end in padding
+        first = dist.get_rank() * size  # the last ranks' parts are padded
         count = max(0, min(size, parameter.ds_numel - first))
         return zero.fp32_partitioned_groups_flat[group], int(at), first, count
     part = parameter._hp_mapping
@@ -69,7 +69,7 @@ def _place_of(parameter: Any, engine: Any) -> tuple[Tensor, int, int, int] | Non
 
 
 def _refresh(parameter: Any, whole: Tensor) -> None:
-    """Give the parameter that is computed with its new value."""
+    """Update the compute copy of the parameter."""
     if not hasattr(parameter, "ds_tensor"):
         parameter.data.copy_(whole)
         return

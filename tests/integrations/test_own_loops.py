@@ -104,9 +104,9 @@ def trainer(folder: Path, **changes: Any) -> SequenceParallelTrainer:
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"sp_size": 2}, "sp_size=2 with one rank; start torchrun --nproc-per-node 2"),
-    ({"dataloader_num_workers": 1}, "the default of dataloader_num_workers only"),
-    ({"average_tokens_across_devices": False}, "the default of average_tokens_across_devices only"),
-    ({"label_smoothing_factor": 0.1}, "the default of label_smoothing_factor only"),
+    ({"dataloader_num_workers": 1}, "only works with the default of dataloader_num_workers"),
+    ({"average_tokens_across_devices": False}, "only works with the default of average_tokens_across_devices"),
+    ({"label_smoothing_factor": 0.1}, "only works with the default of label_smoothing_factor"),
 ]
 
 
@@ -194,10 +194,10 @@ def test_places_that_are_not_known() -> None:
     with pytest.raises(ValueError, match="ByHand has neither set_epoch nor generator"):
         ShardedLoader(DataLoader(ROWS, sampler=ByHand()), None).state_dict()
     stream = DataLoader(EpochStream(), num_workers=1, persistent_workers=True)
-    with pytest.raises(ValueError, match="persistent_workers keep a stream as it was"):
+    with pytest.raises(ValueError, match="persistent_workers keep a stream in the state"):
         ShardedLoader(stream, None).state_dict()
     state = ShardedLoader(DataLoader(ROWS, batch_size=2), None).state_dict()
-    with pytest.raises(ValueError, match="has 8 batches, and had 4 where"):
+    with pytest.raises(ValueError, match="has 8 batches, but had 4 when"):
         ShardedLoader(DataLoader(ROWS), None).load_state_dict(state)
 
 

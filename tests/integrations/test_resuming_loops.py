@@ -86,8 +86,8 @@ def moved(rank: int, world_size: int, loop: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("loop", "message"),
     [
-        ("trainer", "step 10 was epoch 1.4615 of its run, and is epoch 2.5714"),
-        ("accelerate", "has 7 batches, and had 13"),
+        ("trainer", "step 10 was epoch 1.4615 of its run, but is epoch 2.5714"),
+        ("accelerate", "has 7 batches, but had 13"),
     ],
 )
 def test_another_number_of_groups_is_refused(loop: str, message: str, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def _without_positions(rank: int, world: int, how: str):
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [("none", "position_ids"), ("prepare", "position_ids"), ("mask", "belongs into shard_batch")]
+    ("how", "message"), [("none", "position_ids"), ("prepare", "position_ids"), ("mask", "belongs in shard_batch")]
 )
 def test_sharded_calls_without_position_ids_are_refused(how: str, message: str):
     outcomes = run_ranks_collect(_without_positions, 2, how, timeout=40)
@@ -251,5 +251,5 @@ def test_rope_that_looks_at_the_longest_position_of_a_rank(layout: str):
     for outcomes in run_ranks(_call, 2, layout):
         shared, alone = outcomes[: len(LOCAL_ROPES)], outcomes[len(LOCAL_ROPES) :]
         for outcome, (_, _, kind) in zip(shared, LOCAL_ROPES, strict=True):
-            assert outcome is None if kind is None else f"rope_type '{kind}' takes its frequencies" in (outcome or "")
+            assert outcome is None if kind is None else f"rope_type '{kind}' derives its frequencies" in (outcome or "")
         assert alone == [None] * len(LOCAL_ROPES)

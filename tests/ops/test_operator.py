@@ -197,7 +197,7 @@ def _call(**changes):
         ({"v": torch.zeros(2, 2, 24, 8)}, r"transpose\(1, 2\)"),
         ({"k": torch.zeros(2, 24, 2, 8).double()}, "dtype of q"),
         ({"k": torch.zeros(2, 24, 3, 8), "v": torch.zeros(2, 24, 3, 8)}, "multiple of the Hkv=3"),
-        ({"v": torch.zeros(2, 24, 4, 8)}, "equally many heads"),
+        ({"v": torch.zeros(2, 24, 4, 8)}, "same number of heads"),
         ({"pattern": (16, 1)}, "must be a DilatedPattern"),
         ({"positions": torch.arange(23)}, r"positions must be \[24\] or \[B, 24\]"),
         ({"positions": torch.arange(24.0)}, "integers"),
@@ -220,7 +220,7 @@ def test_prepared_stands_for_its_facts():
     torch.testing.assert_close(_call(prepared=prepared), _call(document_ids=documents, causal=False))
     with pytest.raises(ValueError, match="causal=True disagrees with prepared"):
         _call(prepared=prepared, causal=True)
-    with pytest.raises(ValueError, match="belong into prepare"):
+    with pytest.raises(ValueError, match="belong in prepare"):
         _call(prepared=prepared, document_ids=documents)
     with pytest.raises(ValueError, match="22 rows that prepared says"):
         _call(prepared=rh.prepare(22))
@@ -279,7 +279,7 @@ def test_an_order_of_coordinates(causal: bool):
     order = rh.TokenOrder.from_coordinates("hilbert", at, leading=1)
     case = Case(rh.DilatedPattern((8, None), (1, 3)), 41, 2, causal=causal, order=order)
     assert_close(case.actual(), case.expected())
-    with pytest.raises(ValueError, match="length=40 but this order of coordinates is of 41 tokens"):
+    with pytest.raises(ValueError, match="length=40 but this order from coordinates has 41 tokens"):
         replace(case, seq_len=40).actual()
     batch = rh.shard_batch({"input_ids": torch.arange(41)[None]}, order=order, causal=causal)
     assert torch.equal(batch["input_ids"][0], order.permutation(41))

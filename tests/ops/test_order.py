@@ -387,11 +387,11 @@ def test_an_order_of_coordinates_is_a_value():
     assert order == same == pickle.loads(pickle.dumps(order)) and {order: 1}[same] == 1
     assert order != TokenOrder.from_coordinates("hilbert", at.flip(0))
     assert "<3 tokens, " in repr(order) and order.size == 3
-    with pytest.raises(ValueError, match="keep the coordinates"):
+    with pytest.raises(ValueError, match="save the coordinates"):
         order.to_config()
     with pytest.raises(ValueError, match="neither block nor grid"):
         TokenOrder("hilbert", block=3, listed=order.listed)
-    with pytest.raises(ValueError, match="length=4 but this order of coordinates is of 3 tokens"):
+    with pytest.raises(ValueError, match="length=4 but this order from coordinates has 3 tokens"):
         order.permutation(4)
 
 

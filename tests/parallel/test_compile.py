@@ -182,7 +182,7 @@ def test_renumbered_layers_are_not_taken_for_what_they_were():
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = number
     fast, _ = compiled(model)
-    with pytest.raises(ValueError, match="layer 1 of the model has the layer_idx 0 by now"):
+    with pytest.raises(ValueError, match="layer 1 of the model now has layer_idx 0"):
         fast(ids, use_cache=False)
     want = model(ids, use_cache=False).logits
     torch.testing.assert_close(fast(ids, use_cache=False).logits, want)
@@ -208,7 +208,7 @@ def test_a_model_without_prepared_takes_one_document_and_nothing_else():
         {"position_ids": torch.arange(ROWS)[None] % 16},
         {"attention_mask": (torch.arange(ROWS) < 50).long().expand(2, -1)},
     ):
-        with pytest.raises(ValueError, match="a compiled model takes padding and packed documents as"):
+        with pytest.raises(ValueError, match="a compiled model takes padding and packed documents by"):
             fast(ids, use_cache=False, **wrong)
 
 
@@ -228,7 +228,7 @@ def test_a_compiled_model_checks_position_ids_of_its_own():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"document_ids": torch.zeros(24, dtype=torch.long)}, r"belong into prepared=rh.prepare\(...\)"),
+        ({"document_ids": torch.zeros(24, dtype=torch.long)}, r"belong in prepared=rh.prepare\(...\)"),
         ({"prepared": rh.prepare(24, causal=False), "causal": True}, "causal=True disagrees with prepared"),
         ({"backend": "cuda"}, "backend='cuda' is not supported"),
         ({"prepared": rh.prepare(23), "name": "layer 3"}, "layer 3: q must have the 23 rows that prepared says"),

@@ -33,7 +33,7 @@ def test_every_head_is_on_one_rank_with_its_kv_head(kv_heads: int, group: int, d
 
 
 def test_more_ranks_than_heads():
-    with pytest.raises(ValueError, match="5 ranks are more than the 4 heads"):
+    with pytest.raises(ValueError, match="there are 5 ranks and only 4 heads"):
         head_shares(4, 2, 5)
 
 
@@ -59,7 +59,7 @@ def test_a_slice_of_the_heads_is_that_slice_of_the_result(
     ("make", "message"),
     [
         (lambda: PATTERN.for_heads(4, 4), "0 <= first < total"),
-        (lambda: PATTERN.for_heads(0, 4).for_heads(0, 2), "some heads already"),
+        (lambda: PATTERN.for_heads(0, 4).for_heads(0, 2), "already a pattern of some heads"),
         (lambda: PATTERN.for_heads(3, 4).residues(PATTERN.branches[1], 2), "2 kv heads from head 3 on"),
     ],
 )
@@ -124,7 +124,7 @@ def test_wrong_heads_and_axes():
         layer(*(x.transpose(0, 1) for x in (q, k, k)), prepared=prepared).transpose(0, 1),
         rh.dilated_attention(q, k, k, PATTERN, causal=False),
     )
-    with pytest.raises(ValueError, match="this rank's are 4"):
+    with pytest.raises(ValueError, match="this rank has 4"):
         layer(*(x.transpose(0, 1) for x in (k, k, k)))
     with pytest.raises(ValueError, match="multiple of num_kv_heads=3"):
         rh.UlyssesAttention(PATTERN, None, 4, 3)

@@ -149,7 +149,7 @@ def test_nothing_in_a_checkpoint_is_executed(texts: Path, four_steps: Path, tmp_
     planted = poison_entries(path / "engine" / "rank_00000.safetensors", payloads[0])
     assert planted >= 3 * 5 and poison_entries(path / "random_00000.safetensors", payloads[0]) == 1
     seal(path)
-    with pytest.raises(ValueError, match="is no random state"):
+    with pytest.raises(ValueError, match="is not a random state"):
         pretrain(config_in(texts, folder, 5))
     for tensor in Reader(path / "engine").values():
         assert isinstance(tensor, torch.Tensor)
@@ -250,7 +250,7 @@ def test_checksums_can_be_left_out(texts: Path, four_steps: Path, tmp_path: Path
         pretrain(config_in(texts, tmp_path / "run", 5))
     assert pretrain(config_in(texts, tmp_path / "run", 5, checkpoint__verify=False)).progress.step == 5
     truncate(checkpoints_in(tmp_path / "run" / "checkpoints")[-1] / "engine" / "rank_00000.safetensors")
-    with pytest.raises(ValueError, match="bytes, and was written with"):
+    with pytest.raises(ValueError, match="bytes, but was written with"):
         pretrain(config_in(texts, tmp_path / "run", 6, checkpoint__verify=False))
 
 

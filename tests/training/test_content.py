@@ -66,7 +66,7 @@ def test_every_change_is_found_where_it_is(known: list[int], edit: str, data: st
     assert found is not None
     if edit == "behind":
         assert found.startswith(
-            f"{1 + first} documents of {1 + first} tokens have come behind the {len(known)} known ones"
+            f"{1 + first} documents of {1 + first} tokens were appended to the {len(known)} known ones"
         )
         assert found.endswith(f"from file{len(known) // 10} on")
         return
@@ -129,12 +129,12 @@ def test_data_may_move_be_touched_packed_and_spread_over_other_files(texts: Path
 @pytest.mark.parametrize(
     ("name", "text", "difference"),
     [
-        ("07.txt", TEXTS[7] + "!", "document 7 (.*07.txt) is another, with 40 documents then and 40 now"),
-        ("07.txt", TEXTS[7].replace("7", "8"), "document 7 (.*07.txt) is another, with 40 documents then and 40 now"),
-        ("07.txt", "", "document 7 (.*08.txt) is another, with 40 documents then and 39 now"),
+        ("07.txt", TEXTS[7] + "!", "document 7 (.*07.txt) has changed, with 40 documents then and 40 now"),
+        ("07.txt", TEXTS[7].replace("7", "8"), "document 7 (.*07.txt) has changed, with 40 documents then and 40 now"),
+        ("07.txt", "", "document 7 (.*08.txt) has changed, with 40 documents then and 39 now"),
         ("39.txt", "", "of 40 documents, those from 39 on are missing"),
-        ("070.txt", "new", "document 8 (.*070.txt) is another, with 40 documents then and 41 now"),
-        ("40.txt", "new", "1 documents of 4 tokens have come behind the 40 known ones, from .*40.txt on"),
+        ("070.txt", "new", "document 8 (.*070.txt) has changed, with 40 documents then and 41 now"),
+        ("40.txt", "new", "1 documents of 4 tokens were appended to the 40 known ones, from .*40.txt on"),
     ],
 )
 def test_other_tokens_are_found_and_their_file_named(texts: Path, name: str, text: str, difference: str) -> None:

@@ -119,7 +119,7 @@ def test_interrupted_anywhere_and_gone_on_it_is_the_same_to_the_byte(
             break
         except OSError:
             interruptions += 1
-            with pytest.raises(ValueError, match=r"holds no manifest.json: .*not come to its end"):
+            with pytest.raises(ValueError, match=r"holds no manifest.json: .*has not finished"):
                 opened(tmp_path / "parts")
     assert interruptions > 10
     assert parts(tmp_path / "parts") == parts(tmp_path / "whole")
@@ -221,7 +221,7 @@ def test_a_process_that_dies_is_an_error_and_the_work_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "_append", killing)
-        with pytest.raises(OSError, match=r"ended from outside.*the same command goes on.*data\.workers"):
+        with pytest.raises(OSError, match=r"was killed.*the same command resumes.*data\.workers"):
             prepare_folder(config(texts, tmp_path / "folder", workers=2), lambda _: None)
     prepare_folder(config(texts, tmp_path / "folder"), lambda _: None)
     assert len(opened(tmp_path / "folder"))
@@ -299,8 +299,8 @@ def test_a_run_reads_the_same_prepared_or_not_and_needs_nothing_else(tmp_path: P
         ({"bos": True}, "data.bos: None in the folder, now True"),
         ({"encoding_errors": "replace"}, "data.encoding_errors: strict in the folder, now replace"),
         ({"eval": {"path": "x"}}, "data.eval.path: none in the folder"),
-        ({"tokenizer": "other"}, "data.tokenizer: bytes in the folder, now .*other, which is another one"),
-        ({"tokenizer": "nowhere"}, "data.tokenizer: bytes in the folder, now nowhere, which is another one"),
+        ({"tokenizer": "other"}, "data.tokenizer: bytes in the folder, now .*other, a different one"),
+        ({"tokenizer": "nowhere"}, "data.tokenizer: bytes in the folder, now nowhere, a different one"),
     ],
 )
 def test_a_configuration_that_says_something_else_is_refused(
@@ -309,7 +309,7 @@ def test_a_configuration_that_says_something_else_is_refused(
     prepare_folder(config(texts, tmp_path / "folder"), lambda _: None)
     if keys.get("tokenizer") == "other":
         keys = {"tokenizer": words(tmp_path / "other")}
-    with pytest.raises(ValueError, match=f"holds something else than the configuration says: {difference}"):
+    with pytest.raises(ValueError, match=f"differs from the configuration: {difference}"):
         opened(tmp_path / "folder", **keys)
 
 
@@ -370,14 +370,14 @@ def test_foreign_files_are_named(tmp_path: Path, texts: Path) -> None:
     same = np.load(tmp_path / "kept.npy")
     np.save(folder / "data.sources.0" / "tokens.npy", same[::-1].copy())
     with pytest.raises(
-        ValueError, match=r"data.sources.0/tokens.npy is not the one that belongs here: document 0 has other"
+        ValueError, match=r"data.sources.0/tokens.npy is not the file written here: document 0 has different"
     ):
         opened(folder)
     (tmp_path / "kept.npy").replace(folder / "data.sources.0" / "tokens.npy")
     assert len(opened(folder))
     shutil.rmtree(folder / "data.sources.1")
     shutil.copytree(other / "data.sources.1", folder / "data.sources.1")
-    with pytest.raises(ValueError, match=r"data.sources.1 does not belong in .*folder: it was prepared apart"):
+    with pytest.raises(ValueError, match=r"data.sources.1 does not belong in .*folder: it was prepared separately"):
         opened(folder)
 
 
@@ -522,7 +522,7 @@ def test_the_commands(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture
     data[128 + 2 * 80] ^= 1
     path.write_bytes(data)
     assert main(["data-info", folder, "--verify"]) == 2
-    assert "data.sources.1/tokens.npy is not the one that belongs here" in capsys.readouterr().err
+    assert "data.sources.1/tokens.npy is not the file written here" in capsys.readouterr().err
     assert main(["data-info", str(texts)]) == 2
     assert "holds no manifest.json" in capsys.readouterr().err
     assert main(["prepare-data", "--output", folder]) == 2

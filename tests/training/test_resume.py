@@ -187,17 +187,17 @@ def test_other_data_are_refused_or_accepted(tmp_path: Path, texts: Path, capsys:
 
     (data / "train" / "03.txt").write_text("other words")
     refused(
-        r"step_00000001 was .* on other data: data.sources.0: document 3 \(.*03.txt\) is another.*: accept to", sp=2
+        r"step_00000001 was .* on other data: data.sources.0: document 3 \(.*03.txt\) has changed.*: accept to", sp=2
     )
     shutil.copy(texts / "train" / "03.txt", data / "train")
     (data / "train" / "99.txt").write_text("more words")
     refused(
-        r"data.sources.0: 1 documents of 11 tokens have come behind the 30 known ones, from .*99.txt on\. Give", sp=1
+        r"data.sources.0: 1 documents of 11 tokens were appended to the 30 known ones, from .*99.txt on\. Give", sp=1
     )
     (data / "eval" / "00.txt").write_text("other words")
-    refused(r"data.eval: document 0 \(.*00.txt\) is another.*; data.sources.0: 1 documents", sp=2)
+    refused(r"data.eval: document 0 \(.*00.txt\) has changed.*; data.sources.0: 1 documents", sp=2)
     pretrain(config_in(data, tmp_path, train__steps=2, checkpoint__changed_data="accept"))
-    accepted = "accepted by checkpoint.changed_data: data.sources.0: 1 documents of 11 tokens have come behind"
+    accepted = "accepted by checkpoint.changed_data: data.sources.0: 1 documents of 11 tokens were appended to"
     assert accepted in capsys.readouterr().out
     assert pretrain(config_in(data, tmp_path, train__steps=3)).progress.step == 3
     assert "accepted" not in capsys.readouterr().out
@@ -216,7 +216,7 @@ def run_on_data_of_its_own(rank: int, world_size: int, texts: Path, folder: Path
 def test_ranks_that_read_other_data_are_refused(tmp_path: Path, texts: Path) -> None:
     errors = run_ranks_collect(run_on_data_of_its_own, 2, texts, tmp_path)
     expected = (
-        r"rank 1: the data on this rank are not those on rank 0: data.sources.0: document 17 \(.*17.txt\) is another"
+        r"rank 1: the data on this rank are not those on rank 0: data.sources.0: document 17 \(.*17.txt\) has changed"
     )
     assert all(re.match(expected, str(error)) for error in errors)
     assert not (tmp_path / "checkpoints").exists()

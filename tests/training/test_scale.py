@@ -126,7 +126,7 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path: Path, texts: Path, monkeyp
     monkeypatch.setattr(fitting, "_on_gpu", lambda device: True)
     monkeypatch.setattr(loop, "make_engine", lambda *_: pytest.fail("made"))
     with pytest.raises(
-        ValueError, match=r"memory: 0.0 GiB are there for a rank, which needs 1\.\d\d GiB .* The nearest: "
+        ValueError, match=r"memory: 0.0 GiB are available per rank, but it needs 1\.\d\d GiB .* The nearest: "
     ):
         pretrain(config)
 
@@ -300,5 +300,5 @@ def test_stages(tmp_path: Path, texts: Path) -> None:
 
 def test_rope_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    with pytest.raises(ValueError, match="rope_type 'dynamic' takes its frequencies from the longest position"):
+    with pytest.raises(ValueError, match="rope_type 'dynamic' derives its frequencies from the longest position"):
         model_config(tiny_config(tmp_path, model__config__rope_parameters=rope, parallel__sp=2))

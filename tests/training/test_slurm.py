@@ -195,7 +195,7 @@ def test_preempted_requeued_and_ended(tmp_path: Path, cluster: Cluster) -> None:
     )  # Slurm holds back for two minutes what was requeued
     cluster.wait_for(job, {"COMPLETED"}, 200)
     log = (tmp_path / "job.log").read_text(errors="replace")
-    assert "left after step" in log and "resumed from step" in log and "model: " in log
+    assert "stopped after step" in log and "resumed from step" in log and "model: " in log
     assert "Restarts=1" in cluster.run("scontrol", "show", "job", job).stdout
     assert losses(two) == losses(tmp_path / "one") and len(read_metrics(metrics)) == 60
     weights, expected = (

@@ -272,10 +272,10 @@ def test_tables_that_cannot_be_read_are_no_documents(tmp_path: Path) -> None:
         (b'{"te', "line 1 cannot be read as json: Unterminated string"),
         (b'{"text": "a"}\n{"text": "b"} {"text": "c"}', "line 2 cannot be read as json: Extra data"),
         (b'[\n{"text": "a"},\n{"text" "b"}]', "line 3 cannot be read as json: Expecting ':' delimiter"),
-        (b'{"text":\n "a"}\n\n{"text":\n 3}', "line 4: field 'text' holds a number, text is needed"),
-        (b'{"text": "a"}\n{"text": null}', "line 2: field 'text' holds null, text is needed"),
-        (b'{"text": "a"}\n{"text": {"b": 1}}', "line 2: field 'text' holds an object, text is needed"),
-        (b'{"text": "a"}\n"text"', "line 2 holds a string, an object with the field 'text' is needed"),
+        (b'{"text":\n "a"}\n\n{"text":\n 3}', "line 4: field 'text' holds a number, expected text"),
+        (b'{"text": "a"}\n{"text": null}', "line 2: field 'text' holds null, expected text"),
+        (b'{"text": "a"}\n{"text": {"b": 1}}', "line 2: field 'text' holds an object, expected text"),
+        (b'{"text": "a"}\n"text"', "line 2 holds a string, expected an object with the field 'text'"),
         (b'{"text": "a"}\n{"Text": "b", "m": {"n": 1}}', "line 2 has no field 'text'; it has ['Text', 'm.n']"),
         (b'{"text": "a", "deep": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "line 1 cannot be read as json: maximum recursion"),
     ],
@@ -288,11 +288,11 @@ def test_mistakes_in_rows_are_refused_with_their_line(tmp_path: Path, content: b
 def test_mistakes_in_parquet_are_refused_with_their_row(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 200 + [None], "meta": [{"n": 1}] * 200 + [None]}), file)
-    assert refusal(file) == "row 201 has null in the field 'text', text is needed"
-    assert refusal(file, "meta.n") == "field 'meta.n' holds int64, text is needed"
+    assert refusal(file) == "row 201 has null in the field 'text', expected text"
+    assert refusal(file, "meta.n") == "field 'meta.n' holds int64, expected text"
     assert refusal(file, "body").startswith("it has no field 'body'; it has ['text', 'meta.n']")
     pyarrow.parquet.write_table(pyarrow.table({"meta": [{"text": "a"}, None]}), file)
-    assert refusal(file, "meta.text") == "row 2 has null in the field 'meta.text', text is needed"
+    assert refusal(file, "meta.text") == "row 2 has null in the field 'meta.text', expected text"
     file.write_bytes(b"PAR1 not really")
     assert refusal(file).startswith("cannot be read as parquet: ")
 

@@ -53,7 +53,7 @@ def test_nobody_is_heard() -> None:
     assert "rank 1 (b, " in text and "cut off from 10.0.0.1:29400" in text
     assert "rank 4" not in text  # it is on this host, and runs
     text = told(*everyone, me=replace(ME, rank=5), keeper=1)
-    assert "for rank 1 (b, pid 99)" in text and "rank 2" not in text and "keeps the store at 10.0.0.1:29400" in text
+    assert "for rank 1 (b, pid 99)" in text and "rank 2" not in text and "hosts the store at 10.0.0.1:29400" in text
 
 
 def test_a_rank_that_lives_and_does_not_come() -> None:

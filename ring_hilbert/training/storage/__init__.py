@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What checkpoints are made of: tensors, manifests and locks on a file system, without anything that could run code."""
+"""Storage of checkpoints: tensors, manifests and locks on a file system, without pickles or anything else that could run code."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving behind the steps: tensors are copied to the host while the next step computes, and written by a thread."""
+"""Background saving: tensors are copied to the host while the next step computes, and written by a thread."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ring_hilbert.training.storage.tensors import Writer
 
 
 class Saver:
-    """Saves of one engine, one at a time. Every rank calls every method, in the same order.
+    """Saves one engine, one save at a time. Every rank calls every method, in the same order.
 
     Args:
-        asynchronous: else a save is over when `save` returns.
-        timeout: seconds that ranks wait for each other in it.
+        asynchronous: write in the background; otherwise a save is done when `save` returns.
+        timeout: seconds that ranks wait for each other in a save.
 
     With `asynchronous` the host keeps a copy of all that is saved, in page-locked memory where there is a CUDA device.
     """
 
     def __init__(self, device: torch.device, asynchronous: bool, timeout: float) -> None:
         self._on_cuda = device.type == "cuda"
-        # The thread's collectives must not meet those of the loop in one group.
+        # The thread's collectives must not share a group with the loop's.
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         assert isinstance(group, dist.ProcessGroup)  # every rank is in it
         self._group = group
@@ -37,7 +37,7 @@ class Saver:
         self._copied: Future[None] | None = None
 
     def prepare(self, tensors: dict[str, Tensor]) -> None:
-        """Take the host's memory now, where locking its pages takes seconds, and not at the first save."""
+        """Allocate the host memory now, rather than at the first save: locking its pages takes seconds."""
         if self._stager is not None and self._on_cuda:
             self._wait_for_device()
             copied = self._stager.stage(tensors)
@@ -45,7 +45,7 @@ class Saver:
             copied.result()
 
     def save(self, tensors: dict[str, Tensor], writer: Writer) -> Future[Any]:
-        """Begin to write `tensors`, which do not change before `fence`; returns what is done when it is published, or failed."""
+        """Start writing `tensors`, which must not change before `fence`; returns a future done once published or failed."""
         if self._stager is None:
             done: Future[Any] = Future()
             try:
@@ -60,13 +60,13 @@ class Saver:
         return begun.upload_completion
 
     def fence(self) -> None:
-        """Wait until nothing is read from the tensors any more: they may change."""
+        """Wait until the tensors have been copied and may change."""
         if self._copied is not None:
             self._copied.result()
             self._copied = None
 
     def close(self) -> None:
-        """Give the host's memory back."""
+        """Free the host memory."""
         self.fence()
         if self._stager is not None:
             self._stager.close()
@@ -82,12 +82,12 @@ class Saver:
         )
 
     def _wait_for_device(self) -> None:
-        """The copies are made on a stream of their own, which waits for no other."""
+        """Synchronise: the copies are made on a separate stream, which waits for no other."""
         if self._on_cuda:
             torch.cuda.current_stream().synchronize()
 
 
 def first_failure(error: CheckpointException) -> tuple[int, BaseException]:
-    """The first rank that failed, and what it failed of."""
+    """The first rank that failed, and its error."""
     rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
     return rank, cause

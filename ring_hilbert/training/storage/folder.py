@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints in a folder: `step_<n>` each, whole or not there, and what each says of itself in `run.json`."""
+"""The checkpoints in a folder, each an atomic `step_<n>`, and the description of each in its `run.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNFINISHED = ".unfinished"
 RUN_FILE = "run.json"
 RUN_KEYS = ("progress", "world_size", "engine", "digest", "identity", "data")
 ENGINE = "engine"  # the folder of the engine's files in a checkpoint
-COMMON = "common"  # the name of the engine of a checkpoint that any engine can load
+COMMON = "common"  # the engine name of a checkpoint that any engine can load
 
 
 def folder_of(folder: Path, step: int) -> Path:
@@ -39,7 +39,7 @@ def checkpoint_at(folder: Path, step: int | None, asked: str) -> Path:
     """The newest checkpoint in a folder, or that of a step.
 
     Raises:
-        ValueError: there is none; begins with `asked`, the setting or flag that asks for it.
+        ValueError: if there is none; the message begins with `asked`, the setting or flag that requests it.
     """
     found = checkpoints_in(folder)
     if not found:
@@ -53,10 +53,10 @@ def checkpoint_at(folder: Path, step: int | None, asked: str) -> Path:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it, once its manifest says that this is as it was written.
+    """The description of the run that wrote a checkpoint, after checking it against the manifest.
 
     Raises:
-        ValueError: it is damaged; the message names the file.
+        ValueError: if it is damaged; names the file.
     """
     files = read_manifest(path)
     if RUN_FILE not in files:
@@ -70,12 +70,12 @@ def read_run(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path / RUN_FILE} has no {', '.join(missing)}")
     if run["progress"]["step"] != step_of(path):
-        raise ValueError(f"{path} holds the checkpoint of step {run['progress']['step']}: give it its name back")
+        raise ValueError(f"{path} holds the checkpoint of step {run['progress']['step']}: rename it back")
     return run
 
 
 def set_aside(path: Path, why: str) -> Path:
-    """Rename a checkpoint so that no run takes it for one, nor deletes it; returns its new name."""
+    """Rename a checkpoint so that no run loads or deletes it; returns its new path."""
     number, aside = 1, path.with_name(f"{path.name}.{why}")
     while aside.exists():
         number += 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One folder, one run: a lock that names its holder and that the system lets go of when the holder dies, however it dies."""
+"""One folder, one run: a lock that names its holder and is released by the system however the holder dies."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from pathlib import Path
 from typing import Any
 
 LOCK = "run.lock"
-PATIENCE = 10.0  # seconds: for a run that is just ending, and for a file to be seen from other hosts
+PATIENCE = 10.0  # seconds to wait for a run that is just ending, and for a file to become visible on other hosts
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class FolderLock:
-    """The right of one run to write in a folder.
+    """The exclusive right of one run to write to a folder.
 
     Args:
-        folder: made if it is not there.
-        about: what else the file says of the holder.
+        folder: created if missing.
+        about: further facts on the holder to write to the file.
 
     Attributes:
-        nonce: a number that no other run has: who sees it in the file sees the same folder.
-        note: what is not as it should be, None if all is well.
+        nonce: a number unique to this run: whoever reads it in the file sees the same folder.
+        note: a warning, None if all is well.
 
     Raises:
-        ValueError: another run holds it; names its host and process.
+        ValueError: if another run holds it; names its host and process.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -48,17 +48,17 @@ class FolderLock:
         os.fsync(self._descriptor)
 
     def check(self) -> None:
-        """Whether this run still holds the folder; another could take it where locks do not reach other hosts.
+        """Check that this run still holds the folder; another could take it if locks do not work across hosts.
 
         Raises:
-            ValueError: another run has taken it.
+            ValueError: if another run has taken it.
         """
         holder = read_lock(self.path.parent)
         if holder is not None and holder["nonce"] != self.nonce:
             raise ValueError(f"checkpoint.dir: {_describe(holder)} has taken {self.path.parent} over from this run")
 
     def release(self) -> None:
-        """Let go of the folder, and of the file."""
+        """Release the folder and the file."""
         holder = read_lock(self.path.parent)
         if holder is not None and holder["nonce"] == self.nonce:
             self.path.unlink(missing_ok=True)
@@ -74,7 +74,9 @@ class FolderLock:
                     return descriptor
             except OSError as error:
                 if error.errno in UNSUPPORTED:
-                    self.note = f"{self.path.parent} cannot be locked ({error.strerror}): see that no other run uses it"
+                    self.note = (
+                        f"{self.path.parent} cannot be locked ({error.strerror}): make sure that no other run uses it"
+                    )
                     return descriptor
                 if not isinstance(error, BlockingIOError):
                     os.close(descriptor)
@@ -96,7 +98,7 @@ class FolderLock:
 
 
 def read_lock(folder: Path) -> dict[str, Any] | None:
-    """What the lock of a folder says of its holder, None if there is none, or it is just being written."""
+    """What a folder's lock file says of its holder, None if there is none, or it is just being written."""
     try:
         holder = json.loads((folder / LOCK).read_text())
         return holder if "nonce" in holder else None
@@ -105,10 +107,10 @@ def read_lock(folder: Path) -> dict[str, Any] | None:
 
 
 def require_same_folder(folder: Path, nonce: str, writer: str) -> None:
-    """Wait until this process sees the lock that `writer`, a host, has in the folder of this name.
+    """Wait until this process sees the lock that host `writer` holds in the folder of this name.
 
     Raises:
-        ValueError: it does not.
+        ValueError: if it does not.
     """
     deadline = time.monotonic() + PATIENCE
     while (read_lock(folder) or {}).get("nonce") != nonce:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest of a checkpoint: size and checksum of each of its files, taken while they were written. It is written last."""
+"""The manifest of a checkpoint: size and checksum of each of its files, computed as they are written. It is written last."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 MANIFEST = "manifest.json"
-CHUNK = 1 << 24  # bytes that are read or written at once
+CHUNK = 1 << 24  # bytes read or written at once
 
 Buffer: TypeAlias = bytes | memoryview
 
 
 @dataclass(frozen=True)
 class FileSum:
-    """Bytes of a file, and their XXH3 of 128 bits, hexadecimal."""
+    """Size of a file in bytes, and its 128-bit XXH3, hexadecimal."""
 
     bytes: int
     xxh3: str
@@ -34,10 +34,10 @@ Manifest: TypeAlias = dict[str, FileSum]  # by the file's path below the checkpo
 
 
 class SummedFile:
-    """A new file that is summed while it is written. A context manager.
+    """A new file that is checksummed while it is written. A context manager.
 
     Raises:
-        OSError: it cannot be written; the error names it.
+        OSError: if it cannot be written; names the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +62,7 @@ class SummedFile:
         self.size += len(view)
 
     def finish(self, sync: bool = True) -> FileSum:
-        """What was written, once it is on the disk."""
+        """Size and checksum of what was written, once it is on disk."""
         self._naming(self._file.flush)
         if sync:
             self._naming(lambda: os.fsync(self._file.fileno()))
@@ -76,7 +76,7 @@ class SummedFile:
 
 
 def write_file(path: Path, data: Buffer, sync: bool = True) -> FileSum:
-    """Write a whole new file and wait until it is on the disk, or leave that to `write_manifest`."""
+    """Write a whole new file and, with `sync`, wait until it is on disk; otherwise `write_manifest` waits."""
     with SummedFile(path) as file:
         file.write(data)
         return file.finish(sync)
@@ -88,15 +88,15 @@ def write_json(path: Path, value: Any) -> FileSum:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileSum:
-    """A safetensors file of small tensors, which `write_manifest` waits for: the loop has no time for the disk."""
+    """Write a safetensors file of small tensors without waiting for the disk, which `write_manifest` does."""
     return write_file(path, to_safetensors(tensors), sync=False)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What `write_tensors` wrote.
+    """Read what `write_tensors` wrote.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: if it is not such a file.
     """
     try:
         return load_file(path)
@@ -105,10 +105,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def sum_file(path: Path) -> FileSum:
-    """Read a whole file.
+    """Size and checksum of a file, which is read in full.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: if it cannot be read.
     """
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
@@ -120,7 +120,7 @@ def sum_file(path: Path) -> FileSum:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -129,15 +129,15 @@ def sync_file(path: Path) -> None:
 
 
 def write_manifest(folder: Path, files: Manifest) -> None:
-    """Write the manifest of `folder`, once its files are all on the disk.
+    """Write the manifest of `folder`, once all its files are on disk.
 
     Raises:
-        OSError: a file is not there, or of another size: the folder is not what the ranks have written to.
+        OSError: if a file is missing or of another size: the folder is not the one to which the ranks have written.
     """
     for name, known in files.items():
         found = (folder / name).stat().st_size
         if found != known.bytes:
-            raise OSError(f"{folder / name} has {found:,} bytes, and {known.bytes:,} were written to it")
+            raise OSError(f"{folder / name} has {found:,} bytes, but {known.bytes:,} were written to it")
         sync_file(folder / name)
     for inner in {(folder / name).parent for name in files}:
         sync_file(inner)
@@ -149,7 +149,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        ValueError: it is not there, or not as it was written.
+        ValueError: if it is missing, or not as it was written.
     """
     path = folder / MANIFEST
     try:
@@ -166,17 +166,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, files: Mapping[str, FileSum], progress: Callable[[int], object] | None) -> None:
-    """Compare files with what the manifest says of them, their contents too where `progress` is there to be told of bytes read.
+    """Compare files with the manifest, including their contents if `progress` is given, which is called with bytes read.
 
     Raises:
-        ValueError: the first that is missing, of another size or of another checksum.
+        ValueError: for the first that is missing or differs in size or checksum.
     """
     for name, known in files.items():
         path = folder / name
         try:
             size = path.stat().st_size
             if size != known.bytes:
-                raise ValueError(f"{path} has {size:,} bytes, and was written with {known.bytes:,}")
+                raise ValueError(f"{path} has {size:,} bytes, but was written with {known.bytes:,}")
             if progress is not None:
                 if sum_file(path) != known:
                     raise ValueError(f"{path} has another checksum than when it was written")
@@ -188,7 +188,7 @@ def check_files(folder: Path, files: Mapping[str, FileSum], progress: Callable[[
 
 
 def _render(files: Manifest) -> str:
-    """A manifest as text: the same for the same files, with a checksum of itself."""
+    """A manifest as text, a function of the files only, with its own checksum."""
     known = {name: asdict(files[name]) for name in sorted(files)}
     own = xxhash.xxh3_128(json.dumps(known).encode()).hexdigest()
     return json.dumps({"files": known, "xxh3": own}, indent=1)

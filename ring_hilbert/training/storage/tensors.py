@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of a checkpoint without pickles: safetensors files, and an index in JSON of which part of which tensor is where.
+"""A checkpoint's tensors without pickles: safetensors files, and a JSON index of where each part of each tensor is.
 
-`torch.distributed.checkpoint` plans who writes and who reads what; these are the storage below it. So any number of ranks can load
-what any other number has written. The names of tensors are `<kind>.<parameter>`, see `KINDS`.
+`torch.distributed.checkpoint` plans which rank writes and reads what; this is the storage below it. So any number of ranks can load
+what any other number has written. Tensors are named `<kind>.<parameter>`, see `KINDS`.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class _Written:
-    """Where a part of a tensor went: what a rank tells the coordinator."""
+    """Where a part of a tensor was written, as reported to the coordinator."""
 
     file: str
     sum: FileSum
 
 
 class Writer(StorageWriter):
-    """Writes one safetensors file per rank below `folder`, and on the coordinator the index; then calls `publish` there.
+    """Writes one safetensors file per rank below `folder` and, on the coordinator, the index; then calls `publish` there.
 
-    `publish` gets the sums of all these files by name; what it raises is raised on every rank.
+    `publish` is given the checksums of all these files by name; what it raises is raised on every rank.
     """
 
     def __init__(self, folder: Path, publish: Callable[[Manifest], None]) -> None:
@@ -61,7 +61,7 @@ class Writer(StorageWriter):
         self.publish = publish
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """See `StorageWriter`: it is used once."""
+        """See `StorageWriter`: used only once."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """See `StorageWriter`: there is nothing to set up."""
@@ -75,7 +75,7 @@ class Writer(StorageWriter):
         return [replace(plan, storage_data=f"rank_{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """See `StorageWriter`: streams this rank's parts to its file, so that none is in memory twice."""
+        """See `StorageWriter`: streams this rank's parts to its file, so that none is held in memory twice."""
         done: Future[list[WriteResult]] = Future()
         items = sorted(plan.items, key=lambda item: -_data_of(item).properties.dtype.itemsize)  # keeps them aligned
         if items:
@@ -89,7 +89,7 @@ class Writer(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """See `StorageWriter`: on the coordinator, when every rank has written."""
+        """See `StorageWriter`: called on the coordinator once every rank has written."""
         written = {result.index: result.storage_data for rank in results for result in rank}
         index = {}
         for key, tensor in metadata.state_dict_metadata.items():
@@ -119,10 +119,10 @@ class Writer(StorageWriter):
 
 
 class Reader(StorageReader, Mapping[str, Tensor]):
-    """Reads what `Writer`, or `ring-hilbert convert`, has written below `folder`; a mapping of whole tensors on the CPU.
+    """Reads what `Writer` or `ring-hilbert convert` wrote below `folder`; a mapping of whole tensors on the CPU.
 
     Raises:
-        ValueError: the index is not one.
+        ValueError: if the index is invalid.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,7 +130,7 @@ class Reader(StorageReader, Mapping[str, Tensor]):
         self.metadata, self.files = _read_index(folder)
 
     def head(self, key: str) -> tuple[torch.dtype, torch.Size]:
-        """Dtype and shape of a whole tensor, which is not read."""
+        """Dtype and shape of a whole tensor, without reading it."""
         tensor = self._tensor(key)
         return tensor.properties.dtype, tensor.size
 
@@ -141,7 +141,7 @@ class Reader(StorageReader, Mapping[str, Tensor]):
         return len(self.metadata.state_dict_metadata)
 
     def __getitem__(self, key: str) -> Tensor:
-        """A tensor put together."""
+        """A tensor assembled from its parts."""
         tensor = self._tensor(key)
         parts = tensor.chunks
         if len(parts) == 1:
@@ -153,10 +153,10 @@ class Reader(StorageReader, Mapping[str, Tensor]):
         return whole
 
     def require(self, sizes: Mapping[str, torch.Size]) -> None:
-        """Compare what a model needs with what there is.
+        """Check that the checkpoint has exactly the tensors that a model needs.
 
         Raises:
-            ValueError: a tensor is missing, of another shape, or one that the model does not have.
+            ValueError: if a tensor is missing, of another shape, or unknown to the model.
         """
         for key in sorted(sizes.keys() | self.keys()):
             kind, _, name = key.partition(".")
@@ -167,11 +167,11 @@ class Reader(StorageReader, Mapping[str, Tensor]):
                 raise ValueError(f"{self.folder} is of another model: its {kind} of {name} is not in this one")
             if found != sizes[key]:
                 raise ValueError(
-                    f"{self.folder} is of another model: the {kind} of {name} is {list(found)}, and {list(sizes[key])} here"
+                    f"{self.folder} is of another model: the {kind} of {name} is {list(found)}, but {list(sizes[key])} here"
                 )
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """See `StorageReader`: it is used once."""
+        """See `StorageReader`: used only once."""
 
     def read_metadata(self) -> Metadata:
         """See `StorageReader`."""
@@ -189,7 +189,7 @@ class Reader(StorageReader, Mapping[str, Tensor]):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """See `StorageReader`: of every part only what this rank needs. The planner's own entries of bytes never occur."""
+        """See `StorageReader`: reads of every part only what this rank needs. The planner's byte entries never occur."""
         for item in plan.items:
             place = tuple(slice(at, at + size) for at, size in zip(item.storage_offsets, item.lengths, strict=True))
             target = planner.resolve_tensor(item).detach()
@@ -213,7 +213,7 @@ class Reader(StorageReader, Mapping[str, Tensor]):
         return found
 
     def _part(self, index: MetadataIndex, place: Any) -> Tensor:
-        """Some of one part: `place` is slices of it, or ... for all."""
+        """A slice of one part: `place` is a tuple of slices, or ... for all."""
         path = self.folder / self.files[index]
         assert index.offset is not None
         name = _part_name(index.fqn, index.offset)
@@ -226,7 +226,7 @@ class Reader(StorageReader, Mapping[str, Tensor]):
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold an infinity or NaN; waits for the device once."""
+    """The names of tensors that hold an infinity or NaN; synchronises with the device once."""
     looked_at = {key: x for key, x in tensors.items() if x.is_floating_point() and x.numel()}
     if not looked_at:
         return []
@@ -238,7 +238,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def write_safetensors(
     path: Path, heads: Iterable[tuple[str, torch.dtype, Iterable[int]]], tensors: Iterable[Tensor]
 ) -> FileSum:
-    """Write tensors of known name, dtype and shape one after another; only one needs to be in memory at a time."""
+    """Write tensors of known name, dtype and shape one by one; only one needs to be in memory at a time."""
     header, at = {}, 0
     for name, dtype, shape in heads:
         sizes = list(shape)
@@ -265,7 +265,7 @@ def _read_index(folder: Path) -> tuple[Metadata, dict[MetadataIndex, str]]:
             for part in known["parts"]:
                 offsets = torch.Size(part["offsets"])
                 parts.append(ChunkStorageMetadata(offsets, torch.Size(part["sizes"])))
-                files[MetadataIndex(key, offsets)] = Path(part["file"]).name  # never of another folder
+                files[MetadataIndex(key, offsets)] = Path(part["file"]).name  # never from another folder
             size = torch.Size(known["size"])
             if sum(math.prod(part.sizes) for part in parts) != math.prod(size):
                 raise ValueError(f"the parts of {key} do not make up the whole")
@@ -291,6 +291,6 @@ def _name_of(item: WriteItem) -> str:
 
 
 def _part_name(key: str, offsets: Iterable[int]) -> str:
-    """What a part is called in its file: the key, and where it begins unless that is 0 everywhere."""
+    """A part's name in its file: the key, with its offsets unless they are all 0."""
     place = ",".join(map(str, offsets)) if any(offsets) else ""
     return f"{key}@{place}" if place else key

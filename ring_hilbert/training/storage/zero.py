@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole weights and moments from the files of DeepSpeed's ranks, without its engine: ZeRO 0 to 3, in one process.
+"""Assembles whole weights and moments from the files of DeepSpeed's ranks, without its engine: ZeRO 0 to 3, in one process.
 
 The files are pickles: nothing here is called unless the user trusts them.
 """
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from ring_hilbert.training.storage.tensors import MOMENTS
 
-TAG = "deepspeed"  # the folder below the engine's in which DeepSpeed writes
+TAG = "deepspeed"  # the folder below the engine's to which DeepSpeed writes
 PREFIX = "model."  # of the language model in the module that DeepSpeed trains
 
 
 def whole_tensors(folder: Path, stage: int) -> dict[str, Tensor]:
-    """Every tensor that `KINDS` of `storage.tensors` names, float32, from the engine's folder of a checkpoint.
+    """All tensors by the `KINDS` of `storage.tensors`, float32, from the engine's folder of a checkpoint.
 
-    Files are mapped, not read: memory is taken for what is put together.
+    Files are memory-mapped: only the assembled tensors take memory.
 
     Raises:
-        ValueError: the files are not those of such a checkpoint.
+        ValueError: if the files are not those of such a checkpoint.
     """
     try:
         if stage == 0:
@@ -64,7 +64,7 @@ def _of_stage_0(model: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _of_stage_1_and_2(optimizers: list[dict[str, Any]], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Each rank has a slice of every group's flat tensor, and a table of which parameters lie in it."""
+    """Each rank has a slice of every group's flat tensor, and a table of the parameters in it."""
     parts: dict[str, dict[str, list[Tensor]]] = {name: {} for name in shapes}
     step: Any = 0
     for rank in optimizers:
@@ -85,7 +85,7 @@ def _of_stage_1_and_2(optimizers: list[dict[str, Any]], shapes: dict[str, torch.
 
 
 def _of_stage_3(optimizers: list[dict[str, Any]], groups: list[dict[str, torch.Size]]) -> dict[str, Tensor]:
-    """Each rank has an equal part of every parameter, one after another in a flat tensor per group; the last are padded."""
+    """Each rank has an equal part of every parameter, concatenated in a flat tensor per group; the last ones are padded."""
     tensors = {}
     for group, shapes in enumerate(groups):
         flats = []
@@ -118,7 +118,7 @@ def _buffers(model: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _by_rank(folder: Path, ending: str) -> list[Path]:
-    """The files of all ranks, in their order."""
+    """The files of all ranks, in rank order."""
     numbered = re.compile(rf"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_{re.escape(ending)}")
     found = {int(match[1]): path for path in folder.iterdir() if (match := numbered.fullmatch(path.name))}
     if sorted(found) != list(range(len(found))) or not found:
