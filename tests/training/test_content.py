@@ -23,6 +23,8 @@ from ring_hilbert.training.content import Content, contents, differences
 from ring_hilbert.training.data import open_dataset
 from ring_hilbert.training.documents import Documents
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 
 class Numbers(Documents):
     """Documents of a token each, in files of ten."""
@@ -97,8 +99,7 @@ def documents(path: Path | list[Path], **keys: Any) -> dict[str, Documents]:
 
 
 @pytest.fixture
-def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+def texts(tmp_path: Path) -> Path:
     folder = tmp_path / "texts"
     folder.mkdir()
     for n, text in enumerate(TEXTS):

@@ -42,13 +42,7 @@ VOCAB = 384  # ByT5's
 EOS = 1
 ROOT = Path(__file__).parents[2]
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What runs prepare for themselves lies in a folder of this test's own."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -40,12 +40,7 @@ from tests.training.test_data import ROOT, VOCAB, equal, whole
 
 WORDS = ["ape", "bee", "cat", "dog", "eel", "<e>", "?"]
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
