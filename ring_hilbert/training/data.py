@@ -71,7 +71,7 @@ def open_dataset(config: DataConfig, split: Literal["train", "eval"], vocab_size
         return EvaluationSequences(documents, config.seq_len, held_out.sequences, config.packing)
     known = None
     if held_out is not None and held_out.share is None:
-        known = np.sort(open_part(config, HELD_OUT).hashes)
+        known = np.sort(open_part(config, HELD_OUT).hashes())
     found = []
     for number, (name, source) in enumerate(zip(names, sources, strict=True)):
         part = open_part(config, name)
@@ -107,17 +107,17 @@ def _chosen(part: Part, share: float | None, known: np.ndarray | None, held_out:
         known: hashes of documents, ascending, at least one.
         held_out: which of the two.
     """
-    hashes, found = part.hashes, []
-    for start in range(0, len(hashes), PART):
-        some = hashes[start : start + PART]
+    count, found = len(part.lengths), []
+    for start in range(0, count, PART):
+        some = part.hashes(slice(start, start + PART))
         out = np.zeros(len(some), dtype=bool)
         if share is not None:
             out |= some < np.uint64(share * 2**64)
         if known is not None:
             out |= known[np.searchsorted(known, some).clip(max=len(known) - 1)] == some
-        found.append((start + np.flatnonzero(out == held_out)).astype(np.min_scalar_type(len(hashes))))
+        found.append((start + np.flatnonzero(out == held_out)).astype(np.min_scalar_type(count)))
     numbers = np.concatenate(found)
-    return None if len(numbers) == len(hashes) else numbers
+    return None if len(numbers) == count else numbers
 
 
 def _sequence(documents: Documents, pieces: list[Piece], seq_len: int) -> Sequence:

@@ -82,10 +82,9 @@ class Part:
             self._mapped = 0
         return self._tokens[before + start : before + stop]
 
-    @property
-    def hashes(self) -> np.ndarray:
-        """uint64 [documents], `content_hash` of each; mapped anew and not kept, being needed once."""
-        return np.asarray(np.load(self.folder / "hashes.npy", mmap_mode="r"))
+    def hashes(self, documents: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """uint64, `content_hash` of each of these: a copy. The file is not kept mapped, being needed once."""
+        return np.array(np.load(self.folder / "hashes.npy", mmap_mode="r")[documents])
 
     def file(self, document: int) -> Path:
         """The file that a document was read from."""
@@ -98,8 +97,8 @@ class Part:
         Raises:
             ValueError: they are not those that were written.
         """
-        hashes = np.load(self.folder / "hashes.npy", mmap_mode="r")
-        if content_hash(self.tokens(document, 0, int(self.lengths[document]))) != hashes[document]:
+        ids = self.tokens(document, 0, int(self.lengths[document]))
+        if content_hash(ids) != self.hashes(slice(document, document + 1))[0]:
             path = self.folder / "tokens.npy"
             raise ValueError(f"{path} is not the one that belongs here: document {document} has other tokens; {MEND}")
 
@@ -145,10 +144,11 @@ class Documents:
 
     def __init__(self, parts: list[Part], chosen: list[np.ndarray | None]) -> None:
         self._parts, self._chosen = parts, chosen
-        self.lengths = self._each([part.lengths for part in parts])
-        self._ends = np.cumsum(
-            [len(part.lengths) if some is None else len(some) for part, some in zip(parts, chosen, strict=True)]
-        )
+        picked = [
+            part.lengths if some is None else part.lengths[some] for part, some in zip(parts, chosen, strict=True)
+        ]
+        self.lengths = picked[0] if len(picked) == 1 else np.concatenate(picked)  # one, and all of it: a memory map
+        self._ends = np.cumsum([len(lengths) for lengths in picked])
         self.largest_id = max(part.record["largest_id"] for part in parts)
         kinds = "; ".join(dict.fromkeys(part.record["kinds"] for part in parts))
         count, known = len(self.lengths), sum(len(part.lengths) for part in parts)
@@ -160,10 +160,14 @@ class Documents:
         part, place = self._find(document)
         return part.tokens(place, start, stop)
 
-    @property
-    def hashes(self) -> np.ndarray:
-        """uint64 [number of documents], of the tokens of each; not kept, being needed once."""
-        return self._each([part.hashes for part in self._parts])
+    def hashes(self, start: int, stop: int) -> np.ndarray:
+        """uint64 [stop - start], of the tokens of each of these documents: a copy, so that few need be held at a time."""
+        found, begin = [], 0
+        for part, chosen, end in zip(self._parts, self._chosen, self._ends.tolist(), strict=True):
+            some = slice(max(start, begin) - begin, max(0, min(stop, end) - begin))
+            found.append(part.hashes(some if chosen is None else chosen[some]))
+            begin = end
+        return np.concatenate(found)
 
     def file(self, document: int) -> Path:
         """The file that a document was read from."""
@@ -174,11 +178,6 @@ class Documents:
         part = int(np.searchsorted(self._ends, document, side="right")) if len(self._ends) > 1 else 0
         place, chosen = document - (int(self._ends[part - 1]) if part else 0), self._chosen[part]
         return self._parts[part], place if chosen is None else int(chosen[place])
-
-    def _each(self, columns: list[np.ndarray]) -> np.ndarray:
-        """The entries of documents that belong here; the column itself if it is one and all of it."""
-        picked = [column if some is None else column[some] for column, some in zip(columns, self._chosen, strict=True)]
-        return picked[0] if len(picked) == 1 else np.concatenate(picked)
 
 
 def checked(count: int) -> list[int]:

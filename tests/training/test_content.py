@@ -29,11 +29,13 @@ pytestmark = pytest.mark.usefixtures("cache")
 class Numbers(Documents):
     """Documents of a token each, in files of ten."""
 
-    hashes = np.zeros(0, dtype=np.uint64)
-
     def __init__(self, hashes: list[int]) -> None:
-        self.hashes = np.array(hashes, dtype=np.uint64)
+        self._hashes = np.array(hashes, dtype=np.uint64)
         self.lengths = np.ones(len(hashes), dtype=np.int64)
+
+    def hashes(self, start: int, stop: int) -> np.ndarray:
+        """As they were given."""
+        return self._hashes[start:stop]
 
     def file(self, document: int) -> Path:
         """A file of that number."""
