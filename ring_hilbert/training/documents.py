@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-VERSION = 3  # of what is read, how it is tokenised and how it is kept
+VERSION = 4  # of what is read, how it is tokenised and how it is kept
 RECORD, PATHS = "part.json", "paths.json"
 COLUMNS = ("tokens", "lengths", "hashes", "files")
 KNOWN = {RECORD, PATHS, *(f"{name}.npy" for name in COLUMNS)}  # what is in the folder of a part
@@ -201,7 +201,7 @@ def read_record(folder: Path, name: str = RECORD) -> dict[str, Any]:
     """The JSON file that says what is in a folder of prepared data.
 
     Raises:
-        ValueError: it is not there, is none, or is of another version.
+        ValueError: it is not there, is none, is of another version or was changed.
     """
     path = folder / name
     try:
@@ -215,8 +215,18 @@ def read_record(folder: Path, name: str = RECORD) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error}); {MEND}") from None
     if not isinstance(record, dict) or record.get("version") != VERSION:
         found = record.get("version") if isinstance(record, dict) else None
-        raise ValueError(f"{path} is of version {found}, this is {VERSION}; prepare the data again")
+        raise ValueError(
+            f"{path} is of version {found}, this is {VERSION}; remove the folder and prepare the data again"
+        )
+    if record.get("checksum") != record_checksum(record):
+        raise ValueError(f"{path} is not the one that belongs here: its checksum is another; {MEND}")
     return record
+
+
+def record_checksum(record: dict[str, Any]) -> int:
+    """Of what a JSON file says, but for its own checksum."""
+    said = {key: value for key, value in record.items() if key != "checksum"}
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
 
 
 def refuse_foreign(folder: Path, known: set[str]) -> None:

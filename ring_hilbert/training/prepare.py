@@ -37,6 +37,7 @@ from ring_hilbert.training.documents import (
     Part,
     npy_header,
     read_record,
+    record_checksum,
     refuse_foreign,
 )
 from ring_hilbert.training.encoding import Encoded, encoded
@@ -194,10 +195,10 @@ def _note(folder: Path, columns: dict[str, Any], record: dict[str, Any]) -> None
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file that `read_record` reads, whole or not at all."""
     unfinished = path.with_name(path.name + ".new")
     with unfinished.open("w") as file:
-        json.dump(record, file, indent=1)
+        json.dump(record | {"checksum": record_checksum(record)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

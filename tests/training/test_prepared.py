@@ -347,6 +347,22 @@ def test_truncated_missing_and_changed_files_are_named(
         opened(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "data.sources.0/part.json"])
+def test_a_record_with_any_other_byte_is_refused(tmp_path: Path, texts: Path, name: str) -> None:
+    """A digit of a weight or of the largest id, for one, would still be JSON."""
+    prepare_folder(config(texts, tmp_path / "folder"), lambda _: None)
+    path = tmp_path / "folder" / name
+    written = path.read_bytes()
+    digits = [place for place, byte in enumerate(written) if chr(byte).isdigit()]
+    for place in [*range(0, len(written), 37), *digits[::5]]:
+        path.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+        with pytest.raises(ValueError, match=re.escape(f"folder/{name}")):
+            opened(tmp_path / "folder")
+    path.write_text('{"version": 4}')
+    with pytest.raises(ValueError, match=re.escape(f"folder/{name} is not the one that belongs here")):
+        opened(tmp_path / "folder")
+
+
 def test_foreign_files_are_named(tmp_path: Path, texts: Path) -> None:
     for name, keys in (("folder", {}), ("other", {"encoding_errors": "replace"})):
         prepare_folder(config(texts, tmp_path / name, **keys), lambda _: None)
