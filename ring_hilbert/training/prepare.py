@@ -67,6 +67,7 @@ def cached(reading: Reading, tokenizer: PreTrainedTokenizerBase, workers: int | 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Be the only process that writes to a folder, waiting until it is."""
+    folder = folder.resolve()  # "." has no name
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:

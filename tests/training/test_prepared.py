@@ -548,6 +548,15 @@ def test_the_commands(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture
     assert "give either --config FILE or --sources PATH" in capsys.readouterr().err
 
 
+def test_the_folder_may_be_the_one_that_it_is_called_in(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["prepare-data", "--sources", str(texts), "--output", "."]) == 0
+    assert len(opened(tmp_path / "here"))
+
+
 def test_who_waits_for_another_process_says_so_apart_from_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
