@@ -30,6 +30,7 @@ from ring_hilbert.training import batches, encoding, prepare, reading
 from ring_hilbert.training.config import DataConfig
 from ring_hilbert.training.content import contents
 from ring_hilbert.training.data import PackedDataset, open_dataset
+from ring_hilbert.training.documents import VERSION
 from ring_hilbert.training.loop import pretrain
 from ring_hilbert.training.metrics import read_metrics
 from ring_hilbert.training.prepare import locked
@@ -358,7 +359,7 @@ def test_a_record_with_any_other_byte_is_refused(tmp_path: Path, texts: Path, na
         path.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
         with pytest.raises(ValueError, match=re.escape(f"folder/{name}")):
             opened(tmp_path / "folder")
-    path.write_text('{"version": 4}')
+    path.write_text(json.dumps({"version": VERSION}))
     with pytest.raises(ValueError, match=re.escape(f"folder/{name} is not the one that belongs here")):
         opened(tmp_path / "folder")
 
