@@ -64,13 +64,15 @@ def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per figure.
 
     Raises:
-        ValueError: there is no such measurement, or fewer cores than are asked for.
+        ValueError: there is no such measurement, fewer cores than are asked for, or nothing to measure.
     """
     wrong = set(chosen.what) - set(WHAT)
     cores = sorted(os.sched_getaffinity(0))
     if wrong or max(chosen.cores) > len(cores):
         asked = wrong or max(chosen.cores)
         raise ValueError(f"--what knows {', '.join(WHAT)}, and --cores at most {len(cores)}; got {asked}")
+    if min(*chosen.cores, chosen.megabytes, chosen.repeats, chosen.documents) < 1:
+        raise ValueError("--cores, --megabytes, --repeats and --documents must be at least 1")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if {"tokenising", "packing"} & set(chosen.what):
