@@ -8,6 +8,7 @@ dropped, something else in every epoch.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Protocol
 
 import numpy as np
@@ -19,7 +20,8 @@ from ring_hilbert.training.prepared import HELD_OUT, open_part, with_prepared
 
 Sequence = dict[str, np.ndarray]
 Packed = Literal["concat", "best_fit"]
-MIXTURE = 2000  # sequences over which several sources are mixed, at least: rounded to one, a share is right to 0.025 %
+MIXTURE = 2000  # sequences over which several sources are mixed, at least: a share that is one off is right to 0.05 %
+MOST_MIXED = 2**20  # and at most, where a source has so small a share that it would be none of them
 
 
 class PackedDataset(Protocol):
@@ -177,12 +179,23 @@ class EndlessSource:
         self._epoch = epoch
 
 
+def _apportioned(shares: np.ndarray, length: int) -> np.ndarray:
+    """How many of `length` sequences each source has, int64: at least one, else its share to within one."""
+    exact = shares * length
+    counts = np.maximum(1, np.rint(exact)).astype(np.int64)
+    for sign in (1, -1):  # those that rounding gave the most give one back, or the others are given one more
+        order = np.argsort(sign * (exact - counts), kind="stable")
+        order = order[counts[order] > sign]
+        counts[order[: max(0, sign * (int(counts.sum()) - length))]] -= sign
+    return counts
+
+
 class TrainingSequences:
     """Sources taking turns, spread evenly.
 
-    An epoch is as long as all sources together, or so often that as several sources need to make `MIXTURE` sequences. Each has the
-    share of the tokens that its weight gives, to the nearest sequence and at least one, so that a source may be repeated or left
-    unfinished within an epoch.
+    An epoch is as long as all sources together, or so often that as several sources need to make `MIXTURE` sequences, more if one
+    of them would have none. Each has the share of the tokens that its weight gives, to within a sequence, so that a source may be
+    repeated or left unfinished within an epoch.
     """
 
     def __init__(self, sources: list[EndlessSource], weights: list[float]) -> None:
@@ -193,8 +206,8 @@ class TrainingSequences:
         shares /= shares.sum()
         self._sources = sources
         total = sum(map(len, sources))
-        length = total if len(sources) == 1 else total * -(-MIXTURE // total)
-        self._counts = np.maximum(1, np.rint(shares * length)).astype(np.int64)
+        mixed = max(MIXTURE, min(MOST_MIXED, math.ceil(0.5 / shares.min())))
+        self._counts = _apportioned(shares, total if len(sources) == 1 else total * -(-mixed // total))
         turns = np.concatenate([(np.arange(count) + 0.5) / count for count in self._counts])
         by_turn = np.argsort(turns, kind="stable")
         self._source = np.repeat(np.arange(len(sources)), self._counts)[by_turn]
