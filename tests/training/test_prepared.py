@@ -476,22 +476,15 @@ def test_a_share_is_the_same_documents_wherever_they_lie(tmp_path: Path, texts: 
 # Ranks
 
 
-class Counted:
-    """Sequences that say their number."""
-
-    def __len__(self) -> int:
-        return 1000
-
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        return {"input_ids": np.full(256, number), "document_ids": np.zeros(256, np.int64)}
-
-
-@pytest.mark.parametrize("first", [0, 990, 1992])
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("epoch", [0, 1, 7])
 def test_the_same_sequences_in_the_same_order_at_any_dp_sp_and_micro_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, packing: str, epoch: int
 ) -> None:
-    """A step's sequences from the cursor on, whoever reads them, over the ends of epochs too."""
-    monkeypatch.setattr(batches.Batches, "shard", lambda _, full: full["input_ids"][:, 0].tolist())
+    """A step's sequences from the cursor on, whoever reads them, over an epoch's end too; each rank opens the data by itself."""
+    prepare_folder(config(texts, tmp_path / "folder"), lambda _: None)
+    monkeypatch.setattr(batches.Batches, "shard", lambda _, full: [row.numpy().tobytes() for row in full["input_ids"]])
+    wanted = opened(tmp_path / "folder", packing=packing, seq_len=SEQ_LEN)
 
     class Place:
         sp_group, device = None, None
@@ -499,18 +492,20 @@ def test_the_same_sequences_in_the_same_order_at_any_dp_sp_and_micro_batch(
         def __init__(self, dp_index: int) -> None:
             self.dp_index = dp_index
 
-    for dp, sp, micro in ((1, 1, 1), (1, 8, 12), (2, 1, 3), (4, 2, 3), (12, 1, 1)):
-        changes = {"parallel__dp_shard": dp, "parallel__sp": sp, "train__micro_batch": micro}
-        run = tiny_config(tmp_path, **changes, train__global_batch_tokens=12 * 256)
-        ranks = [
-            batches.Batches(Counted(), run, None, Place(rank // sp)).of(first, first + 12)  # type: ignore[arg-type]
-            for rank in range(dp * sp)
-        ]
-        assert all(ranks[rank] == ranks[rank // sp * sp] for rank in range(dp * sp)), "sp ranks share a sequence"
-        rounds = zip(*ranks[::sp], strict=True)
-        assert [number for turn in rounds for micro_batch in turn for number in micro_batch] == list(
-            range(first, first + 12)
-        )
+    for first in (epoch * len(wanted), epoch * len(wanted) + len(wanted) - 5):
+        sequences = [wanted[number]["input_ids"].tobytes() for number in range(first, first + 12)]
+        assert len(set(sequences)) > 6
+        for dp, sp, micro in ((1, 1, 1), (1, 8, 12), (2, 1, 3), (4, 2, 3), (12, 1, 1)):
+            changes = {"parallel__dp_shard": dp, "parallel__sp": sp, "train__micro_batch": micro}
+            run = tiny_config(tmp_path, **changes, train__global_batch_tokens=12 * SEQ_LEN)
+            data = [opened(tmp_path / "folder", packing=packing, seq_len=SEQ_LEN) for _ in range(dp)]
+            ranks = [
+                batches.Batches(data[rank // sp], run, None, Place(rank // sp)).of(first, first + 12)  # type: ignore[arg-type]
+                for rank in range(dp * sp)
+            ]
+            assert all(ranks[rank] == ranks[rank // sp * sp] for rank in range(dp * sp)), "sp ranks share a sequence"
+            rounds = zip(*ranks[::sp], strict=True)
+            assert [found for turn in rounds for micro_batch in turn for found in micro_batch] == sequences
 
 
 # The command line
