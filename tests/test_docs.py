@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import pydoc
 import re
@@ -102,7 +103,7 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_anchors_resolve(page: Path):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    for link in re.findall(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)", text):
         if not link.startswith(("http://", "https://")):
             name, _, anchor = link.partition("#")
             target = (page.parent / name).resolve() if name else page
@@ -112,3 +113,62 @@ def test_links_and_anchors_resolve(page: Path):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+FIGURE = re.compile(r"(?<![\w.^])(\d[\d,]*(?:\.\d+)?)(e-?\d+|B|\^\d+)?(?![\w^])")
+MEASURED = re.compile(r"\d ?(%|ms|s|seconds?|minutes?|[KMG]i?B|tokens/s|T?FLOP/s|times)(?!\w)")
+ROWS = re.compile(r"\[rows\]\((\S+\.csv) \"([^\"]+)\"\)")
+
+
+def claims() -> list[str]:
+    """The README's lines that say what was measured: the table of it, and any others with a unit of measurement."""
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    table = text.partition("| | measured | where |")[2].partition("\n## ")[0].splitlines()
+    return [line for line in text.splitlines() if figures(line) and (line in table or MEASURED.search(line))]
+
+
+def figures(line: str) -> dict[tuple[str, str], tuple[float, float]]:
+    """Every number of a line, but for code and links, in two parts: its value, and how far from it what was rounded may lie."""
+    found = {}
+    for match in FIGURE.finditer(re.sub(r"`[^`]*`|\[[^]]*\]\([^)]*\)", "", line)):
+        digits, suffix = match[1].replace(",", ""), match[2] or ""
+        if suffix.startswith("^"):
+            found[match[1], suffix] = float(digits) ** int(suffix[1:]), 0.0
+        else:
+            scale = 1e9 if suffix == "B" else float(f"1{suffix}")
+            found[match[1], suffix] = float(digits) * scale, 0.5 * scale * 10.0 ** -len(digits.partition(".")[2])
+    return found
+
+
+def unsupported(line: str) -> list[str]:
+    """The figures of a line that are no field, rounded, of the rows that it cites: `[rows](FILE.csv "column=value; ...")`."""
+    values = list[float]()
+    for name, chosen in ROWS.findall(line):
+        wanted = dict(part.split("=") for part in chosen.split("; "))
+        with (ROOT / name).open(newline="") as file:
+            for row in csv.DictReader(file):
+                if all(row[column] == value for column, value in wanted.items()):
+                    numbers = [x for x in row.values() if re.fullmatch(r"\d+(\.\d+)?(e[+-]\d+)?", x or "")]
+                    values += map(float, numbers)
+    return [
+        "".join(text)
+        for text, (value, error) in figures(line).items()
+        if not any(abs(value - x) <= error * (1 + 1e-9) for x in values)
+    ]
+
+
+def test_figures_of_the_readme_are_of_the_rows_that_it_cites():
+    assert sum(len(ROWS.findall(line)) for line in claims()) >= 4
+    assert not {line: found for line in claims() if (found := unsupported(line))}
+
+
+def test_a_wrong_figure_in_the_readme_would_be_found():
+    """With a last digit one larger few are another field of these rows by chance."""
+    found = [
+        f"{wrong}{suffix}"
+        in unsupported(re.sub(rf"(?<![\w.,]){re.escape(digits + suffix)}(?!\w)", wrong + suffix, line))
+        for line in claims()
+        for digits, suffix in figures(line)
+        for wrong in [f"{digits[:-1]}{(int(digits[-1]) + 1) % 10}"]
+    ]
+    assert sum(found) >= 0.8 * len(found) > 8

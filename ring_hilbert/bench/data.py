@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data at scale: tokenising against the tokenizer alone, opening many documents, packing.
 
-tokenising: megabytes of text per second, including reading and writing, against `tokenizer.encode_batch` on the same number of
-cores, which does neither; with a BPE tokenizer of 32768 ids trained on the standard library's files, on rows of these files.
-opening: seconds, and the process's memory beyond its imports, for documents of 20 to 100 random tokens, reading sequences from
-three shuffled epochs. packing: padding and cuts on the standard library's files, by bytes and by that BPE.
+tokenising: megabytes of text per second, start of the processes, reading and writing included, next to `tokenizer.encode_batch` on
+as many cores, which neither reads nor writes, in turns; a BPE tokenizer of 32768 ids that learns from the standard library's files,
+and rows of these files.
+opening: seconds, and the memory that a process takes for it beyond its imports, for documents of 20 to 100 random tokens, in three
+shuffled epochs of which it reads sequences. packing: padding and cuts on the standard library's files, by bytes and by that BPE.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -23,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ring_hilbert.bench.timing import seconds
 from ring_hilbert.training.config import DataConfig
 from ring_hilbert.training.content import contents
 from ring_hilbert.training.data import open_dataset
@@ -34,6 +39,7 @@ from ring_hilbert.training.prepare import write_record
 from ring_hilbert.training.prepared import prepare, write_manifest
 from ring_hilbert.training.tokens import load_tokenizer
 
+CPU = torch.device("cpu")
 VOCAB = 32768
 SOURCE = {
     "path": [f"{Path(sysconfig.get_path('stdlib')).as_posix()}/**/*.py"],
@@ -47,7 +53,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The flags of `bench data`."""
     parser.add_argument("--what", nargs="+", default=list(WHAT), metavar="NAME", help="default: all three")
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], metavar="N", help="that tokenise; default: 1 2")
-    parser.add_argument("--megabytes", type=int, default=200, metavar="N", help="of text for each core; default: 200")
+    parser.add_argument("--megabytes", type=int, default=100, metavar="N", help="of text for each core; default: 100")
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="of tokenising; medians are kept; default: 3"
+    )
     parser.add_argument("--documents", type=int, default=10**7, metavar="N", help="that are opened; default: 10000000")
 
 
@@ -55,13 +64,15 @@ def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per figure.
 
     Raises:
-        ValueError: for an unknown measurement, or more cores than there are.
+        ValueError: for an unknown measurement, more cores than there are, or nothing to measure.
     """
     wrong = set(chosen.what) - set(WHAT)
     cores = sorted(os.sched_getaffinity(0))
     if wrong or max(chosen.cores) > len(cores):
         asked = wrong or max(chosen.cores)
         raise ValueError(f"--what knows {', '.join(WHAT)}, and --cores at most {len(cores)}; got {asked}")
+    if min(*chosen.cores, chosen.megabytes, chosen.repeats, chosen.documents) < 1:
+        raise ValueError("--cores, --megabytes, --repeats and --documents must be at least 1")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if {"tokenising", "packing"} & set(chosen.what):
@@ -69,7 +80,7 @@ def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if "tokenising" in chosen.what:
             for count in chosen.cores:
                 _write_rows(folder / "rows.jsonl", chosen.megabytes * count * 10**6)
-                yield from _apart("tokenising", folder, cores[:count])
+                yield from _apart("tokenising", folder, cores[:count], chosen.repeats)
         if "opening" in chosen.what:
             _write_part(folder / "many", chosen.documents)
             yield from _apart("opening", folder, cores)
@@ -81,10 +92,10 @@ def _record(what: str, setting: str, quantity: str, value: float) -> dict[str, A
     return {"what": what, "setting": setting, "quantity": quantity, "value": f"{value:.5g}"}
 
 
-def _apart(what: str, folder: Path, cores: list[int]) -> list[dict[str, Any]]:
+def _apart(what: str, folder: Path, cores: list[int], repeats: int = 1) -> list[dict[str, Any]]:
     """The records measured in a separate process, on these cores."""
     environment = os.environ | {"RAYON_NUM_THREADS": str(len(cores)), "TOKENIZERS_PARALLELISM": "true"}
-    command = [sys.executable, "-m", "ring_hilbert.bench.data", what, str(folder), *map(str, cores)]
+    command = [sys.executable, "-m", "ring_hilbert.bench.data", what, str(folder), str(repeats), *map(str, cores)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -118,27 +129,33 @@ def _write_rows(path: Path, size: int) -> None:
                     return
 
 
-def _tokenising(folder: Path, cores: list[int]) -> list[dict[str, Any]]:
+def _tokenising(folder: Path, cores: list[int], repeats: int) -> list[dict[str, Any]]:
     os.sched_setaffinity(0, cores)
     with (folder / "rows.jsonl").open() as file:
         texts = [json.loads(line)["text"] for line in file]
     size = sum(len(text.encode()) for text in texts) / 1e6
-    name = str(folder / "bpe")
+    name, output = str(folder / "bpe"), folder / "prepared"
     tokenizer: Any = load_tokenizer(name).backend_tokenizer
-    start = time.perf_counter()
-    for first in range(0, len(texts), 1000):
-        tokenizer.encode_batch(texts[first : first + 1000])
-    alone = size / (time.perf_counter() - start)
     raw = {"sources": [{"path": str(folder / "rows.jsonl")}], "tokenizer": name, "seq_len": 2}
-    raw |= {"prepared": str(folder / f"prepared{len(cores)}"), "workers": len(cores)}
-    start = time.perf_counter()
-    prepare(DataConfig.model_validate(raw), lambda _: None)
-    ours = size / (time.perf_counter() - start)
-    setting = f"{len(cores)} cores, {size:.0f} MB"
+    data = DataConfig.model_validate(raw | {"prepared": str(output), "workers": len(cores)})
+
+    def alone() -> None:
+        for first in range(0, len(texts), 1000):
+            tokenizer.encode_batch(texts[first : first + 1000])
+
+    calls = {"encode_batch": alone, "prepare-data": lambda: prepare(data, lambda _: None)}
+    rates = dict[str, list[float]]()
+    for _ in range(repeats):
+        for called, call in calls.items():
+            rates.setdefault(called, []).append(size / seconds(call, CPU))
+        shutil.rmtree(output)
+    setting = f"{len(cores)} cores, {size:.0f} MB, {repeats} rounds"
+    shares = [ours / theirs for theirs, ours in zip(*rates.values(), strict=True)]
+    found = {f"{called} MB/s": some for called, some in rates.items()} | {"share": shares}
     return [
-        _record("tokenising", setting, "encode_batch MB/s", alone),
-        _record("tokenising", setting, "prepare-data MB/s", ours),
-        _record("tokenising", setting, "share", ours / alone),
+        _record("tokenising", setting, f"{quantity}{suffix}", of(some))
+        for quantity, some in found.items()
+        for suffix, of in (("", statistics.median), (", least", min), (", most", max))
     ]
 
 
@@ -167,7 +184,7 @@ def _write_part(folder: Path, documents: int) -> None:
     write_manifest(DataConfig.model_validate(raw), ["data.sources.0"])
 
 
-def _opening(folder: Path, _cores: list[int]) -> list[dict[str, Any]]:
+def _opening(folder: Path, _cores: list[int], _repeats: int) -> list[dict[str, Any]]:
     found, before = [], _memory("VmRSS")
     for packing in ("concat", "best_fit"):
         Path("/proc/self/clear_refs").write_text("5")  # resets peak memory
@@ -214,5 +231,6 @@ def _packing(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    what, folder, *cores = sys.argv[1:]
-    print(json.dumps({"tokenising": _tokenising, "opening": _opening}[what](Path(folder), list(map(int, cores)))))
+    what, folder, *numbers = sys.argv[1:]
+    repeats, *cores = map(int, numbers)
+    print(json.dumps({"tokenising": _tokenising, "opening": _opening}[what](Path(folder), cores, repeats)))

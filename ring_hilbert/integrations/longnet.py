@@ -156,7 +156,8 @@ class SlideEncoder(nn.Module):
             state = state.get("model", state) if isinstance(state, dict) else state
         if not isinstance(state, dict):
             raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict, alone or under 'model'")
-        state = {key: value for key, value in state.items() if not key.startswith(tuple(ignore))}
+        ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+        state = {key: value for key, value in state.items() if not key.startswith(ignored)}
         own = self.state_dict()
         problems = {
             "are missing": sorted(own.keys() - state.keys()),
@@ -190,7 +191,7 @@ class SlideEncoder(nn.Module):
 
         Args:
             x: `[slides, tiles, in_chans]`, or for slides of different lengths a list of `[tiles, in_chans]`.
-            coords: positions of the tiles in pixels: `[slides, tiles, 2]`, or a list of `[tiles, 2]`.
+            coords: positions of the tiles in pixels: `[slides, tiles, 2]`, or a list of `[tiles, 2]`; integers, float32 or float64.
             all_layer_embed: also return the embeddings of the input rows of each layer.
             group: process group or 1-D DeviceMesh over which the slides are sharded.
 
@@ -199,11 +200,11 @@ class SlideEncoder(nn.Module):
             norm, as published.
 
         Raises:
-            ValueError: for inconsistent shapes, or coordinates outside `slide_ngrids` tiles.
+            ValueError: for inconsistent shapes, or coordinates that are rounded or outside `slide_ngrids` tiles.
         """
-        tiles = [torch.div(at, self.tile_size, rounding_mode="floor").long() for at in coords]
-        embeddings, lengths = list(x), [len(at) for at in tiles]
-        slides = _slides(lengths, self._mistake(embeddings, tiles, group), group)
+        embeddings, lengths = list(x), [len(at) for at in coords]
+        slides = _slides(lengths, self._mistake(embeddings, list(coords), group), group)
+        tiles = [self._tiles(at).long() for at in coords]
         if self.order is not None:
             orders = [TokenOrder.from_coordinates(self.order, at).permutation(len(at)).to(at.device) for at in tiles]
             embeddings = [rows[order] for rows, order in zip(embeddings, orders, strict=True)]
@@ -227,13 +228,17 @@ class SlideEncoder(nn.Module):
                 found.append(self._readout(rows, slides, group))
         return found or [self._readout(self.encoder.layer_norm(rows), slides, group)]
 
-    def _mistake(self, x: list[Tensor], tiles: list[Tensor], group: Group) -> str | None:
+    def _tiles(self, at: Tensor) -> Tensor:
+        """The tile in which a pixel is, whole numbers; integers of few bits would not hold `tile_size`."""
+        return torch.div(at if at.is_floating_point() else at.long(), self.tile_size, rounding_mode="floor")
+
+    def _mistake(self, x: list[Tensor], coords: list[Tensor], group: Group) -> str | None:
         """What is wrong with this rank's arguments, if anything is."""
-        shapes = [list(rows.shape) for rows in x], [list(at.shape) for at in tiles]
+        shapes = [list(rows.shape) for rows in x], [list(at.shape) for at in coords]
         size = self.patch_embed.get_parameter("proj.weight").shape[1]
-        fits = len(x) == len(tiles) > 0 and all(
+        fits = len(x) == len(coords) > 0 and all(
             rows.ndim == 2 and rows.shape[1] == size and at.shape == (len(rows), 2)
-            for rows, at in zip(x, tiles, strict=True)
+            for rows, at in zip(x, coords, strict=True)
         )
         if not fits:
             return (
@@ -247,10 +252,17 @@ class SlideEncoder(nn.Module):
             )
         if group is not None and self.misplaced:
             return "misplaced=True is for one device; over ranks use misplaced=False"
-        every = torch.cat(tiles)
-        if len(every) and not 0 <= int(every.min()) <= int(every.max()) < self.slide_ngrids:
+        dtypes = [at.dtype for at in coords if at.dtype.itemsize < 4 * at.is_floating_point() or at.dtype is torch.bool]
+        if dtypes:
             return (
-                f"coords lie in tiles {int(every.min())} to {int(every.max())} of {self.tile_size} pixels, expected 0 to "
+                f"coords must be integers, float32 or float64, got {dtypes[0]}, which does not hold a slide's "
+                "pixels; leave them out when you cast the embeddings"
+            )
+        every = torch.cat([self._tiles(at).double() for at in coords])
+        lowest, highest = (x.item() for x in every.aminmax()) if len(every) else (0, 0)
+        if not 0 <= lowest <= highest < self.slide_ngrids:  # nor if one is not a number
+            return (
+                f"coords lie in tiles {lowest:.0f} to {highest:.0f} of {self.tile_size} pixels, expected 0 to "
                 f"{self.slide_ngrids - 1}; give pixels relative to the slide's corner, or a larger slide_ngrids"
             )
         return None

@@ -28,11 +28,11 @@ def count_zero_keys(pattern: DilatedPattern, rows: Tensor, seq_len: int, num_kv_
     for branch in pattern.branches:
         r, w = branch.dilation_rate, max(1, min(branch.segment_length or seq_len, seq_len))
         offsets = [pattern.offset(branch, head, num_kv_heads) for head in range(num_kv_heads)]
-        offset = torch.tensor(offsets, device=rows.device)[:, None]
         within = rows % w
-        size = (seq_len - rows + within).clamp(max=w)  # of the segment
-        missing = -(-w // r) - (size - offset + r - 1).div(r, rounding_mode="floor").clamp(min=0)
-        count += torch.where(within % r == offset, missing, 0).int()
+        own = within % r  # the offset of the heads that hold the row
+        size = (seq_len - rows + within).clamp(max=w)  # rows of the segment
+        missing = -(-w // r) - (size - own + r - 1).div(r, rounding_mode="floor")
+        count += torch.where(own == torch.tensor(offsets, device=rows.device)[:, None], missing.int(), 0)
     return count
 
 

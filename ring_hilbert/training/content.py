@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ring_hilbert.training.documents import Documents, Part
+from ring_hilbert.training.documents import Documents
 
 MOST_HASHES = 1024  # per source: a checkpoint stays small, and a change is located to within a few documents
 
@@ -29,16 +29,16 @@ class Content:
     hashes: list[str]
 
     @classmethod
-    def of(cls, source: Documents | Part) -> Content:
+    def of(cls, source: Documents) -> Content:
         """The current content of `source`."""
         count = len(source.lengths)
         chunk = 1 << max(0, -(-count // MOST_HASHES) - 1).bit_length()  # a power of two
-        return cls(count, int(source.lengths.sum(dtype=np.int64)), chunk, _hashes(source.hashes, chunk))
+        return cls(count, int(source.lengths.sum(dtype=np.int64)), chunk, _hashes(source, count, chunk))
 
     def difference(self, source: Documents) -> str | None:
         """How `source` differs from this, None if it does not."""
         count = len(source.lengths)
-        found = _hashes(source.hashes[: self.documents], self.chunk)
+        found = _hashes(source, min(count, self.documents), self.chunk)
         same = next(
             (n for n, pair in enumerate(zip(self.hashes, found, strict=False)) if pair[0] != pair[1]), len(found)
         )
@@ -72,6 +72,6 @@ def differences(known: Mapping[str, Any], sources: Mapping[str, Documents]) -> I
             yield f"{name}: {found}"
 
 
-def _hashes(documents: np.ndarray, chunk: int) -> list[str]:
-    chunks = (documents[start : start + chunk] for start in range(0, len(documents), chunk))
+def _hashes(source: Documents, count: int, chunk: int) -> list[str]:
+    chunks = (source.hashes(start, min(start + chunk, count)) for start in range(0, count, chunk))
     return [hashlib.sha256(part.astype("<u8").tobytes()).hexdigest()[:16] for part in chunks]

@@ -8,6 +8,7 @@ is dropped, a different one in every epoch.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Protocol
 
 import numpy as np
@@ -19,9 +20,8 @@ from ring_hilbert.training.prepared import HELD_OUT, open_part, with_prepared
 
 Sequence = dict[str, np.ndarray]
 Packed = Literal["concat", "best_fit"]
-MIXTURE = (
-    2000  # least number of sequences over which sources are mixed: shares, rounded to sequences, are right to 0.025 %
-)
+MIXTURE = 2000  # sequences over which several sources are mixed, at least: a share that is one off is right to 0.05 %
+MOST_MIXED = 2**20  # and at most, where a source has so small a share that it would be none of them
 
 
 class Sequences(Protocol):
@@ -79,7 +79,7 @@ def open_dataset(config: DataConfig, split: Literal["train", "eval"], vocab_size
         return EvaluationSequences(documents, config.seq_len, held_out.sequences, config.packing)
     known = None
     if held_out is not None and held_out.share is None:
-        known = np.sort(open_part(config, HELD_OUT).hashes)
+        known = np.sort(open_part(config, HELD_OUT).hashes())
     found = []
     for number, (name, source) in enumerate(zip(names, sources, strict=True)):
         part = open_part(config, name)
@@ -115,17 +115,17 @@ def _chosen(part: Part, share: float | None, known: np.ndarray | None, held_out:
         known: hashes of held-out documents, ascending, at least one.
         held_out: return the held-out ones rather than the others.
     """
-    hashes, found = part.hashes, []
-    for start in range(0, len(hashes), PART):
-        some = hashes[start : start + PART]
+    count, found = len(part.lengths), []
+    for start in range(0, count, PART):
+        some = part.hashes(slice(start, start + PART))
         out = np.zeros(len(some), dtype=bool)
         if share is not None:
             out |= some < np.uint64(share * 2**64)
         if known is not None:
             out |= known[np.searchsorted(known, some).clip(max=len(known) - 1)] == some
-        found.append((start + np.flatnonzero(out == held_out)).astype(np.min_scalar_type(len(hashes))))
+        found.append((start + np.flatnonzero(out == held_out)).astype(np.min_scalar_type(count)))
     numbers = np.concatenate(found)
-    return None if len(numbers) == len(hashes) else numbers
+    return None if len(numbers) == count else numbers
 
 
 def _sequence(documents: Documents, pieces: list[Piece], seq_len: int) -> Sequence:
@@ -187,12 +187,23 @@ class EndlessSource:
         self._epoch = epoch
 
 
+def _apportioned(shares: np.ndarray, length: int) -> np.ndarray:
+    """How many of `length` sequences each source has, int64: at least one, else its share to within one."""
+    exact = shares * length
+    counts = np.maximum(1, np.rint(exact)).astype(np.int64)
+    for sign in (1, -1):  # those that rounding gave the most give one back, or the others are given one more
+        order = np.argsort(sign * (exact - counts), kind="stable")
+        order = order[counts[order] > sign]
+        counts[order[: max(0, sign * (int(counts.sum()) - length))]] -= sign
+    return counts
+
+
 class TrainingSequences:
     """Sources interleaved evenly.
 
-    An epoch is as long as all sources together, or, with several, a multiple of that which reaches `MIXTURE` sequences. Each source
-    gets the share of the tokens given by its weight, to the nearest sequence and at least one, so that a source may be repeated or
-    left unfinished within an epoch.
+    An epoch is as long as all sources together, or so often that as several sources need to make `MIXTURE` sequences, more if one
+    of them would have none. Each has the share of the tokens that its weight gives, to within a sequence, so that a source may be
+    repeated or left unfinished within an epoch.
     """
 
     def __init__(self, sources: list[EndlessSource], weights: list[float]) -> None:
@@ -205,8 +216,8 @@ class TrainingSequences:
         shares /= shares.sum()
         self._sources = sources
         total = sum(map(len, sources))
-        length = total if len(sources) == 1 else total * -(-MIXTURE // total)
-        self._counts = np.maximum(1, np.rint(shares * length)).astype(np.int64)
+        mixed = max(MIXTURE, min(MOST_MIXED, math.ceil(0.5 / shares.min())))
+        self._counts = _apportioned(shares, total if len(sources) == 1 else total * -(-mixed // total))
         turns = np.concatenate([(np.arange(count) + 0.5) / count for count in self._counts])
         by_turn = np.argsort(turns, kind="stable")
         self._source = np.repeat(np.arange(len(sources)), self._counts)[by_turn]

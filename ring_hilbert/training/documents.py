@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-VERSION = 3  # changes with what is read, how it is tokenised and how it is stored
+VERSION = 4  # changes with what is read, how it is tokenised and how it is stored
 RECORD, PATHS = "part.json", "paths.json"
 COLUMNS = ("tokens", "lengths", "hashes", "files")
 KNOWN = {RECORD, PATHS, *(f"{name}.npy" for name in COLUMNS)}  # the contents of a part's folder
@@ -82,10 +82,9 @@ class Part:
             self._mapped = 0
         return self._tokens[before + start : before + stop]
 
-    @property
-    def hashes(self) -> np.ndarray:
-        """uint64 [documents], `content_hash` of each; mapped on each call, as it is needed only once."""
-        return np.asarray(np.load(self.folder / "hashes.npy", mmap_mode="r"))
+    def hashes(self, documents: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """uint64, `content_hash` of each of these: a copy. The file is not kept mapped, being needed once."""
+        return np.array(np.load(self.folder / "hashes.npy", mmap_mode="r")[documents])
 
     def file(self, document: int) -> Path:
         """The file that a document was read from."""
@@ -98,8 +97,8 @@ class Part:
         Raises:
             ValueError: if they differ from those written.
         """
-        hashes = np.load(self.folder / "hashes.npy", mmap_mode="r")
-        if content_hash(self.tokens(document, 0, int(self.lengths[document]))) != hashes[document]:
+        ids = self.tokens(document, 0, int(self.lengths[document]))
+        if content_hash(ids) != self.hashes(slice(document, document + 1))[0]:
             path = self.folder / "tokens.npy"
             raise ValueError(f"{path} is not the file written here: document {document} has different tokens; {MEND}")
 
@@ -145,10 +144,11 @@ class Documents:
 
     def __init__(self, parts: list[Part], chosen: list[np.ndarray | None]) -> None:
         self._parts, self._chosen = parts, chosen
-        self.lengths = self._each([part.lengths for part in parts])
-        self._ends = np.cumsum(
-            [len(part.lengths) if some is None else len(some) for part, some in zip(parts, chosen, strict=True)]
-        )
+        picked = [
+            part.lengths if some is None else part.lengths[some] for part, some in zip(parts, chosen, strict=True)
+        ]
+        self.lengths = picked[0] if len(picked) == 1 else np.concatenate(picked)  # one, and all of it: a memory map
+        self._ends = np.cumsum([len(lengths) for lengths in picked])
         self.largest_id = max(part.record["largest_id"] for part in parts)
         kinds = "; ".join(dict.fromkeys(part.record["kinds"] for part in parts))
         count, known = len(self.lengths), sum(len(part.lengths) for part in parts)
@@ -160,10 +160,14 @@ class Documents:
         part, place = self._find(document)
         return part.tokens(place, start, stop)
 
-    @property
-    def hashes(self) -> np.ndarray:
-        """uint64 [number of documents], of the tokens of each; not cached, as it is needed only once."""
-        return self._each([part.hashes for part in self._parts])
+    def hashes(self, start: int, stop: int) -> np.ndarray:
+        """uint64 [stop - start], of the tokens of each of these documents: a copy, so that few need be held at a time."""
+        found, begin = [], 0
+        for part, chosen, end in zip(self._parts, self._chosen, self._ends.tolist(), strict=True):
+            some = slice(max(start, begin) - begin, max(0, min(stop, end) - begin))
+            found.append(part.hashes(some if chosen is None else chosen[some]))
+            begin = end
+        return np.concatenate(found)
 
     def file(self, document: int) -> Path:
         """The file that a document was read from."""
@@ -174,11 +178,6 @@ class Documents:
         part = int(np.searchsorted(self._ends, document, side="right")) if len(self._ends) > 1 else 0
         place, chosen = document - (int(self._ends[part - 1]) if part else 0), self._chosen[part]
         return self._parts[part], place if chosen is None else int(chosen[place])
-
-    def _each(self, columns: list[np.ndarray]) -> np.ndarray:
-        """The entries of the chosen documents; the column itself if there is a single one and all of it is chosen."""
-        picked = [column if some is None else column[some] for column, some in zip(columns, self._chosen, strict=True)]
-        return picked[0] if len(picked) == 1 else np.concatenate(picked)
 
 
 def checked(count: int) -> list[int]:
@@ -202,7 +201,7 @@ def read_record(folder: Path, name: str = RECORD) -> dict[str, Any]:
     """The JSON file that describes a folder of prepared data.
 
     Raises:
-        ValueError: if it is missing, unreadable, or of another version.
+        ValueError: if it is missing, unreadable, of another version, or was changed.
     """
     path = folder / name
     try:
@@ -216,8 +215,18 @@ def read_record(folder: Path, name: str = RECORD) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error}); {MEND}") from None
     if not isinstance(record, dict) or record.get("version") != VERSION:
         found = record.get("version") if isinstance(record, dict) else None
-        raise ValueError(f"{path} has version {found}, expected {VERSION}; prepare the data again")
+        raise ValueError(
+            f"{path} has version {found}, expected {VERSION}; remove the folder and prepare the data again"
+        )
+    if record.get("checksum") != record_checksum(record):
+        raise ValueError(f"{path} is not the one that belongs here: its checksum is another; {MEND}")
     return record
+
+
+def record_checksum(record: dict[str, Any]) -> int:
+    """Of what a JSON file says, but for its own checksum."""
+    said = {key: value for key, value in record.items() if key != "checksum"}
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
 
 
 def refuse_foreign(folder: Path, known: set[str]) -> None:

@@ -20,6 +20,7 @@ Epoch = Callable[[int], list[Piece]]  # the pieces of a sequence, by its number
 Key = tuple[int, ...]  # seeds an order
 
 PART = 2**20  # numbers processed at once
+DRAWN = 2**16  # random numbers processed at once
 BLOCK = 1024  # every BLOCK-th document's token offset in an order is stored
 
 
@@ -187,14 +188,16 @@ class BestFit:
         limits = np.searchsorted(ranks, [len(order) * (part + 1) // parts for part in range(parts)])
         filled, high = 0, self.seq_len
         for low in np.unique(self.seq_len - 1 - limits)[::-1].tolist():
-            found = [
-                start + np.flatnonzero((lengths % self.seq_len >= max(1, low)) & (lengths % self.seq_len < high))
-                for start, lengths in self._chunks()
-            ]
+            found = []
+            for start in range(0, len(self.documents.lengths), PART):
+                left = self.documents.lengths[start : start + PART] % self.seq_len
+                found.append(start + np.flatnonzero((left >= max(1, low)) & (left < high)))
             some = np.concatenate(found)
-            left = -(self.documents.lengths[some].astype(np.int64) % self.seq_len)
-            ties = some if generator is None else generator.random_raw(len(some))
-            order[filled : filled + len(some)] = some[np.lexsort((ties, left))]
+            if generator is not None:
+                some = some[_stable_order(generator.random_raw(len(some)))]
+            room = self.seq_len - 1 - self.documents.lengths[some].astype(np.int64) % self.seq_len
+            room = room.astype(np.min_scalar_type(self.seq_len))  # 16 bits, where they do, are sorted in no time
+            order[filled : filled + len(some)] = some[np.argsort(room, kind="stable")]
             filled, high = filled + len(some), low
         assert filled == len(order)
         return order
@@ -258,19 +261,26 @@ def shuffled(count: int, *key: int) -> np.ndarray:
     order = np.empty(count, dtype=np.min_scalar_type(count))
     parts, filled = _parts(count), 0
     for part in range(parts):
-        low, high = (np.uint64(min(2**64 * edge // parts, 2**64 - 1)) for edge in (part, part + 1))
+        low, high = (2**64 * edge // parts for edge in (part, part + 1))
         generator = np.random.PCG64(np.random.SeedSequence(key))
         places, numbers = [], []
-        for start in range(0, count, PART):
-            drawn = generator.random_raw(min(PART, count - start))
-            inside = np.flatnonzero((drawn >= low) & ((drawn < high) | (part == parts - 1)))
-            places.append(start + inside)
+        for start in range(0, count, DRAWN):
+            drawn = generator.random_raw(min(DRAWN, count - start))
+            inside = np.flatnonzero(drawn - np.uint64(low) <= np.uint64(high - low - 1))  # below `low` it wraps around
+            places.append((start + inside).astype(order.dtype))
             numbers.append(drawn[inside])
         if places:
-            some = np.concatenate(places)[np.argsort(np.concatenate(numbers), kind="stable")]
+            some = np.concatenate(places)[_stable_order(np.concatenate(numbers))]
             order[filled : filled + len(some)] = some
             filled += len(some)
     return order
+
+
+def _stable_order(numbers: np.ndarray) -> np.ndarray:
+    """The stable order of random numbers: that of a sort which takes a fifth of the time, unless two are equal."""
+    order = np.argsort(numbers)
+    ascending = numbers[order]
+    return np.argsort(numbers, kind="stable") if (ascending[1:] == ascending[:-1]).any() else order
 
 
 def _parts(count: int) -> int:

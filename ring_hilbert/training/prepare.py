@@ -37,6 +37,7 @@ from ring_hilbert.training.documents import (
     Part,
     npy_header,
     read_record,
+    record_checksum,
     refuse_foreign,
 )
 from ring_hilbert.training.encoding import Encoded, encoded
@@ -66,6 +67,7 @@ def cached(reading: Reading, tokenizer: PreTrainedTokenizerBase, workers: int | 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the exclusive right to write to a folder, waiting for it if necessary."""
+    folder = folder.resolve()  # "." has no name
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
@@ -196,10 +198,10 @@ def _note(folder: Path, columns: dict[str, Any], record: dict[str, Any]) -> None
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file that `read_record` reads, whole or not at all."""
     unfinished = path.with_name(path.name + ".new")
     with unfinished.open("w") as file:
-        json.dump(record, file, indent=1)
+        json.dump(record | {"checksum": record_checksum(record)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

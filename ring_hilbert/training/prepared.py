@@ -10,7 +10,7 @@ from typing import Any
 
 from ring_hilbert.training.config import DataConfig, EvalConfig, SourceConfig
 from ring_hilbert.training.content import Content
-from ring_hilbert.training.documents import MEND, VERSION, Part, read_record, refuse_foreign
+from ring_hilbert.training.documents import MEND, VERSION, Documents, Part, read_record, refuse_foreign
 from ring_hilbert.training.files import find_files
 from ring_hilbert.training.prepare import Reading, cached, locked, tokenise, write_record
 from ring_hilbert.training.tokens import load_tokenizer, saved_digest, tokenizer_digest
@@ -110,7 +110,8 @@ def write_manifest(data: DataConfig, names: list[str]) -> dict[str, Any]:
         "parts": {
             name: {
                 "key": part.record["key"], "documents": len(part.lengths), "tokens": part.record["columns"]["tokens"]["count"],
-                "largest_id": part.record["largest_id"], "kinds": part.record["kinds"], "content": asdict(Content.of(part)),
+                "largest_id": part.record["largest_id"], "kinds": part.record["kinds"],
+                "content": asdict(Content.of(Documents([part], [None]))),
             }
             for name, part in parts.items()
         },

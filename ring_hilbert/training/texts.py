@@ -7,12 +7,8 @@ text. JSON and text may be compressed. For a link its own name counts, not its t
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
-import io
 import json
-import lzma
 import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -23,15 +19,13 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
+from ring_hilbert.training.compression import COMPRESSIONS
+
 Format = Literal["text", "json", "parquet"]
 Errors = Literal["strict", "replace"]
 
 FORMATS: dict[str, Format] = {
     ".jsonl": "json", ".ndjson": "json", ".jsonlines": "json", ".json": "json", ".parquet": "parquet", ".pq": "parquet",
-}  # fmt: skip
-COMPRESSIONS: dict[str, Callable[[Any], Any]] = {
-    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
-    ".zst": lambda file: io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd")),  # type: ignore[arg-type]
 }  # fmt: skip
 TABLES = {".csv", ".tsv"}  # text, but of rows: nobody wants their raw syntax as one document
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32 LE's BOM begins with UTF-16 LE's

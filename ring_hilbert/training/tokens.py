@@ -61,12 +61,17 @@ def document_prefix(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None)
             expect: BOS for Llama and Gemma, nothing for GPT-2 and bytes.
 
     Raises:
-        ValueError: if `bos` is True and the tokenizer has no BOS token.
+        ValueError: if `bos` is True and the tokenizer has no BOS token, or None and its prefix cannot be told from a text.
     """
     if bos is None:
         text = tokenizer("a b", add_special_tokens=False)["input_ids"]
         whole = tokenizer("a b")["input_ids"]
         starts = [n for n in range(len(whole)) if text and whole[n : n + len(text)] == text]
+        if whole and not starts:
+            raise ValueError(
+                f"data.bos is null, but what the tokenizer puts ahead of a text cannot be told: 'a b' is {text} to it, and with "
+                f"special tokens {whole}; set data.bos to true or false"
+            )
         return whole[: starts[-1]] if starts else []  # the last: "a b" may be unknown tokens, as may those before it
     if not bos:
         return []

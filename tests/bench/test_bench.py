@@ -23,6 +23,7 @@ from ring_hilbert.bench import (
     attention_report,
     contenders,
     curves,
+    data,
     flex,
     kernels_shipped,
     longnet,
@@ -474,6 +475,29 @@ def test_slides(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(float(row["forward_backward_ms"]) > 0 for row in found) and float(found[-1]["first_ms"]) > 0
     assert all(float(row["time_vs_longnet"]) > 0 < float(row["extra_vs_longnet"]) for row in found[:6:2])
+
+
+@pytest.mark.parametrize(
+    "what", ["opening", *(pytest.param(x, marks=pytest.mark.full) for x in ("tokenising", "packing"))]
+)
+def test_data(what: str, tmp_path: Path) -> None:
+    out, sizes = tmp_path / "data.csv", ["--documents", "3000", "--cores", "1", "--megabytes", "1", "--repeats", "2"]
+    main(["bench", "data", "--what", what, *sizes, "--output", str(out)])
+    with out.open(newline="") as file:
+        found = {(row["setting"], row["quantity"]): float(row["value"]) for row in csv.DictReader(file)}
+    if what == "opening":
+        assert len(found) == 6 and all(value > 0 for value in found.values())
+    elif what == "tokenising":
+        rates = [found["1 cores, 1 MB, 2 rounds", f"{name}"] for name in ("share, least", "share", "share, most")]
+        assert len(found) == 9 and 0 < rates[0] <= rates[1] <= rates[2] < 2
+    else:
+        padding = {setting: value for (setting, quantity), value in found.items() if quantity == "% padding"}
+        assert (
+            all((value > 0) == setting.startswith("best_fit") for setting, value in padding.items())
+            and len(padding) == 8
+        )
+    with pytest.raises(ValueError, match="--repeats and --documents must be at least 1"):
+        next(data.rows(argparse.Namespace(what=[what], cores=[1], megabytes=1, repeats=0, documents=1)))
 
 
 def test_saving(tmp_path: Path) -> None:

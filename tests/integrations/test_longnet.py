@@ -125,7 +125,8 @@ def test_files_that_do_not_fit(tmp_path: Path):
         with pytest.raises(ValueError, match=message):
             made.load_weights(path)
     torch.save(state | {"decoder.a": state["norm.bias"]}, path)
-    made.load_weights(path, ignore=["decoder."])
+    for ignore in (["decoder."], "decoder."):
+        made.load_weights(path, ignore=ignore)
     torch.save([state], path)
     with pytest.raises(ValueError, match="holds a list, expected a state dict"):
         made.load_weights(path)
@@ -169,6 +170,14 @@ def test_a_curve_is_another_order_of_the_same_tiles():
     plain, curved = encoder(), encoder(order="hilbert")
     close(curved(x, coords)[0], plain([x[0][order]], [coords[0][order]])[0])
     assert (curved(x, coords)[0] - plain(x, coords)[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float32])
+def test_coordinates_of_any_dtype_that_holds_them(dtype: torch.dtype):
+    x, coords = slides(40)
+    small = [at % 256 if dtype is torch.uint8 else at for at in coords]
+    made = encoder(tile_size=256 if dtype is torch.int16 else 32, slide_ngrids=8 * GRIDS)
+    close(made(x, [at.to(dtype) for at in small])[0], made(x, small)[0])
 
 
 def test_dropout_and_drop_path():
@@ -231,6 +240,11 @@ def test_mistakes():
         (lambda: made([], []), "x and coords must be"),
         (lambda: made(*slides(4, 0)), r"at least one tile, got \[4, 0\]"),
         (lambda: made(x, [c - 300 for c in coords]), "coords lie in tiles -1 to"),
+        (lambda: made(x, [c * float("nan") for c in coords]), "coords lie in tiles nan to nan"),
+        (lambda: made(x, [c / 0 for c in coords]), "coords lie in tiles nan to nan"),
+        (lambda: made(x, [c.half() for c in coords]), r"float32 or float64, got torch.float16, which does not hold"),
+        (lambda: made(x, [coords[0], coords[1].bfloat16()]), r"got torch.bfloat16, .*when you cast the embeddings"),
+        (lambda: made(x, [c > 0 for c in coords]), r"got torch.bool"),
         (lambda: encoder(zero_keys=False, misplaced=True), "needs zero_keys=True"),
         (lambda: encoder(drop_path_rate=2.0), "drop_path_rate must be from 0 to 1"),
         (lambda: SlideEncoder(zero_keys=True, embed_dim=100), "embed_dim=100 must be a multiple of num_heads=16"),

@@ -23,15 +23,19 @@ from ring_hilbert.training.content import Content, contents, differences
 from ring_hilbert.training.data import open_dataset
 from ring_hilbert.training.documents import Documents
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 
 class Numbers(Documents):
     """Documents of a token each, in files of ten."""
 
-    hashes = np.zeros(0, dtype=np.uint64)
-
     def __init__(self, hashes: list[int]) -> None:
-        self.hashes = np.array(hashes, dtype=np.uint64)
+        self._hashes = np.array(hashes, dtype=np.uint64)
         self.lengths = np.ones(len(hashes), dtype=np.int64)
+
+    def hashes(self, start: int, stop: int) -> np.ndarray:
+        """As they were given."""
+        return self._hashes[start:stop]
 
     def file(self, document: int) -> Path:
         """A file of that number."""
@@ -97,8 +101,7 @@ def documents(path: Path | list[Path], **keys: Any) -> dict[str, Documents]:
 
 
 @pytest.fixture
-def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+def texts(tmp_path: Path) -> Path:
     folder = tmp_path / "texts"
     folder.mkdir()
     for n, text in enumerate(TEXTS):

@@ -23,6 +23,7 @@ def small() -> Iterator[None]:
     """Sizes at which few documents are many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "PART", 8)
+        patch.setattr(packing, "DRAWN", 3)
         patch.setattr(packing, "BLOCK", 4)
         yield
 
@@ -33,6 +34,11 @@ def test_shuffled_is_the_stable_order_of_random_numbers(count: int) -> None:
     found = shuffled(count, 5, 3, count)
     assert found.tolist() == np.argsort(numbers, kind="stable").tolist()
     assert found.dtype == np.min_scalar_type(count)
+
+
+def test_equal_random_numbers_keep_their_order() -> None:
+    numbers = np.random.default_rng(0).integers(0, 9, 5000).astype(np.uint64)
+    assert packing._stable_order(numbers).tolist() == np.argsort(numbers, kind="stable").tolist()
 
 
 def naive_best_fit(lengths: list[int], room: int) -> list[list[int]]:
@@ -149,4 +155,5 @@ def test_weights_are_shares_of_tokens_without_padding(pack: Literal["concat", "b
     weights = [0.62, 0.05, 0.33]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "PART", 2**20)
+        patch.setattr(packing, "DRAWN", 2**16)
         assert np.abs(token_shares(pack, weights, count) - weights).max() < 0.001

@@ -30,6 +30,7 @@ from ring_hilbert.training import batches, encoding, prepare, reading
 from ring_hilbert.training.config import DataConfig
 from ring_hilbert.training.content import contents
 from ring_hilbert.training.data import PackedDataset, open_dataset
+from ring_hilbert.training.documents import VERSION
 from ring_hilbert.training.loop import pretrain
 from ring_hilbert.training.metrics import read_metrics
 from ring_hilbert.training.prepare import locked
@@ -40,12 +41,7 @@ from tests.training.test_data import ROOT, VOCAB, equal, whole
 
 WORDS = ["ape", "bee", "cat", "dog", "eel", "<e>", "?"]
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -352,6 +348,22 @@ def test_truncated_missing_and_changed_files_are_named(
         opened(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "data.sources.0/part.json"])
+def test_a_record_with_any_other_byte_is_refused(tmp_path: Path, texts: Path, name: str) -> None:
+    """A digit of a weight or of the largest id, for one, would still be JSON."""
+    prepare_folder(config(texts, tmp_path / "folder"), lambda _: None)
+    path = tmp_path / "folder" / name
+    written = path.read_bytes()
+    digits = [place for place, byte in enumerate(written) if chr(byte).isdigit()]
+    for place in [*range(0, len(written), 37), *digits[::5]]:
+        path.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+        with pytest.raises(ValueError, match=re.escape(f"folder/{name}")):
+            opened(tmp_path / "folder")
+    path.write_text(json.dumps({"version": VERSION}))
+    with pytest.raises(ValueError, match=re.escape(f"folder/{name} is not the one that belongs here")):
+        opened(tmp_path / "folder")
+
+
 def test_foreign_files_are_named(tmp_path: Path, texts: Path) -> None:
     for name, keys in (("folder", {}), ("other", {"encoding_errors": "replace"})):
         prepare_folder(config(texts, tmp_path / name, **keys), lambda _: None)
@@ -405,6 +417,16 @@ def test_a_run_goes_on_with_its_data_prepared(tmp_path: Path) -> None:
 # Held out
 
 
+def hashes(dataset: PackedDataset) -> set[int]:
+    """Of all documents, asked for some at a time."""
+    found = (
+        source.hashes(start, start + 7)
+        for source in dataset.documents.values()
+        for start in range(0, len(source.lengths), 7)
+    )
+    return set(np.concatenate(list(found)).tolist())
+
+
 def test_what_is_held_out_stays_so_when_it_moves_or_is_joined(tmp_path: Path, texts: Path) -> None:
     """By content: not where a file lies, and not in which file."""
     held_out = tmp_path / "held_out"
@@ -418,9 +440,8 @@ def test_what_is_held_out_stays_so_when_it_moves_or_is_joined(tmp_path: Path, te
     sources = dataset.documents
     assert [len(documents.lengths) for documents in sources.values()] == [28, 60]
     assert sources["data.sources.0"].summary.startswith("28 of 30 documents, ")
-    assert not set(
-        open_dataset(config(texts, None, eval={"path": str(held_out)}), "eval", VOCAB).documents["data.eval"].hashes
-    ) & {number for documents in sources.values() for number in documents.hashes}
+    evaluated = open_dataset(config(texts, None, eval={"path": str(held_out)}), "eval", VOCAB)
+    assert not hashes(evaluated) & hashes(dataset)
     names = [sources["data.sources.0"].file(number).name for number in range(28)]
     assert names == [f"{number:02}.txt" for number in range(30) if number not in (3, 4)]
 
@@ -429,8 +450,7 @@ def test_a_share_is_the_same_documents_wherever_they_lie(tmp_path: Path, texts: 
     share = {"eval": {"share": 0.3}}
 
     def split(data: DataConfig) -> list[set[int]]:
-        found = [open_dataset(data, split, VOCAB).documents for split in ("train", "eval")]  # type: ignore[arg-type]
-        return [{int(h) for documents in some.values() for h in documents.hashes} for some in found]
+        return [hashes(open_dataset(data, split, VOCAB)) for split in ("train", "eval")]  # type: ignore[arg-type]
 
     train, held_out = split(config(texts, None, **share))
     assert not train & held_out
@@ -456,22 +476,15 @@ def test_a_share_is_the_same_documents_wherever_they_lie(tmp_path: Path, texts: 
 # Ranks
 
 
-class Counted:
-    """Sequences that say their number."""
-
-    def __len__(self) -> int:
-        return 1000
-
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        return {"input_ids": np.full(256, number), "document_ids": np.zeros(256, np.int64)}
-
-
-@pytest.mark.parametrize("first", [0, 990, 1992])
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("epoch", [0, 7])
 def test_the_same_sequences_in_the_same_order_at_any_dp_sp_and_micro_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, packing: str, epoch: int
 ) -> None:
-    """A step's sequences from the cursor on, whoever reads them, over the ends of epochs too."""
-    monkeypatch.setattr(batches.Batches, "shard", lambda _, full: full["input_ids"][:, 0].tolist())
+    """A step's sequences from the cursor on, whoever reads them, over an epoch's end too; each rank opens the data by itself."""
+    prepare_folder(config(texts, tmp_path / "folder"), lambda _: None)
+    monkeypatch.setattr(batches.Batches, "shard", lambda _, full: [row.numpy().tobytes() for row in full["input_ids"]])
+    wanted = opened(tmp_path / "folder", packing=packing, seq_len=SEQ_LEN)
 
     class Place:
         sp_group, device = None, None
@@ -479,18 +492,20 @@ def test_the_same_sequences_in_the_same_order_at_any_dp_sp_and_micro_batch(
         def __init__(self, dp_index: int) -> None:
             self.dp_index = dp_index
 
-    for dp, sp, micro in ((1, 1, 1), (1, 8, 12), (2, 1, 3), (4, 2, 3), (12, 1, 1)):
-        changes = {"parallel__dp_shard": dp, "parallel__sp": sp, "train__micro_batch": micro}
-        run = tiny_config(tmp_path, **changes, train__global_batch_tokens=12 * 256)
-        ranks = [
-            batches.Batches(Counted(), run, None, Place(rank // sp)).of(first, first + 12)  # type: ignore[arg-type]
-            for rank in range(dp * sp)
-        ]
-        assert all(ranks[rank] == ranks[rank // sp * sp] for rank in range(dp * sp)), "sp ranks share a sequence"
-        rounds = zip(*ranks[::sp], strict=True)
-        assert [number for turn in rounds for micro_batch in turn for number in micro_batch] == list(
-            range(first, first + 12)
-        )
+    for first in (epoch * len(wanted), epoch * len(wanted) + len(wanted) - 5):
+        sequences = [wanted[number]["input_ids"].tobytes() for number in range(first, first + 12)]
+        assert len(set(sequences)) > 6
+        for dp, sp, micro in ((1, 1, 1), (1, 8, 12), (2, 1, 3), (4, 2, 3), (12, 1, 1)):
+            changes = {"parallel__dp_shard": dp, "parallel__sp": sp, "train__micro_batch": micro}
+            run = tiny_config(tmp_path, **changes, train__global_batch_tokens=12 * SEQ_LEN)
+            data = [opened(tmp_path / "folder", packing=packing, seq_len=SEQ_LEN) for _ in range(dp)]
+            ranks = [
+                batches.Batches(data[rank // sp], run, None, Place(rank // sp)).of(first, first + 12)  # type: ignore[arg-type]
+                for rank in range(dp * sp)
+            ]
+            assert all(ranks[rank] == ranks[rank // sp * sp] for rank in range(dp * sp)), "sp ranks share a sequence"
+            rounds = zip(*ranks[::sp], strict=True)
+            assert [found for turn in rounds for micro_batch in turn for found in micro_batch] == sequences
 
 
 # The command line
@@ -527,6 +542,15 @@ def test_the_commands(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture
     assert "holds no manifest.json" in capsys.readouterr().err
     assert main(["prepare-data", "--output", folder]) == 2
     assert "give either --config FILE or --sources PATH" in capsys.readouterr().err
+
+
+def test_the_folder_may_be_the_one_that_it_is_called_in(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["prepare-data", "--sources", str(texts), "--output", "."]) == 0
+    assert len(opened(tmp_path / "here"))
 
 
 def test_who_waits_for_another_process_says_so_apart_from_results(

@@ -78,6 +78,26 @@ def test_packed_files_that_end_early_are_refused(tmp_path: Path, packed: str) ->
     assert refusal(file).startswith(f"cannot be read as json in {packed}: ")
 
 
+@pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("behind", ["junk", "stream", "short"])
+def test_packed_files_are_read_to_the_end_or_refused(tmp_path: Path, packed: str, behind: str) -> None:
+    """Python's own readers of two of the formats leave out what begins with a wrong byte, whatever comes then."""
+    file = tmp_path / f"a.jsonl{packed}"
+    first, second = (PACKERS[packed](lines({"text": word})) for word in ("one", "two"))
+    wrong = {"junk": b"junk", "stream": b"?" + second[1:] + second, "short": second[:2]}[behind]
+    file.write_bytes(first + wrong)
+    assert refusal(file).startswith(f"cannot be read as json in {packed}: ")
+
+
+@pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz"])
+def test_zeros_between_and_behind_streams_are_padding(tmp_path: Path, packed: str) -> None:
+    file = tmp_path / f"a.jsonl{packed}"
+    streams = [PACKERS[packed](lines({"text": word})) for word in ("one", "two")]
+    for padding in (4, 2**17):
+        file.write_bytes(b"".join(stream + bytes(padding) for stream in streams))
+        assert list(read_texts(file, "text")) == ["one", "two"]
+
+
 @pytest.mark.parametrize("packed", PACKERS)
 def test_a_packed_text_is_one_document(tmp_path: Path, packed: str) -> None:
     file = tmp_path / f"notes.txt{packed}"

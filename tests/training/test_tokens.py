@@ -168,6 +168,20 @@ def test_documents_begin_as_the_tokenizer_says_or_as_they_are_told(
     assert ids.tolist() == [*tokenizer.convert_tokens_to_ids(prefix), *plain.tolist()]
 
 
+def test_what_cannot_be_told_of_the_beginning_must_be_said() -> None:
+    """A tokenizer that leaves out what it has no token for tells nothing by a text of such characters."""
+    inner = Tokenizer(models.BPE(vocab={"A": 0, "C": 1, "<s>": 2, "</s>": 3}, merges=[]))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    assert document_prefix(PreTrainedTokenizerFast(tokenizer_object=inner, **names)) == []
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    with pytest.raises(
+        ValueError, match=r"cannot be told: 'a b' is \[\] to it, and with special tokens \[2\]; set data.bos"
+    ):
+        document_encoder(tokenizer)
+    assert document_encoder(tokenizer, True)(["CA"])[0].tolist() == [2, 1, 0, 3]
+
+
 def test_bytes_begin_with_nothing_and_have_no_bos() -> None:
     assert document_prefix(load_tokenizer("bytes")) == []
     with pytest.raises(ValueError, match=r"data\.bos is true, but the tokenizer has no bos token"):
