@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.cuda import nccl
 
 import ring_hilbert as rh
 from ring_hilbert.ops.triton_core import unsupported
@@ -116,7 +117,7 @@ def _versions(page: Page, device: torch.device, group: dist.ProcessGroup | None)
     mine = {
         "ring_hilbert": _version("ring_hilbert"), "torch": torch.__version__, "python": platform.python_version(),
         "triton": _version("triton"), "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU",
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else "not used",
+        "nccl": ".".join(map(str, nccl.version())) if cuda else "not used",
     }  # fmt: skip
     address = local_address(os.environ.get("MASTER_ADDR", "localhost"))
     machines = _everybody((identity(), f"{socket.gethostname()} ({address})"), group)

@@ -66,7 +66,8 @@ def _compared(chosen: argparse.Namespace, folder: Path, is_main: bool) -> Iterat
         first = (losses, summary.eval_loss) if first is None else first
         apart = np.abs(losses / first[0] - 1)
         smooth = [np.convolve(x, np.full(SMOOTH, 1 / SMOOTH), "valid") for x in (losses, first[0])]
-        held_out = None if summary.eval_loss is None else f"{abs(summary.eval_loss / first[1] - 1):.2e}"
+        mine, others = summary.eval_loss, first[1]
+        held_out = None if mine is None or others is None else f"{abs(mine / others - 1):.2e}"
         yield {
             "config": Path(chosen.config).stem, "settings": " ".join(chosen.set), "variant": variant,
             "ranks": config.parallel.world_size, "steps": len(losses), "last_loss": f"{losses[-1]:.5f}",

@@ -124,7 +124,7 @@ def _tokenising(folder: Path, cores: list[int]) -> list[dict[str, Any]]:
         texts = [json.loads(line)["text"] for line in file]
     size = sum(len(text.encode()) for text in texts) / 1e6
     name = str(folder / "bpe")
-    tokenizer = load_tokenizer(name).backend_tokenizer  # type: ignore[attr-defined]
+    tokenizer: Any = load_tokenizer(name).backend_tokenizer
     start = time.perf_counter()
     for first in range(0, len(texts), 1000):
         tokenizer.encode_batch(texts[first : first + 1000])
@@ -160,7 +160,7 @@ def _write_part(folder: Path, documents: int) -> None:
     record = {
         "version": VERSION, "key": "random", "finished": True, "kinds": "random", "largest_id": VOCAB - 1,
         "columns": {name: {"dtype": column.dtype.str, "count": len(column)} for name, column in columns.items()},
-        "checksums": {name: zlib.crc32(column) for name, column in columns.items()} | {PATHS: zlib.crc32(b'["random"]')},
+        "checksums": {name: zlib.crc32(column.data) for name, column in columns.items()} | {PATHS: zlib.crc32(b'["random"]')},
     }  # fmt: skip
     write_record(part / RECORD, record)
     raw = {"sources": [{"path": "random"}], "prepared": str(folder), "seq_len": 2}

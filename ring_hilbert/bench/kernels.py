@@ -236,16 +236,17 @@ def _tune(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterator[R
     core = _core(problem, "raster")
     out, lse, _ = core.finish(core.begin(q, k, v, scale))
     terms = launch.row_terms(x["dout"], out, lse, None)
-    gradients = tuple(torch.empty_like(t) for t in (q, k, v))
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     for pass_ in PASSES:
         for candidate in CANDIDATES[pass_]:
-            core = _core(problem, "raster", shipped | {pass_: Tile(*candidate)})
+            tiles: dict[Pass, Tile] = {**shipped, pass_: Tile(*candidate)}
+            core = _core(problem, "raster", tiles)
             tile, schedule = core.schedule(pass_)
             output = launch.Output(out, lse, None)
             calls: dict[str, Callable[[], object]] = {
                 "forward": lambda s=schedule, t=tile, o=output: launch.forward(q, k, v, t, s, scale, o),
-                "dq": lambda s=schedule, t=tile: launch.dq(q, k, v, terms, gradients[0], t, s, scale),
-                "dkdv": lambda s=schedule, t=tile: launch.dkdv(q, k, v, terms, gradients[1:], t, s, scale),
+                "dq": lambda s=schedule, t=tile: launch.dq(q, k, v, terms, dq, t, s, scale),
+                "dkdv": lambda s=schedule, t=tile: launch.dkdv(q, k, v, terms, (dk, dv), t, s, scale),
             }
             row = _facts(problem, name) | {
                 "pass": pass_,

@@ -122,8 +122,9 @@ class _Gather(torch.autograd.Function):
         return _gather(x, residues)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _scatter(grad, *ctx.place, 0.0), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        residues, r = ctx.place
+        return _scatter(grad_outputs[0], residues, r, 0.0), None
 
 
 class _Scatter(torch.autograd.Function):
@@ -135,8 +136,8 @@ class _Scatter(torch.autograd.Function):
         return _scatter(rows, residues, r, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grad, ctx.residues), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad_outputs[0], ctx.residues), None, None
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:

@@ -122,11 +122,12 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
         leaves = [x.requires_grad_() for x in (q, k, v)]
         options = {"causal": causal, "layout": layout, "strategy": strategy}
         prepared = rh.prepare(chosen.local_length, group=group, **options)
-        out = rh.dilated_attention(*leaves, pattern, prepared=prepared)
+        out = rh.dilated_attention(q, k, v, pattern, prepared=prepared)
 
         def forward(leaves: Any = leaves, pattern: Any = pattern, prepared: Any = prepared) -> None:
+            q, k, v = leaves
             with torch.no_grad():
-                rh.dilated_attention(*leaves, pattern, prepared=prepared)
+                rh.dilated_attention(q, k, v, pattern, prepared=prepared)
 
         def backward(out: Any = out, leaves: Any = leaves, dout: Any = dout) -> None:
             torch.autograd.grad(out, leaves, dout, retain_graph=True)

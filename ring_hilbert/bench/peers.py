@@ -63,7 +63,7 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
     if group is None:
         raise ValueError("bench peers compares ranks: torchrun --nproc-per-node 4 -m ring_hilbert.cli bench peers")
     try:
-        from ring_attention_pytorch import ring_flash_attn
+        from ring_attention_pytorch import ring_flash_attn  # pyright: ignore[reportMissingImports]  # a peer
     except ImportError as error:
         raise ValueError("the peer is not installed: pip install ring-attention-pytorch") from error
 

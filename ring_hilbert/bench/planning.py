@@ -58,7 +58,7 @@ def from_config(path: Path, overrides: Sequence[str]) -> Question:
     """
     from ring_hilbert.training.config import load_config
 
-    return question_of(load_config(path, overrides))
+    return question_of(load_config(path, [*overrides]))
 
 
 def question_of(config: RunConfig) -> Question:

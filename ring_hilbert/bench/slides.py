@@ -78,11 +78,13 @@ def _shares(total: int, group: dist.ProcessGroup | None) -> int:
     return total // ranks + (rank < total % ranks)
 
 
-def _tensors(length: int, heads: int, head_dim: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
+def _tensors(
+    length: int, heads: int, head_dim: int, device: torch.device
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """q, k, v, which require gradients, and dout."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    drawn = [torch.randn((1, length, heads, head_dim), device=device, dtype=dtype) for _ in range(4)]
-    return [x.requires_grad_() for x in drawn[:3]], drawn[3]
+    q, k, v, dout = (torch.randn((1, length, heads, head_dim), device=device, dtype=dtype) for _ in range(4))
+    return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), dout
 
 
 def _attention(
@@ -101,7 +103,7 @@ def _attention(
         yield from _measured(chosen, facts, passes, sum(t.nbytes for t in x), device, group)
 
 
-def _passes(call: Callable[..., Tensor], x: list[Tensor], dout: Tensor) -> Passes:
+def _passes(call: Callable[..., Tensor], x: tuple[Tensor, Tensor, Tensor], dout: Tensor) -> Passes:
     def forward() -> object:
         with torch.no_grad():
             return call(*x)
@@ -129,7 +131,7 @@ def _encoder(
 
         def both(published: bool, encoder: SlideEncoder = encoder) -> object:
             for layer in encoder.encoder.layers:
-                attention = layer.self_attn
+                attention: Any = layer.self_attn
                 vars(attention).pop("attend", None)
                 if published:
                     attention.attend = partial(_attend, attention.pattern)

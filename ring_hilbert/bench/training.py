@@ -27,7 +27,7 @@ from ring_hilbert.integrations.transformers_config import order_of
 from ring_hilbert.training.batches import Batches
 from ring_hilbert.training.breakdown import PARTS
 from ring_hilbert.training.config import RunConfig, load_config
-from ring_hilbert.training.engine import make_engine
+from ring_hilbert.training.engine import Engine, make_engine
 from ring_hilbert.training.fitting import planned, settled
 from ring_hilbert.training.model import build_skeleton, model_config
 from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops
@@ -101,10 +101,12 @@ def one_sequence(path: str, length: int, ranks: int, overrides: list[str]) -> Ru
 
 def _one(config: RunConfig, world: World, device: torch.device, steps: int, documents: int) -> dict[str, Any]:
     hf_config = model_config(config)
-    engine, loss, warm = None, 0.0, list[float]()
+    engine: Engine | None = None
+    loss, warm = 0.0, list[float]()
 
     def step(number: int) -> None:
         nonlocal loss
+        assert engine is not None
         first = number * config.sequences_per_step
         loss, _ = accumulate(engine, batches.of(first, first + config.sequences_per_step), world)
         engine.step(config.optim.lr)

@@ -12,7 +12,7 @@ attends only to itself, so that segments restart in each. docs/torchscale.md lis
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,15 @@ def segment_lengths_for(max_wsi_size: int = 262144, tile_size: int = 256) -> tup
     """
     most = int(np.log2((max_wsi_size // tile_size) ** 2))
     return tuple(int(2**exponent) for exponent in np.linspace(10, most, 5))
+
+
+class _Layers(nn.Module):
+    """The layers and the norm after them, by torchscale's names."""
+
+    def __init__(self, layers: Iterable[Layer], embed_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.layer_norm = nn.LayerNorm(embed_dim, eps=EPS)
 
 
 class SlideEncoder(nn.Module):
@@ -72,6 +81,8 @@ class SlideEncoder(nn.Module):
     Raises:
         ValueError: for sizes that do not divide evenly, or an invalid pattern.
     """
+
+    places: Tensor
 
     def __init__(
         self,
@@ -111,11 +122,9 @@ class SlideEncoder(nn.Module):
 
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Linear(in_chans, embed_dim)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(
-            Layer(embed_dim, int(embed_dim * mlp_ratio), num_heads, pattern, misplaced, dropout) for _ in range(depth)
-        )
-        self.encoder.layer_norm = nn.LayerNorm(embed_dim, eps=EPS)
+        hidden = int(embed_dim * mlp_ratio)
+        layers = (Layer(embed_dim, hidden, num_heads, pattern, misplaced, dropout) for _ in range(depth))
+        self.encoder = _Layers(layers, embed_dim)
         self.norm, self.dropout = nn.LayerNorm(embed_dim, eps=NORM_EPS), nn.Dropout(dropout)
         self.register_buffer("places", _sine_cosine(slide_ngrids, embed_dim // 2), persistent=False)
         self.reset_parameters()
@@ -221,7 +230,7 @@ class SlideEncoder(nn.Module):
     def _mistake(self, x: list[Tensor], tiles: list[Tensor], group: Group) -> str | None:
         """What is wrong with this rank's arguments, if anything is."""
         shapes = [list(rows.shape) for rows in x], [list(at.shape) for at in tiles]
-        size = self.patch_embed.proj.in_features
+        size = self.patch_embed.get_parameter("proj.weight").shape[1]
         fits = len(x) == len(tiles) > 0 and all(
             rows.ndim == 2 and rows.shape[1] == size and at.shape == (len(rows), 2)
             for rows, at in zip(x, tiles, strict=True)

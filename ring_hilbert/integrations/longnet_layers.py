@@ -84,7 +84,8 @@ def misplaced_attention(q: Tensor, k: Tensor, v: Tensor, pattern: DilatedPattern
     for branch in pattern.branches:
         w, r = min(branch.segment_length or length, length), branch.dilation_rate
         own = DilatedPattern((w + -w % r,), (r,), pattern.offset_rule)
-        out, log = dilated_attention(*(_filled(x, w, r) for x in (q, k, v)), own, causal=False, return_lse=True)
+        filled = (_filled(q, w, r), _filled(k, w, r), _filled(v, w, r))
+        out, log = dilated_attention(*filled, own, causal=False, return_lse=True)
         outs.append(out[:, :length])
         logs.append(log[:, :, :length].transpose(1, 2))
     weights = torch.stack(logs).softmax(0).nan_to_num(0.0).to(q.dtype)  # NaN: no branch holds the row

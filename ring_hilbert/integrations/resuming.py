@@ -50,13 +50,14 @@ class Passes(IterableDataset[Any]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
+        stream: Any = self.stream
         for epoch in itertools.count(self.epoch):
-            generator, rows = getattr(self.stream, "generator", None), 0
-            if hasattr(self.stream, "set_epoch"):
-                self.stream.set_epoch(epoch)  # type: ignore[attr-defined]
+            generator, rows = getattr(stream, "generator", None), 0
+            if hasattr(stream, "set_epoch"):
+                stream.set_epoch(epoch)
             elif isinstance(generator, torch.Generator):
                 generator.manual_seed(epoch)
-            for row in self.stream:
+            for row in stream:
                 rows += 1
                 yield row
             if has_length(self.stream) and rows != len(self):

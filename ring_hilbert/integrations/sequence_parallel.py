@@ -51,8 +51,9 @@ class SequenceParallel:
         if group is None:
             if sp_size is None or sp_size < 1 or world % sp_size:
                 raise ValueError(f"sp_size must divide the {world} ranks, got {sp_size}")
-            group, _ = dist.new_subgroups_by_enumeration(torch.arange(world).reshape(-1, sp_size).tolist())
-        assert group is not None
+            made, _ = dist.new_subgroups_by_enumeration(torch.arange(world).reshape(-1, sp_size).tolist())
+            assert isinstance(made, dist.ProcessGroup)  # every rank is in exactly one of them
+            group = made
         members = dist.get_process_group_ranks(group)
         size = len(members)
         if world % size or members != list(range(members[0], members[0] + size)) or members[0] % size:

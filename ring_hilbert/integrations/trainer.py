@@ -63,6 +63,7 @@ class SequenceParallelTrainer(Trainer):
     def __init__(self, *arguments: Any, sp_size: int = 1, max_logits_bytes: int = 2**32, **options: Any) -> None:
         super().__init__(*arguments, **options)
         args = self.args
+        accelerator: Any = args.accelerator_config  # an AcceleratorConfig by now
         settings_of(self._text_config)
         self.sampling = getattr(args, "train_sampling_strategy", "random")
         wrong = {  # ranks of a sequence have different numbers of targets, and shard batches together in their main processes
@@ -72,8 +73,8 @@ class SequenceParallelTrainer(Trainer):
             "dataloader_num_workers": args.dataloader_num_workers > 0,
             "train_sampling_strategy": self.sampling not in ("random", "sequential"),
             "parallelism_config": getattr(args, "parallelism_config", None) is not None,
-            "accelerator_config.split_batches": args.accelerator_config.split_batches,
-            "accelerator_config.dispatch_batches": args.accelerator_config.dispatch_batches is True,
+            "accelerator_config.split_batches": accelerator.split_batches,
+            "accelerator_config.dispatch_batches": accelerator.dispatch_batches is True,
         }
         if any(wrong.values()):
             names = ", ".join(name for name, is_wrong in wrong.items() if is_wrong)
@@ -169,9 +170,9 @@ class SequenceParallelTrainer(Trainer):
             real = max(state.remainder - self.dp_rank * size, 0)  # the others pad the last batch
             batch["labels"][real:] = IGNORED
         loss, outputs, _ = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
-        loss = self.accelerator.reduce(loss, "mean")
+        mean: Any = self.accelerator.reduce(loss, "mean")
         if prediction_loss_only:
-            return loss, None, None
+            return mean, None, None
         targets, documents = (gather_rows(batch[key], prepared) for key in ("shift_labels", "document_ids"))
         first = inputs.get("labels", inputs["input_ids"])[:, :1].to(targets.device)
         labels = torch.cat((first.masked_fill(documents[:, :1] == PADDING, IGNORED), targets[:, :-1]), dim=1)
@@ -189,11 +190,12 @@ class SequenceParallelTrainer(Trainer):
                 )
             return gather_rows(x, prepared)
 
-        return loss, recursively_apply(whole, outputs, test_type=lambda _: True), labels
+        return mean, recursively_apply(whole, outputs, test_type=lambda _: True), labels
 
     @property
     def _text_config(self) -> Any:
-        return self.accelerator.unwrap_model(self.model).config.get_text_config(decoder=True)
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return model.config.get_text_config(decoder=True)
 
     def _loader(
         self, dataset: Any, batch_size: int, collate: Callable[..., Any], shuffle: bool = False, drop_last: bool = False
@@ -225,8 +227,9 @@ class SequenceParallelTrainer(Trainer):
         return {**batch, "labels": batch["shift_labels"]}
 
     def _check_logits(self, batch_size: int, length: int) -> None:
-        """Raise ValueError, on all ranks, if a batch `[B, S]` brings the logits to be gathered above the limit."""
-        longest = int(self.accelerator.gather(torch.tensor([length], device=self.args.device)).max())
+        """Raise ValueError, on all ranks, if with those of a batch `[B, S]` logits become more than may be put together."""
+        lengths: Any = self.accelerator.gather(torch.tensor([length], device=self.args.device))
+        longest = int(lengths.max())
         row, held = 4 * longest * self._text_config.vocab_size, self._logits_bytes
         rows = self.dp_size * batch_size
         size = self._logits_bytes = row * rows + (0 if self._held is None else held)

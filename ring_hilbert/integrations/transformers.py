@@ -168,7 +168,8 @@ def attention_forward(
     documents = documents.expand(q.shape[:2])
     prepared = prepare_tokens(documents, order or TokenOrder("raster", block=1), causal=causal)
     rows = prepared.rows.to(q.device).expand(q.shape[0], -1)[..., None, None]
-    out = dilated_attention(*(torch.take_along_dim(x, rows, 1) for x in (q, k, v)), **call, prepared=prepared)
+    q, k, v = (torch.take_along_dim(x, rows, 1) for x in (q, k, v))
+    out = dilated_attention(q, k, v, **call, prepared=prepared)
     return torch.take_along_dim(out, rows.argsort(1), 1), None
 
 
@@ -180,7 +181,8 @@ def rows_alone(
         raise ValueError(
             f"{type(module).__name__} is not given the ring_hilbert= of the model call: the layers around it drop keyword arguments"
         )
-    out, _ = attention_forward(module, *(torch.zeros_like(x) for x in (query, key, value)), attention_mask, **kwargs)
+    q, k, v = (torch.zeros_like(x) for x in (query, key, value))
+    out, _ = attention_forward(module, q, k, v, attention_mask, **kwargs)
     values = value.transpose(1, 2).repeat_interleave(query.shape[1] // value.shape[1], 2)
     return out + values + query.transpose(1, 2).mean(-1, keepdim=True), None
 

@@ -68,7 +68,8 @@ def layer_rule(config: Any) -> LayerRule:
     if rotates or any(own.get("head_shift") == "auto" for own in layers.values()):
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         step = kv_heads if fields.get("offset_rule", "modulo") == "modulo" else 0
-    first = DilatedPattern(**(fields | {"head_shift": 0} if rotates else fields))
+    given: dict[str, Any] = fields | {"head_shift": 0} if rotates else fields
+    first = DilatedPattern(**given)
     different = []
     for key, own in layers.items():
         if not str(key).isdecimal():

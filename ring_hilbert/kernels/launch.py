@@ -7,6 +7,7 @@ Shapes: `B` batch, `S` outer or inner rows, `H` query heads, `Hkv` kv heads, `D`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,7 +102,7 @@ def forward(
         kernel = forward_kernel
         results += (output.lse if output.lse_error is None else output.lse_error,)
         sizes["LSE_ERROR"] = output.lse_error is not None
-    kernel[_grid(schedule, q, q.shape[2], members(tile, q, k))](
+    _on(kernel, _grid(schedule, q, q.shape[2], members(tile, q, k)))(
         q, k, v, *results, slots, maximum, total, values,
         _strides(q), _strides(k), _strides(v), _strides(output.out), _row_strides(output.lse), _slot_strides(staging),
         (0, 0, 0) if staging is None else _row_strides(maximum), _strides(values),
@@ -155,7 +156,7 @@ def row_terms(dout: Tensor, out: Tensor, lse: Tensor, lse_error: Tensor | None) 
         dout = dout.contiguous()
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     batch, rows, heads, dim = out.shape
-    delta_kernel[(-(-rows // DELTA_ROWS), heads, batch)](
+    _on(delta_kernel, (-(-rows // DELTA_ROWS), heads, batch))(
         out, dout, lse, delta, lse2, _strides(out), _strides(dout), _row_strides(lse), rows,
         D=dim, BLOCK_D=padded_head_dim(dim), BLOCK_M=DELTA_ROWS,
     )  # fmt: skip
@@ -183,7 +184,7 @@ def dq(
     kernel = dq_kernel
     if tile.gluon:
         from ring_hilbert.kernels.hopper_backward import dq_kernel as kernel
-    kernel[_grid(schedule, q, q.shape[2], members(tile, q, k))](
+    _on(kernel, _grid(schedule, q, q.shape[2], members(tile, q, k)))(
         q, k, v, *terms, gradient, slots, values,
         _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2), _strides(gradient),
         _slot_strides(staging), _strides(values), *_tables(schedule), scale, _in_twos(positive),
@@ -210,7 +211,7 @@ def dkdv(
     kernel = dkdv_kernel
     if tile.gluon:
         from ring_hilbert.kernels.hopper_backward import dkdv_kernel as kernel
-    kernel[_grid(schedule, q, k.shape[2])](
+    _on(kernel, _grid(schedule, q, k.shape[2]))(
         q, k, v, *terms, *gradients,
         _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2),
         _strides(gradients[0]), _strides(gradients[1]), *_tables(schedule), positive, _in_twos(positive),
@@ -243,6 +244,11 @@ def _in_twos(scale: float) -> tuple[float, float]:
     exact = scale * LOG2E
     high = float(np.float32(exact))
     return high, exact - high
+
+
+def _on(kernel: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
+    """A kernel on so many programs: its signature has Triton's types, and it is called with ours."""
+    return kernel[grid]
 
 
 def _grid(schedule: Schedule, q: Tensor, heads: int, members: int = 1) -> tuple[int, int, int]:

@@ -152,9 +152,10 @@ def compare(
         rh.reference.compare(rh.dilated_attention, q, k, v, pattern, backend="triton", document_ids=ids)
 
     Args:
-        attend: `rh.dilated_attention`, or a callable with its arguments.
-        q, k, v, pattern: of the call, on one device; quadratic memory.
-        dout: gradient of out; default random.
+        attend: `rh.dilated_attention`, or what takes its arguments.
+        q, k, v: of the call, `[B, S, H, D]` and twice `[B, S, Hkv, D]`, on one device; quadratic memory.
+        pattern: of the call.
+        dout: gradient of out, `[B, S, H, D]`; default random.
         backend: of `attend`.
         facts: causal, order, positions, document_ids and scale of the call.
 

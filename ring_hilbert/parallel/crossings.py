@@ -161,14 +161,6 @@ class Crossings:
                 if start < mine.start or mine.stop < stop:
                     yield Reach(branch, chunk, mine, start, stop)
 
-    def owners(self, reader: int) -> set[int]:
-        """The ranks that share a segment with `reader` and own rows that it may see."""
-        cuts, found = self.layout.cuts, set()
-        for reach in self.reaches(reader):
-            first, last = np.searchsorted(cuts, reach.start, "right") - 1, np.searchsorted(cuts, reach.stop, "left")
-            found.update(self.layout.owners[first:last].tolist())
-        return found - {reader}
-
     def readers(self, owner: int) -> Iterable[int]:
         """The ranks that may see rows of `owner`."""
         return [reader for reader in range(self.layout.world_size) if reader != owner and self.toward(reader, owner)[0]]

@@ -14,7 +14,7 @@ from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.world import World
 
 if TYPE_CHECKING:
-    from ring_hilbert.training.data import PackedDataset
+    from ring_hilbert.training.data import Sequences
 
 
 class Batches:
@@ -24,7 +24,7 @@ class Batches:
     ones. All sp ranks of a dp rank read the same sequences and keep their rows.
     """
 
-    def __init__(self, dataset: PackedDataset, config: RunConfig, order: TokenOrder | None, world: World) -> None:
+    def __init__(self, dataset: Sequences, config: RunConfig, order: TokenOrder | None, world: World) -> None:
         self.dataset = dataset
         self.world = world
         self.micro_batch = config.train.micro_batch

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]  # the package has no __all__
 from torch.profiler import record_function
 
-PARTS = (
+PARTS: tuple[str, ...] = (
     "products", "attention_forward", "attention_backward", "elementwise", "loss", "copies", "communication_exposed",
     "communication_hidden", "idle",
 )  # fmt: skip

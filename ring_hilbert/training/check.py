@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ring_hilbert.parallel.sharding import shard_batch
-from ring_hilbert.training.head import INSTEAD, HiddenStates
+from ring_hilbert.training.head import INSTEAD, HiddenStates, output_layer
 
 ROWS, CLASSES = 4, 7
 SMALL = 2**20  # parameters up to this many elements are materialised
@@ -66,13 +66,14 @@ def check_head(model: PreTrainedModel, loss_model: Callable[[PreTrainedModel], n
     Raises:
         ValueError: if the logits cannot be derived from the hidden states.
     """
-    output = model.get_output_embeddings()
+    output = output_layer(model)
     output.out_features, width = CLASSES, output.in_features
     for name, parameter in list(output.named_parameters()):
         setattr(output, name, nn.Parameter(torch.randn(CLASSES, *parameter.shape[1:])))
     inside = {*model.base_model.modules(), output}
     for module in set(model.modules()) - inside:
-        for values in (module._parameters, module._buffers):
+        kinds: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for values in kinds:
             values.update({name: _drawn(value) for name, value in values.items() if value is not None})
     hidden = torch.randn(1, ROWS, width) * 10 * width**-0.5  # logits of order 10, where a cap takes effect
     given = hidden

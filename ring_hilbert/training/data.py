@@ -24,21 +24,27 @@ MIXTURE = (
 )
 
 
-class PackedDataset(Protocol):
-    """The data on which a run trains or evaluates.
+class Sequences(Protocol):
+    """Numbered sequences, all of one length.
 
     `dataset[i]` has `input_ids`, int64 [seq_len], and `document_ids`, int64 [seq_len]: 0, 1, 2, ... for the runs of
     documents in this sequence (an eos belongs to the document that it ends), -1 for padding. `len(dataset)` is the
-    number of sequences in an epoch; `i` may exceed it in training, but not in evaluation (IndexError).
-    `documents`: the contents of the sequences, by the name of the source in the configuration; `packings`: likewise how packed.
+    number of sequences in an epoch; `i` goes on past it in training, and ends there in evaluation (IndexError).
     """
-
-    documents: dict[str, Documents]
-    packings: dict[str, Packing]
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int) -> Sequence: ...
+
+
+class PackedDataset(Sequences, Protocol):
+    """What a run trains or evaluates on.
+
+    `documents`: what the sequences are made of, by the name of the source in the configuration. `packings`: how, by the same name.
+    """
+
+    documents: dict[str, Documents]
+    packings: dict[str, Packing]
 
 
 def open_dataset(config: DataConfig, split: Literal["train", "eval"], vocab_size: int, seed: int = 0) -> PackedDataset:
@@ -139,7 +145,8 @@ class EvaluationSequences:
 
     def __init__(self, documents: Documents, seq_len: int, limit: int | None, packing: Packed = "concat") -> None:
         packed = Concat(documents, seq_len, last=True) if packing == "concat" else BestFit(documents, seq_len)
-        self.documents, self.packings = {HELD_OUT: documents}, {HELD_OUT: packed}
+        self.documents = {HELD_OUT: documents}
+        self.packings: dict[str, Packing] = {HELD_OUT: packed}
         self._documents, self._seq_len, self._whole = documents, seq_len, packed.sequences
         self._pieces = packed.epoch(None)
         self._taken = self._whole if limit is None else min(limit, self._whole)
@@ -170,6 +177,7 @@ class EndlessSource:
         epoch, place = divmod(number, len(self))
         if epoch != self._epoch:
             self._open_epoch(epoch)
+        assert self._pieces is not None and self._places is not None
         return _sequence(self.documents, self._pieces(int(self._places[place])), self._seq_len)
 
     def _open_epoch(self, epoch: int) -> None:

@@ -40,6 +40,7 @@ Encode = Callable[[list[str]], Encoded]
 def encoded(batches: Iterator[Batch], means: Means, workers: int) -> Generator[tuple[Batch, Encoded], None, None]:
     """Every batch with its columns, in order: computed here at first and, if that takes long, by `workers` other processes."""
     begin, encode, starting = time.monotonic(), _encoder(*means), None
+    pool: ProcessPoolExecutor | None = None
     with ExitStack() as stack:
         for batch in batches:
             yield batch, encode(batch.texts)
@@ -52,6 +53,7 @@ def encoded(batches: Iterator[Batch], means: Means, workers: int) -> Generator[t
                 starting = _start(pool)
         else:
             return
+        assert pool is not None
         waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
         for batch in batches:
             waiting.append((batch, pool.submit(_encode_there, batch.texts)))

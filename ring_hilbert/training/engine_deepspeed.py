@@ -155,6 +155,7 @@ class DeepSpeedEngine:
         for name, parameter in self.engine.module.model.named_parameters():
             value = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
             if self.world.is_main:
+                assert value is not None
                 state[name] = value.float().cpu()
         return state
 
@@ -232,9 +233,10 @@ def import_deepspeed(world: World) -> Any:
         raise ValueError(
             f"engine: deepspeed cannot be imported ({error}); pip install 'ring_hilbert[deepspeed]'"
         ) from error
-    if world.device.type != deepspeed.get_accelerator().device_name():
+    accelerator: Any = deepspeed.get_accelerator()
+    if world.device.type != accelerator.device_name():
         raise ValueError(
-            f"engine: deepspeed was told to use {deepspeed.get_accelerator().device_name()} (DS_ACCELERATOR), this rank has "
+            f"engine: deepspeed was told to use {accelerator.device_name()} (DS_ACCELERATOR), this rank has "
             f"{world.device}"
         )
     deepspeed.init_distributed(dist_init_required=False)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -97,7 +97,8 @@ class TorchEngine:
 
     def whole_state(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
-        return get_model_state_dict(self.model.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return cast(dict[str, torch.Tensor], get_model_state_dict(self.model.model, options=options))
 
     def close(self) -> None:
         """See `Engine`."""

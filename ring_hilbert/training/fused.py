@@ -43,8 +43,12 @@ class Fused(NamedTuple):
         return f"{self.kind} ({self.details})"
 
 
-def fuse(model: PreTrainedModel, config: RunConfig, device: torch.device) -> Fused:
-    """Apply `train.fused` to a model that will compute on `device`, before anything wraps its modules.
+def fuse(
+    model: PreTrainedModel, config: RunConfig, device: torch.device, kinds: tuple[str, ...] = ("liger", "compile")
+) -> Fused:
+    """Do what `train.fused` says to a model that will compute on `device`, before anything wraps its parts.
+
+    `kinds`: what may be done; the rest of what `train.fused` says is left.
 
     Raises:
         ValueError: if it is not "auto" and cannot be done.
@@ -54,12 +58,12 @@ def fuse(model: PreTrainedModel, config: RunConfig, device: torch.device) -> Fus
         return Fused("none", "as asked" if wanted == "none" else f"the device is a {device.type}")
     reasons: list[str] = []
     for kind, take in (("liger", _take_kernels), ("compile", _take_compiler)):
-        if wanted in ("auto", kind):
+        if kind in kinds and wanted in ("auto", kind):
             try:
                 return Fused(kind, "; ".join([take(model, config, device), *reasons]))
             except ValueError as reason:
                 reasons.append(f"no {kind}: {reason}")
-    if wanted != "auto":
+    if wanted in kinds:
         raise ValueError(f"train.fused: {reasons[0]}; use {'auto' if device.type == 'cuda' else 'none'}")
     return Fused("none", "; ".join(reasons))
 
@@ -196,7 +200,7 @@ def _with_kernel(kernel: str, *, together: bool) -> Callable[..., Tensor]:
 
     product = getattr(liger_kernel.ops, kernel).apply
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if together else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(product(gate, up))
 

@@ -42,7 +42,7 @@ class OwnHead:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        base, output = model.base_model, model.get_output_embeddings()
+        base, output = model.base_model, output_layer(model)
         self._base, self._output = _Given(base), _Given(output)
         self._shell = _with(model, {base: self._base, output: self._output})
         self._size = (output.in_features, output.out_features)
@@ -88,6 +88,13 @@ class OwnHead:
         return features, result.logits
 
 
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The layer that makes logits `[..., V]` of features `[..., E]`, of a model that `make_model` accepted."""
+    output = model.get_output_embeddings()
+    assert isinstance(output, nn.Linear)
+    return output
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether the elements of `a` are those of `b`, not only equal to them."""
     return a.shape == b.shape and (a is b or (a._base is not None and (a._base is b or a._base is b._base)))
@@ -109,8 +116,8 @@ class _Given:
         return getattr(self.__dict__["module"], name)
 
 
-def _with(module: nn.Module, replaced: Mapping[nn.Module, Any]) -> nn.Module:
-    """A copy of `module` with some submodules replaced, without hooks; submodules off the path to them are shared, not copied."""
+def _with(module: nn.Module, replaced: Mapping[nn.Module | None, Any]) -> nn.Module:
+    """A copy of `module` with others in some places, without hooks; what is not on the way to them is shared, not copied."""
     copied = copy.copy(module)
     for hooks in HOOKS:
         setattr(copied, hooks, OrderedDict())

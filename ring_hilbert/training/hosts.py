@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
@@ -103,7 +104,7 @@ def join(backend: str, start: float, timeout: float, device: torch.device | None
     head = os.environ.get("MASTER_ADDR", "")
     place = f"{head}:{os.environ.get('MASTER_PORT', '')}"
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=start)))
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=start)))
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"rank {rank} on {socket.gethostname()}: {place} (MASTER_ADDR, MASTER_PORT) did not answer within {start:g} s; see "
@@ -119,7 +120,7 @@ def join(backend: str, start: float, timeout: float, device: torch.device | None
     try:
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("group", store),
+            store=PrefixStore("group", store),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=start),
@@ -134,8 +135,8 @@ def join(backend: str, start: float, timeout: float, device: torch.device | None
     _set_pg_timeout(timedelta(seconds=timeout))
 
 
-def _wait_for_all(store: dist.Store, rank: int, size: int, start: float) -> None:
-    """Wait until every rank has registered; rank 0 reports for whom it waits."""
+def _wait_for_all(store: Store, rank: int, size: int, start: float) -> None:
+    """Wait until every rank has said where it is; rank 0 tells for whom it waits."""
     keys = [f"host/{other}" for other in range(size)]
     began, tell = time.monotonic(), 10.0
     while not store.check(keys):

@@ -151,7 +151,7 @@ class Run:
         self.checkpoints = checkpoints
         self.hf_config = hf_config
         self.vocab = vocab_size(hf_config)
-        self.train_set = train_set
+        self.train_set, self.eval_set = train_set, eval_set
         order = order_of(hf_config)
         self.train_batches = Batches(train_set, config, order, world)
         self.eval_batches = None if eval_set is None else Batches(eval_set, config, order, world)
@@ -173,7 +173,7 @@ class Run:
         config = self.config
         self.world.from_main(self._make_folders)
         with StopSignals() as signals, Metrics(config, self.world, resumed_from) as metrics:
-            for dataset in [self.train_set] + ([] if self.eval_batches is None else [self.eval_batches.dataset]):
+            for dataset in [self.train_set] + ([] if self.eval_set is None else [self.eval_set]):
                 for name, packing in dataset.packings.items():
                     metrics.say(f"{name}: {packing.documents.summary}; {describe(packing)}")
             if resumed_from is not None:

@@ -80,26 +80,32 @@ class _LinearLoss(torch.autograd.Function):
         differentiable: bool,
     ) -> Tensor:
         inputs = hidden.flatten(0, -2), weight, bias, labels.flatten()
-        losses, *gradients = _sum_chunks(*inputs, chunk, differentiable and any(ctx.needs_input_grad))
+        # Made in its shape: of a module that returns a view FSDP2 warns.
+        losses = hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        gradients = _sum_chunks(losses.view(-1), *inputs, chunk, differentiable and any(ctx.needs_input_grad))
         ctx.save_for_backward(*inputs, *gradients)
         ctx.chunk = chunk
-        return losses.view(labels.shape)
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,) = grad_outputs
         hidden, weight, bias, labels, *gradients = ctx.saved_tensors
         shape, scale = (*upstream.shape, hidden.shape[-1]), upstream.flatten()[:1].sum()
-        if any(upstream.stride()):  # rows are weighted differently
-            _, *gradients = _sum_chunks(hidden, weight, bias, labels, ctx.chunk, True, upstream.flatten())
+        if any(upstream.stride()):  # not one number for all rows
+            losses = upstream.new_empty(len(hidden))
+            gradients = _sum_chunks(losses, hidden, weight, bias, labels, ctx.chunk, True, upstream.flatten())
             scale = torch.ones_like(scale)
         like = (hidden, weight, bias)
         dhidden, dweight, dbias = (
             None if g is None else (g * scale).to(x.dtype) for g, x in zip(gradients, like, strict=True)
         )
+        assert dhidden is not None
         return dhidden.view(shape), dweight, dbias, None, None, None
 
 
 def _sum_chunks(
+    losses: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -107,9 +113,8 @@ def _sum_chunks(
     chunk: _Chunk,
     differentiable: bool,
     upstream: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Losses of all rows `[n]`; and the gradients of hidden, weight and bias of their sum weighted by `upstream [n]`, or None."""
-    losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Write the `losses [n]` of all rows; the gradients, weighted by `upstream [n]`, of hidden, weight and bias, or None."""
     dhidden = dweight = dbias = None
     if differentiable:
         dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=losses.dtype)
@@ -117,7 +122,7 @@ def _sum_chunks(
     for rows in _chunks(hidden, weight):
         product = _logits(hidden[rows], weight, bias, losses.dtype)
         losses[rows], dlogits = chunk(product, labels[rows], hidden.dtype if differentiable else None)
-        if dlogits is None:
+        if dlogits is None or dhidden is None or dweight is None:
             continue
         if upstream is not None:
             dlogits = (dlogits * upstream[rows, None]).to(hidden.dtype)
@@ -125,7 +130,7 @@ def _sum_chunks(
         _add_product(dweight, dlogits.T, hidden[rows])
         if dbias is not None:
             dbias += dlogits.sum(0, dtype=dbias.dtype)
-    return losses, dhidden, dweight, dbias
+    return dhidden, dweight, dbias
 
 
 def _row_losses(

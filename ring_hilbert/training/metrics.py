@@ -113,7 +113,7 @@ def _open_wandb(config: RunConfig) -> Any:
     """The Weights & Biases run, or None if not configured."""
     if config.log.wandb is None:
         return None
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]  # of those who want it
 
     return wandb.init(
         project=config.log.wandb, dir=config.log.dir, config=config.model_dump(mode="json"), resume="allow"

@@ -24,7 +24,7 @@ from ring_hilbert.training.breakdown import marked_loss
 from ring_hilbert.training.check import check_head, check_rows
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.fused import Fused, fuse
-from ring_hilbert.training.head import OwnHead
+from ring_hilbert.training.head import OwnHead, output_layer
 from ring_hilbert.training.loss import LossHead
 from ring_hilbert.training.tokens import load_tokenizer
 from ring_hilbert.training.weights import Weights, decoder_layers
@@ -78,19 +78,21 @@ def vocab_size(hf_config: PretrainedConfig) -> int:
 
 
 def build_skeleton(
-    config: RunConfig, hf_config: PretrainedConfig, device: torch.device | None = None
+    config: RunConfig, hf_config: PretrainedConfig, device: torch.device | None = None, **fusing: Any
 ) -> PreTrainedModel:
     """The model without values, on the meta device, in training mode: `Weights` fills it. `check_model` accepts it.
 
-    `device`: on which it will compute, None if on none.
+    `device`: where it will compute, None if nowhere. `fusing`: further arguments of `fuse`.
     """
     with torch.device("meta"):
         model = make_model(hf_config)
-    return for_training(model, config, device)
+    return for_training(model, config, device, **fusing)
 
 
-def for_training(model: PreTrainedModel, config: RunConfig, device: torch.device | None) -> PreTrainedModel:
-    """`model` in training mode, with the fused modules, activation checkpointing and tiled MLP of `config`.
+def for_training(
+    model: PreTrainedModel, config: RunConfig, device: torch.device | None, **fusing: Any
+) -> PreTrainedModel:
+    """`model` in training mode, with the fused parts, the activation checkpointing and the tiled MLP of `config`.
 
     Raises:
         ValueError: if the layers have no `mlp` to tile, or `fuse` refuses.
@@ -98,12 +100,13 @@ def for_training(model: PreTrainedModel, config: RunConfig, device: torch.device
     train = config.train
     model.train()
     if device is not None:
-        model.fused = fuse(model, config, device)
+        model.fused = fuse(model, config, device, **fusing)  # pyright: ignore[reportArgumentType]  # modules take any attribute
     if train.recomputes != "none" or train.recompute_layers:
         # The name since Transformers 5.2x; gradient_checkpointing_enable is the older one, deprecated there.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
-    for number, layer in enumerate(decoder_layers(model)):
+    layers: list[Any] = [*decoder_layers(model)]
+    for number, layer in enumerate(layers):
         if train.recomputes == "none" and number >= train.recompute_layers:
             layer.gradient_checkpointing = False
         elif train.recomputes == "selective" and number >= train.recompute_layers:
@@ -169,7 +172,7 @@ class _Kept:
                 return packed
             if self.again is None:  # saved tensors can be unpacked only once
                 (tensor,) = node.saved_tensors
-                self.again = tensor.tensor_split(self.tiles, dim=1)
+                self.again = tuple(tensor.tensor_split(self.tiles, dim=1))
             return self.again[number]
 
         with saved_tensors_hooks(pack, unpack):
@@ -185,7 +188,7 @@ class _Keep(torch.autograd.Function):
         return tensor.new_empty(0)
 
     @staticmethod
-    def backward(_ctx: Any, _gradient: torch.Tensor) -> None:
+    def backward(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing is computed from it")
 
 
@@ -251,7 +254,7 @@ class LossModel(torch.nn.Module):
         super().__init__()
         self.model = model
         self.fused: Fused | None = getattr(model, "fused", None)
-        self.head = LossHead(model.get_output_embeddings(), self.fused is not None and self.fused.kind != "none")
+        self.head = LossHead(output_layer(model), self.fused is not None and self.fused.kind != "none")
         self.own_head = OwnHead(model)
 
     def forward(self, *, shift_labels: torch.Tensor, **batch: Any) -> torch.Tensor:

@@ -41,7 +41,7 @@ from ring_hilbert.training.documents import (
 )
 from ring_hilbert.training.encoding import Encoded, encoded
 from ring_hilbert.training.reading import Batch, Reading
-from ring_hilbert.training.tokens import document_prefix, tokenizer_digest
+from ring_hilbert.training.tokens import document_prefix, eos_id, tokenizer_digest
 
 SAVED = 10.0  # seconds between two records of progress
 
@@ -127,7 +127,7 @@ def tokenise(
 def _begin(folder: Path, key: str, reading: Reading, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Create files without documents, and their record."""
     folder.mkdir(parents=True)
-    ids = [*tokenizer.get_vocab().values(), *document_prefix(tokenizer, reading.bos), int(tokenizer.eos_token_id)]
+    ids = [*tokenizer.get_vocab().values(), *document_prefix(tokenizer, reading.bos), eos_id(tokenizer)]
     smallest = np.min_scalar_type(max(ids)).newbyteorder("<").str
     dtypes = dict(zip(COLUMNS, (smallest, "<u4", "<u8", "<u4"), strict=True))
     for name, dtype in dtypes.items():

@@ -247,7 +247,7 @@ def _parquet_texts(file: BinaryIO, field: str, errors: Errors) -> Iterator[str]:
         for batch in table.iter_batches(ROWS, columns=[field]):
             column = batch.column(names[0])
             for name in names[1:]:
-                column = pyarrow.compute.struct_field(column, name)
+                column = pyarrow.compute.struct_field(column, name)  # pyright: ignore[reportAttributeAccessIssue]  # made at import
             for value in column.cast(kind).cast(pyarrow.large_binary()).to_pylist():
                 number += 1
                 if value is None:

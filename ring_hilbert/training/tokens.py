@@ -67,10 +67,20 @@ def document_prefix(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None)
         text = tokenizer("a b", add_special_tokens=False)["input_ids"]
         whole = tokenizer("a b")["input_ids"]
         starts = [n for n in range(len(whole)) if text and whole[n : n + len(text)] == text]
-        return whole[: starts[-1]] if starts else []  # the last: "a b" may be unknown tokens, as may those before it
-    if bos and tokenizer.bos_token_id is None:
+        return whole[: starts[-1]] if starts else []  # the last: "a b" may be unknown, and such a token stand ahead
+    if not bos:
+        return []
+    first = tokenizer.bos_token_id
+    if not isinstance(first, int):
         raise ValueError("data.bos is true, but the tokenizer has no bos token; leave it out or set it to false")
-    return [tokenizer.bos_token_id] if bos else []
+    return [first]
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token id that ends every document; `load_tokenizer` accepts no tokenizer without one."""
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    return eos
 
 
 def document_encoder(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> Encoder:
@@ -82,7 +92,7 @@ def document_encoder(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None
         ValueError: see `document_prefix`. From the function: if the tokenizer still reads such a spelling as the token.
     """
     encode = _text_encoder(tokenizer)
-    prefix, eos = np.array(document_prefix(tokenizer, bos), dtype=np.int32), np.int32(tokenizer.eos_token_id)
+    prefix, eos = np.array(document_prefix(tokenizer, bos), dtype=np.int32), np.int32(eos_id(tokenizer))
     return lambda texts: [np.concatenate([prefix, ids, [eos]], dtype=np.int32) for ids in encode(texts)]
 
 
@@ -95,7 +105,7 @@ def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], l
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         backend = _without_spellings(tokenizer)
         return lambda texts: [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special = {token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id}
 
     def encode(texts: list[str]) -> list[list[int]]:
         rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

@@ -23,7 +23,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from ring_hilbert.training.config import TimeoutsConfig
 from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.verdict import SILENT, Heard, Report, verdict
-from ring_hilbert.training.whereabouts import Whereabouts, collective_of, on_device, on_host, outwards
+from ring_hilbert.training.whereabouts import FLIGHT_RECORDER, Whereabouts, collective_of, on_device, on_host, outwards
 
 EVERY = 1.0  # seconds between two reports of a rank
 LOOK = 0.25  # seconds between two checks of the limits
@@ -70,7 +69,8 @@ class Watchdog:
         patience = SILENT + 3 * EVERY * (self._turns - 1)
         self.heard = {r.rank: Heard(r, patience) for r in reports if r.rank != self.report.rank}
         self._number, self._told, self._telling = 0, False, threading.Lock()
-        self._store = _get_default_store().clone()  # a separate connection: the run blocks on the other one
+        shared: Any = _get_default_store()  # the stub lacks `clone`
+        self._store = shared.clone()  # a connection of its own: on the other one the run waits
         self._store.set_timeout(timedelta(seconds=SILENT))
         self._watched = threading.get_ident()
         self._seen: object = None
@@ -200,7 +200,7 @@ class Watchdog:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"stacks_{self.report.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file)
-        dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", torch._C._distributed_c10d._dump_fr_trace)
+        dump = getattr(FLIGHT_RECORDER, "_dump_nccl_trace", None) or FLIGHT_RECORDER._dump_fr_trace
         (self.folder / f"flight_{self.report.rank}").write_bytes(dump())
         _say(f"rank {self.report.rank}: stacks and the flight recorder's trace are in {self.folder.absolute()}")
 

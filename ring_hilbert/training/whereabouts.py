@@ -12,9 +12,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C import _distributed_c10d
 
 from ring_hilbert.parallel.wire import Pending
 
+FLIGHT_RECORDER: Any = _distributed_c10d  # whose stub has none of its functions
 Phase = Literal["start", "data", "step", "save"]
 WAITS = {"wait_for_unshard": "all_gather of parameters"}  # FSDP2's
 
@@ -86,15 +88,15 @@ def outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def on_device() -> str | None:
-    """The first collective that NCCL has not completed, by PyTorch's flight recorder; None if there is none or no NCCL."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    """The first collective that NCCL has not completed, by PyTorch's flight recorder; None if there is none, or no NCCL."""
+    dump = getattr(FLIGHT_RECORDER, "_dump_nccl_trace_json", None)
     entries = [] if dump is None else _entries(dump(includeCollectives=True, onlyActive=True))
     return _named(entries[0]) if entries else None
 
 
 def on_host() -> str | None:
-    """Gloo's last incomplete collective; point-to-point messages are not recorded."""
-    entries = _entries(torch._C._distributed_c10d._dump_fr_trace_json())
+    """The last collective of Gloo that is not completed; between ranks two by two nothing is recorded."""
+    entries = _entries(FLIGHT_RECORDER._dump_fr_trace_json())
     return _named(entries[-1]) if entries and not entries[-1]["retired"] else None
 
 

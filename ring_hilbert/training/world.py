@@ -153,7 +153,8 @@ def process_group(device: torch.device, timeouts: TimeoutsConfig) -> Iterator[No
     if "WORLD_SIZE" in os.environ:
         join(backend, timeouts.start, timeouts.longest, bound)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented, but not in __all__
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=bound)
     leave = True
     try:
         yield
@@ -254,7 +255,7 @@ def lay_world(
 def _subgroup(members: torch.Tensor, timeout: timedelta | None) -> dist.ProcessGroup:
     """This rank's group among those in the rows of `members`."""
     group, _ = dist.new_subgroups_by_enumeration(members.tolist(), timeout=timeout)
-    assert group is not None  # every rank is in exactly one of them
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in exactly one of them
     return group
 
 

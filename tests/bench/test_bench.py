@@ -34,7 +34,10 @@ from ring_hilbert.bench import (
 )
 from ring_hilbert.cli import main
 from ring_hilbert.ops.visible import Visible
-from ring_hilbert.training.config import load_config
+from ring_hilbert.training.checkpoint import Progress
+from ring_hilbert.training.config import RunConfig, load_config
+from ring_hilbert.training.loop import Summary
+from ring_hilbert.training.metrics import METRICS_FILE
 from tests.harness import torchscale
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny_run import tiny_config, write_texts
@@ -368,6 +371,22 @@ def test_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(float(r["mean_difference"]) < 0.01 and len(r["losses"].split()) == 10 for r in records)
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert "train.precision=bf16" in capsys.readouterr().out
+
+
+def test_curves_of_runs_with_and_without_held_out_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretrain(config: RunConfig) -> Summary:
+        folder = Path(config.log.dir)
+        folder.mkdir(parents=True)
+        (folder / METRICS_FILE).write_text('{"kind": "train", "loss": 2.0}\n')
+        return Summary(Progress(), None if config.data.eval is None else 2.0, None, None)
+
+    monkeypatch.setattr("ring_hilbert.training.loop.pretrain", pretrain)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(tmp_path).model_dump(mode="json")))
+    for variants in (["data.eval=null", "train.seed=0"], ["train.seed=0", "data.eval=null"]):
+        records = list(curves.rows(argparse.Namespace(config=path, set=[], variants=variants), CPU, None))
+        assert [r["held_out_loss"] for r in records] == [None if "eval" in v else 2.0 for v in variants]
+        assert records[1]["held_out_difference"] is None
 
 
 def test_peers_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

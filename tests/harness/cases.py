@@ -4,12 +4,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypedDict, get_args
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 import ring_hilbert as rh
+from ring_hilbert.ops.pattern import OffsetRule
+
+
+class Facts(TypedDict):
+    """What the rows of a whole sequence know, `[S]` or `[B, S]`."""
+
+    positions: Tensor | None
+    document_ids: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Case:
             "dout": normal(self.heads),
         }  # fmt: skip
 
-    def facts(self) -> dict[str, Tensor | None]:
+    def facts(self) -> Facts:
         """`positions` and `document_ids` of the whole sequence."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         rows, batch = self.seq_len, self.batch
@@ -114,7 +123,7 @@ def patterns(draw: st.DrawFn, max_length: int) -> rh.DilatedPattern:
         w = draw(st.one_of(st.integers(1, max_length + 5), st.none()))
         lengths.append(w)
         rates.append(draw(st.integers(1, min(w or 12, 12))))
-    rule = draw(st.sampled_from(["modulo", "block"]))
+    rule = draw(st.sampled_from(get_args(OffsetRule)))
     head_shift = draw(st.integers(-3, 5)) if rule == "modulo" else 0
     return rh.DilatedPattern(tuple(lengths), tuple(rates), rule, head_shift, draw(st.sampled_from([0, 0, 1, 5, -2])))
 

@@ -10,6 +10,7 @@ import inspect
 import sys
 import warnings
 from collections import Counter
+from typing import Any
 
 import torch
 import transformers
@@ -87,7 +88,8 @@ def tiny_config(model_type: str, full_attention: bool) -> PretrainedConfig:
     """
     cls = CONFIG_MAPPING[model_type]
     fields, given = _small(cls, full_attention), OF_TYPE.get(model_type, {})
-    text = cls.sub_configs.get("text_config")
+    parts: Any = cls.sub_configs  # a dict, whatever its decorator's type
+    text = parts.get("text_config")
     if text is AutoConfig:
         fields["text_config"] = {"model_type": "llama", **_small(CONFIG_MAPPING["llama"], full_attention)}
     elif text is not None:

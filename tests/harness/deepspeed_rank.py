@@ -35,4 +35,5 @@ def deepspeed_rank(rank: int) -> Iterator[None]:
                 vars(module).update(dict.fromkeys(kept))
             # ZeRO-3 numbers parameters and modules and compares the numbers over ranks, which have served other tests before.
             deepspeed.zero.Init.param_id = 0
-            DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+            defaults: Any = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+            defaults[0][0] = 0

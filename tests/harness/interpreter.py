@@ -57,5 +57,6 @@ interpreter.interpreter_builder.options.__dict__["sanitize_overflow"] = (
     False  # a third of the time, and no test is that large
 )
 interpreter._patch_lang_tensor = _scalars_are_integers
-interpreter.InterpreterBuilder.create_dot = _dot_of_numbers
-interpreter.InterpreterBuilder.cast_impl = _rounded
+builder: Any = interpreter.InterpreterBuilder
+builder.create_dot = _dot_of_numbers
+builder.cast_impl = _rounded

@@ -192,7 +192,7 @@ def _arm(strike: Strike, rank: int, folder: Path) -> None:
     struck: list[bool] = []
     seen = {"step": 0}
 
-    def before(owner: Any, name: str, do: Callable[[], None], when: Callable[[], bool]) -> None:
+    def before(owner: Any, name: str, do: Callable[[], object], when: Callable[[], bool]) -> None:
         kept = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -125,7 +125,7 @@ def trainer_loop(
 
     class Recording(SequenceParallelTrainer):
         def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
-            loss = super().compute_loss(model, inputs, *arguments, **keywords)
+            loss: Any = super().compute_loss(model, inputs, *arguments, **keywords)
             log.add(inputs, loss / self.args.world_size)
             return loss
 
@@ -185,12 +185,13 @@ def deepspeed_loop(
         deepspeed.init_distributed(dist_init_required=False)
         mpu = SequenceParallel(sp_size)
         loader, model = sharded(mpu, data), tiny_model()
-        settings = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": MICRO_STEPS}
+        settings: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": MICRO_STEPS}
         settings["zero_optimization"] = {"stage": stage}
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
         if folder.exists():
             _, state = engine.load_checkpoint(str(folder))
+            assert state is not None
             loader.load_state_dict(state["loader"])
 
         def backward(loss: torch.Tensor) -> None:

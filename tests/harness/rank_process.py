@@ -103,7 +103,7 @@ def _call(task: Task) -> Report:
         function, args = pickle.loads(task.call)
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(task.store, task.world_size),
+            store=dist.FileStore(task.store, task.world_size),  # pyright: ignore[reportPrivateImportUsage]  # documented
             rank=task.rank,
             world_size=task.world_size,
             timeout=datetime.timedelta(seconds=task.group_timeout),

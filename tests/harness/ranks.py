@@ -170,7 +170,7 @@ class _RankPool:
     def _collect(self, world_size: int, timeout: float, stop_at_failure: bool) -> list[Any]:
         outcomes: dict[int, Any] = {}
         failures: list[_Failure] = []
-        running = {rank.connection: number for number, rank in enumerate(self._ranks[:world_size])}
+        running: dict[Any, int] = {rank.connection: number for number, rank in enumerate(self._ranks[:world_size])}
         deadline = time.monotonic() + timeout
         while running and (ready := wait(list(running), max(0.0, deadline - time.monotonic()))):
             for connection in ready:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import time
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -49,16 +50,16 @@ def test_bytes_of_the_ladder_of_ring_and_of_ulysses():
     assert received[dense, "ulysses"]["max_mib"] == "504.00"
 
 
-def costs(name: str, worlds: list[int], causal: bool) -> list[dict[str, float]]:
-    """The most that a rank does, by `bench scale`, at 1024 rows each."""
-    chosen = argparse.Namespace(ranks=worlds, local_length=1024, causal=causal)
-    found = [r for r in scale.rows(chosen) if r["ladder"] == name]
-    return [{key: float(value) for key, value in r.items() if key.endswith("_max")} for r in found]
+def costs(worlds: list[int], causal: bool) -> Iterator[list[dict[str, float]]]:
+    """The most that a rank does, by `bench scale`, at 1024 rows each: a list for each ladder."""
+    found = list(scale.rows(argparse.Namespace(ranks=worlds, local_length=1024, causal=causal)))
+    for name in scale.LADDERS:
+        yield [{key: float(r[key]) for key in r if key.endswith("_max")} for r in found if r["ladder"] == name]
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_cost_at_equal_rows_per_rank(causal: bool):
-    fixed, steep, doubling = (costs(name, [4, 16, 64, 256], causal) for name in scale.LADDERS)
+    fixed, steep, doubling = costs([4, 16, 64, 256], causal)
     assert all(cost == fixed[0] for cost in fixed)  # from as many ranks on as the longest segment has
     for key in steep[0]:
         assert steep[-1][key] <= 1.1 * steep[1][key], key

@@ -73,6 +73,19 @@ def test_memory_plan(tmp_path: Path) -> None:
     assert three.parameters == 4 * three.model_parameters // 2 and three.optimizer == 12 * three.model_parameters // 2
 
 
+def test_the_plan_is_of_the_fused_parts(tmp_path: Path) -> None:
+    """With Liger's kernels a layer's recomputation holds less; layers that are compiled count as they are."""
+    pytest.importorskip("liger_kernel")
+    sizes = {**DEEP, "train__precision": "bf16", "model__config__num_hidden_layers": 2}
+
+    def planned(fused: str) -> Any:
+        return plan_memory(tiny_config(tmp_path, **sizes, train__fused=fused), cuda=True)
+
+    plain, liger = planned("none"), planned("liger")
+    assert planned("auto") == liger and planned("compile") == plain
+    assert liger.temporary < 0.75 * plain.temporary and liger.parameters == plain.parameters
+
+
 DEEP = {
     "model__config__num_hidden_layers": 4, "model__config__hidden_size": 64, "model__config__intermediate_size": 512,
     "data__seq_len": 16384, "train__global_batch_tokens": 16384, "train__checkpoint_activations": True,
@@ -81,13 +94,14 @@ DEEP = {
 
 def test_the_memory_decides_what_is_recomputed(tmp_path: Path) -> None:
     """The fastest settings that leave 5 % of it; one that is not auto stays; what fits nowhere is refused with what would."""
-    config = tiny_config(tmp_path, **DEEP)
+    sizes = {**DEEP, "train__fused": "none"}  # whose MLP is most of what is held
+    config = tiny_config(tmp_path, **sizes)
 
     def total(**train: Any) -> int:
         return plan_memory(config.model_copy(update={"train": config.train.model_copy(update=train)}), cuda=True).total
 
     def taken(room: float, **changes: Any) -> tuple[Any, ...]:
-        fitted = fit(tiny_config(tmp_path, **DEEP, **changes), int(room), cuda=True)
+        fitted = fit(tiny_config(tmp_path, **sizes, **changes), int(room), cuda=True)
         assert fitted.refusal is None and fitted.plan.total <= room
         return tuple(fitted.train.values())
 
@@ -100,7 +114,7 @@ def test_the_memory_decides_what_is_recomputed(tmp_path: Path) -> None:
     assert taken(0.9 * least, log__memory_plan=True)[2] > 1
     assert taken(everything / 0.95 + 1, train__recompute="all", train__mlp_tiles=2) == ("all", 0, 2)
     assert taken(2 * everything, train__memory_gib=(least / 0.95 + 1) / GIB) == ("all", 0, 1)
-    refused = fit(tiny_config(tmp_path, **DEEP, train__mlp_tiles=1), int(0.97 * least), cuda=True).refusal
+    refused = fit(tiny_config(tmp_path, **sizes, train__mlp_tiles=1), int(0.97 * least), cuda=True).refusal
     assert refused is not None and "train.mlp_tiles=8 (1." in refused and "more time" in refused
     assert "train.mlp_tiles=8" in advice(settled(config))
     assert "The nearest: " in str(fit(config, 2**20, cuda=True).refusal)

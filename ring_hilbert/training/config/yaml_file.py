@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -35,7 +35,7 @@ def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, dict[str, Any
         config = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"config {path} cannot be read as YAML: {error}") from error
-    if not OmegaConf.is_dict(config):
+    if not isinstance(config, DictConfig):
         raise ValueError(f"config {path} must be a YAML mapping of sections (model, attention, data, ...), got a list")
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -29,8 +29,10 @@ class Saver:
 
     def __init__(self, device: torch.device, asynchronous: bool, timeout: float) -> None:
         self._on_cuda = device.type == "cuda"
-        # The thread's collectives must not share a group with the loop's.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        # The thread's collectives must not meet those of the loop in one group.
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+        self._group = group
         self._stager = self._make_stager() if asynchronous else None
         self._copied: Future[None] | None = None
 

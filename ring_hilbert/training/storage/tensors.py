@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,7 +81,7 @@ class Writer(StorageWriter):
         if items:
             parts = [(_name_of(item), _data_of(item)) for item in items]
             heads = [(name, data.properties.dtype, data.chunk.sizes) for name, data in parts]
-            tensors = (planner.resolve_data(item) for item in items)
+            tensors = (cast(Tensor, planner.resolve_data(item)) for item in items)
             written = _Written(plan.storage_data, write_safetensors(self.folder / plan.storage_data, heads, tensors))
             done.set_result([WriteResult(item.index, _size_of(item), written) for item in items])
         else:
