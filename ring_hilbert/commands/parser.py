@@ -13,7 +13,7 @@ class Parser(argparse.ArgumentParser):
 
     declare: Callable[[argparse.ArgumentParser], None] | None = None
 
-    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # overloads
         """As the base class."""
         declare, self.declare = self.declare, None
         if declare is not None:

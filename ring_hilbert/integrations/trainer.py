@@ -227,7 +227,7 @@ class SequenceParallelTrainer(Trainer):
         return {**batch, "labels": batch["shift_labels"]}
 
     def _check_logits(self, batch_size: int, length: int) -> None:
-        """Raise ValueError, on all ranks, if with those of a batch `[B, S]` logits become more than may be put together."""
+        """Raise ValueError, on all ranks, if a batch `[B, S]` brings the logits to be gathered above the limit."""
         lengths: Any = self.accelerator.gather(torch.tensor([length], device=self.args.device))
         longest = int(lengths.max())
         row, held = 4 * longest * self._text_config.vocab_size, self._logits_bytes

@@ -152,7 +152,7 @@ def compare(
         rh.reference.compare(rh.dilated_attention, q, k, v, pattern, backend="triton", document_ids=ids)
 
     Args:
-        attend: `rh.dilated_attention`, or what takes its arguments.
+        attend: `rh.dilated_attention`, or a callable with its arguments.
         q, k, v: of the call, `[B, S, H, D]` and twice `[B, S, Hkv, D]`, on one device; quadratic memory.
         pattern: of the call.
         dout: gradient of out, `[B, S, H, D]`; default random.

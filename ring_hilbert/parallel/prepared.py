@@ -65,12 +65,12 @@ class Prepared:
         strategy: how rows reach other ranks; "auto" is resolved by `strategy_for`.
         save_remote: whether received rows are kept for backward instead of being fetched again.
         rows: int64 `[1 or B, S_local]`, on the device of the batch: the natural token index of every local row.
-        position_ids: int64 `[B, S_local]`, what `shard_batch` returned as such, or None; integrations check that the
-            model was given them.
-        position_ids_checked: whether that was done for this batch.
-        handle: int64 `[]` on the CPU, what compiled graphs and autograd hold of these facts, and keep them alive by. So
-            nobody needs to keep this object until backward, but for one case: compiled code under hooks that save copies
-            of tensors (`torch.autograd.graph.save_on_cpu`).
+        position_ids: int64 `[B, S_local]`, those that `shard_batch` returned, or None; integrations check that the model was given
+            them.
+        position_ids_checked: whether that was checked for this batch.
+        handle: int64 `[]` on the CPU, by which compiled graphs and autograd refer to this metadata and keep it alive. So
+            nobody needs to keep this object until backward, except compiled code under hooks that save copies of tensors
+            (`torch.autograd.graph.save_on_cpu`).
     """
 
     def __init__(
@@ -198,8 +198,8 @@ class Prepared:
     def refresh(self, positions: Tensor | None = None, document_ids: Tensor | None = None) -> None:
         """Take another batch's positions and documents in place, on one device, of the same shapes and kinds as before.
 
-        Layers see them from their next launch on. Nothing is read by the host and nothing checked, so that it can be captured in
-        a CUDA graph together with forward and backward.
+        Layers see them from their next launch on. The host reads and checks nothing, so that this can be captured in a CUDA
+        graph together with forward and backward.
 
         Args:
             positions: integers `[S]` or `[B, S]`, as in `prepare`.

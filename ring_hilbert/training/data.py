@@ -29,7 +29,7 @@ class Sequences(Protocol):
 
     `dataset[i]` has `input_ids`, int64 [seq_len], and `document_ids`, int64 [seq_len]: 0, 1, 2, ... for the runs of
     documents in this sequence (an eos belongs to the document that it ends), -1 for padding. `len(dataset)` is the
-    number of sequences in an epoch; `i` goes on past it in training, and ends there in evaluation (IndexError).
+    number of sequences in an epoch; `i` may exceed it in training, but not in evaluation (IndexError).
     """
 
     def __len__(self) -> int: ...
@@ -38,9 +38,9 @@ class Sequences(Protocol):
 
 
 class PackedDataset(Sequences, Protocol):
-    """What a run trains or evaluates on.
+    """The data on which a run trains or evaluates.
 
-    `documents`: what the sequences are made of, by the name of the source in the configuration. `packings`: how, by the same name.
+    `documents`: the contents of the sequences, by the name of the source in the configuration; `packings`: likewise how packed.
     """
 
     documents: dict[str, Documents]

@@ -187,7 +187,7 @@ def checked(count: int) -> list[int]:
 
 
 def content_hash(ids: np.ndarray) -> np.uint64:
-    """A number for a document that only the same token ids share, whatever their dtype: eight bytes of BLAKE2b."""
+    """A document's hash, of its token ids whatever their dtype: eight bytes of BLAKE2b."""
     return np.frombuffer(hashlib.blake2b(ids.astype("<i4", copy=False).data, digest_size=8).digest(), dtype="<u8")[0]
 
 

@@ -46,7 +46,7 @@ class Fused(NamedTuple):
 def fuse(
     model: PreTrainedModel, config: RunConfig, device: torch.device, kinds: tuple[str, ...] = ("liger", "compile")
 ) -> Fused:
-    """Do what `train.fused` says to a model that will compute on `device`, before anything wraps its parts.
+    """Apply `train.fused` to a model that will compute on `device`, before anything wraps its modules.
 
     `kinds`: what may be done; the rest of what `train.fused` says is left.
 

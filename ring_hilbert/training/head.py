@@ -117,7 +117,7 @@ class _Given:
 
 
 def _with(module: nn.Module, replaced: Mapping[nn.Module | None, Any]) -> nn.Module:
-    """A copy of `module` with others in some places, without hooks; what is not on the way to them is shared, not copied."""
+    """A copy of `module` with some submodules replaced, without hooks; submodules off the path to them are shared, not copied."""
     copied = copy.copy(module)
     for hooks in HOOKS:
         setattr(copied, hooks, OrderedDict())

@@ -136,7 +136,7 @@ def join(backend: str, start: float, timeout: float, device: torch.device | None
 
 
 def _wait_for_all(store: Store, rank: int, size: int, start: float) -> None:
-    """Wait until every rank has said where it is; rank 0 tells for whom it waits."""
+    """Wait until every rank has registered; rank 0 reports for whom it waits."""
     keys = [f"host/{other}" for other in range(size)]
     began, tell = time.monotonic(), 10.0
     while not store.check(keys):

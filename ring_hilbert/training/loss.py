@@ -92,7 +92,7 @@ class _LinearLoss(torch.autograd.Function):
         (upstream,) = grad_outputs
         hidden, weight, bias, labels, *gradients = ctx.saved_tensors
         shape, scale = (*upstream.shape, hidden.shape[-1]), upstream.flatten()[:1].sum()
-        if any(upstream.stride()):  # not one number for all rows
+        if any(upstream.stride()):  # rows are weighted differently
             losses = upstream.new_empty(len(hidden))
             gradients = _sum_chunks(losses, hidden, weight, bias, labels, ctx.chunk, True, upstream.flatten())
             scale = torch.ones_like(scale)

@@ -228,7 +228,7 @@ class _Held(TorchDispatchMode):
     def __enter__(self) -> _Held:
         self._resize, held = torch.UntypedStorage.resize_, self
 
-        def resize_(self: torch.UntypedStorage, size: int) -> Any:  # how FSDP lets go of gathered parameters
+        def resize_(self: torch.UntypedStorage, size: int) -> Any:  # how FSDP frees gathered parameters
             result = held._resize(self, size)
             if id(self) in held._sizes:
                 held._gone(id(self))

@@ -82,7 +82,7 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """The model without values, on the meta device, in training mode: `Weights` fills it. `check_model` accepts it.
 
-    `device`: where it will compute, None if nowhere. `fusing`: further arguments of `fuse`.
+    `device`: on which it will compute, None if on none. `fusing`: further arguments of `fuse`.
     """
     with torch.device("meta"):
         model = make_model(hf_config)
@@ -92,7 +92,7 @@ def build_skeleton(
 def for_training(
     model: PreTrainedModel, config: RunConfig, device: torch.device | None, **fusing: Any
 ) -> PreTrainedModel:
-    """`model` in training mode, with the fused parts, the activation checkpointing and the tiled MLP of `config`.
+    """`model` in training mode, with the fused modules, activation checkpointing and tiled MLP of `config`.
 
     Raises:
         ValueError: if the layers have no `mlp` to tile, or `fuse` refuses.

@@ -67,7 +67,7 @@ def document_prefix(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None)
         text = tokenizer("a b", add_special_tokens=False)["input_ids"]
         whole = tokenizer("a b")["input_ids"]
         starts = [n for n in range(len(whole)) if text and whole[n : n + len(text)] == text]
-        return whole[: starts[-1]] if starts else []  # the last: "a b" may be unknown, and such a token stand ahead
+        return whole[: starts[-1]] if starts else []  # the last: "a b" may be unknown tokens, as may those before it
     if not bos:
         return []
     first = tokenizer.bos_token_id

@@ -70,7 +70,7 @@ class Watchdog:
         self.heard = {r.rank: Heard(r, patience) for r in reports if r.rank != self.report.rank}
         self._number, self._told, self._telling = 0, False, threading.Lock()
         shared: Any = _get_default_store()  # the stub lacks `clone`
-        self._store = shared.clone()  # a connection of its own: on the other one the run waits
+        self._store = shared.clone()  # a separate connection: the run blocks on the other one
         self._store.set_timeout(timedelta(seconds=SILENT))
         self._watched = threading.get_ident()
         self._seen: object = None

@@ -88,14 +88,14 @@ def outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def on_device() -> str | None:
-    """The first collective that NCCL has not completed, by PyTorch's flight recorder; None if there is none, or no NCCL."""
+    """The first collective that NCCL has not completed, by PyTorch's flight recorder; None if there is none or no NCCL."""
     dump = getattr(FLIGHT_RECORDER, "_dump_nccl_trace_json", None)
     entries = [] if dump is None else _entries(dump(includeCollectives=True, onlyActive=True))
     return _named(entries[0]) if entries else None
 
 
 def on_host() -> str | None:
-    """The last collective of Gloo that is not completed; between ranks two by two nothing is recorded."""
+    """Gloo's last incomplete collective; point-to-point messages are not recorded."""
     entries = _entries(FLIGHT_RECORDER._dump_fr_trace_json())
     return _named(entries[-1]) if entries and not entries[-1]["retired"] else None
 

@@ -52,7 +52,7 @@ def fill(engine: Any, reader: Reader) -> None:
 
 
 def _place_of(parameter: Any, engine: Any) -> tuple[Tensor, int, int, int] | None:
-    """The flat float32 tensor with this rank's part of a parameter, where in it, the part's first element, and how many."""
+    """The flat float32 tensor with this rank's part of a parameter, the offset in it, the part's first element, and its size."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         return parameter, 0, 0, parameter.numel()

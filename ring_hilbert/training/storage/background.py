@@ -29,7 +29,7 @@ class Saver:
 
     def __init__(self, device: torch.device, asynchronous: bool, timeout: float) -> None:
         self._on_cuda = device.type == "cuda"
-        # The thread's collectives must not meet those of the loop in one group.
+        # The thread's collectives must not share a group with the loop's.
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         assert isinstance(group, dist.ProcessGroup)  # every rank is in it
         self._group = group
