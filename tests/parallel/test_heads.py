@@ -25,7 +25,7 @@ def test_every_head_has_one_rank_and_its_kv_head_there(kv_heads: int, group: int
             for kv in range(kv_heads):
                 assert _spread([len(share.heads) for share in shares if kv in share.kv_heads]) <= 1
     with pytest.raises(
-        ValueError, match=f"{heads + 1} ranks are more than the {heads} heads of q; use 'exchange' or 'ring'"
+        ValueError, match=f"{heads + 1} ranks and only {heads} heads of q; use strategy 'exchange' or 'ring'"
     ):
         head_shares(heads, kv_heads, heads + 1)
 

@@ -67,7 +67,9 @@ def test_default_lengths_differ_by_one_row_at_most(seq_len: int, world: int):
 
 @pytest.mark.parametrize("lengths", [(3, 3), (4, 6), (4, 4, 2)])
 def test_a_zigzag_that_does_not_divide(lengths: tuple[int, ...]):
-    with pytest.raises(ValueError, match=f"do not divide; pad the sequence to a multiple of {2 * len(lengths)} rows"):
+    with pytest.raises(
+        ValueError, match=f"do not divide evenly; pad the sequence to a multiple of {2 * len(lengths)} rows"
+    ):
         Layout(lengths, "zigzag")
     with pytest.raises(ValueError, match="layout='spiral' is not supported; use one of 'contiguous', 'zigzag'"):
         Layout(lengths, "spiral")

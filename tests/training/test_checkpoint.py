@@ -274,7 +274,7 @@ def test_weights_of_another_model_are_refused(texts: Path, four_steps: Path, tmp
     for changes, match in (
         ({"model__config__num_hidden_layers": 1}, "its exp_avg of model.layers.1.* is not in this one"),
         ({"model__config__num_hidden_layers": 3}, "it has no exp_avg of model.layers.2"),
-        ({"model__config__intermediate_size": 96}, r"mlp.down_proj.weight is \[32, 64\], and \[32, 96\] here"),
+        ({"model__config__intermediate_size": 96}, r"mlp.down_proj.weight is \[32, 64\], but \[32, 96\] here"),
     ):
         with pytest.raises(ValueError, match=f"step_00000004/engine is of another model: .*{match}"):
             pretrain(config_in(texts, tmp_path, 1, **init, **changes))
