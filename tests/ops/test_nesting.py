@@ -7,19 +7,19 @@ import itertools
 import math
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ring_hilbert as rh
 from ring_hilbert.ops.nesting import Chain, chains, nested
 
-PERIOD = 96  # rows after which all segments and rates of the patterns below begin anew
+PERIOD = 48  # rows after which all segments and rates of the patterns below begin anew
 
 
 @st.composite
 def patterns(draw: st.DrawFn) -> rh.DilatedPattern:
     """Lengths and rates of which many divide each other."""
-    branches = st.tuples(st.sampled_from([3, 4, 6, 8, 12, 16, 24, 48, None]), st.sampled_from([1, 2, 3, 4, 6, 8]))
+    branches = st.tuples(st.sampled_from([4, 6, 8, 12, 24, 48, None]), st.sampled_from([1, 2, 3, 4, 6]))
     drawn = draw(st.lists(branches.filter(lambda b: b[0] is None or b[1] <= b[0]), min_size=1, max_size=4))
     lengths, rates = zip(*drawn, strict=True)
     shift, rule = draw(st.integers(-5, 5)), draw(st.sampled_from(["modulo", "block"]))
@@ -51,6 +51,7 @@ def is_nested(pattern: rh.DilatedPattern, inner: rh.Branch, outer: rh.Branch, he
 
 
 @given(patterns(), st.integers(1, 5))
+@settings(max_examples=400, deadline=None)
 def test_the_branches_of_a_chain_lie_within_each_other(pattern: rh.DilatedPattern, heads: int):
     found = chains(pattern, heads)
     assert Counter(branch for chain in found for branch in chain.branches) == Counter(pattern.branches)
