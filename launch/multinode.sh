@@ -39,16 +39,21 @@ done
 venv=${RING_HILBERT_VENV:-.venv}
 [ ! -e "$venv/bin/activate" ] || . "$venv/bin/activate"
 python=$(command -v python || command -v python3)
-read -r address found is_head devices < <("$python" -m ring_hilbert.training.hosts "$head" "$port")
-[ "$address" != None ] || usage "there is no route from this host to $head"
+read -r address found is_head devices < <("$python" -m ring_hilbert.training.hosts "$head" "$port" ${interface:+"$interface"})
+[ "$address" != None ] || usage "there is no route from this host to $head${interface:+, or no address of $interface}"
+case $hosts:$address in
+    1:*) ;;
+    *:127.* | *:::1) usage "$head leads to the loopback of this host; give --head an address that the others reach, or --interface" ;;
+esac
 gloo=${interface:-${GLOO_SOCKET_IFNAME:-$found}}
 [ "$gloo" = None ] || export GLOO_SOCKET_IFNAME=$gloo
 [ -z "$interface" ] || export NCCL_SOCKET_IFNAME=$interface
 ranks=${ranks:-$((devices > 0 ? devices : 1))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > ranks ? $(nproc) / ranks : 1))}
 
+answers() { timeout 5 bash -c ': <>"/dev/tcp/$0/$1"' "$head" "$port" 2>/dev/null; }
 if [ "$is_head" = 0 ]; then # torchrun would wait too, but as long for every answer of a head that is gone
-    until (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; do
+    until answers; do
         [ $((SECONDS % 30)) -ne 0 ] || echo "waiting for $head:$port" >&2
         [ "$SECONDS" -lt 1800 ] || usage "nothing answers at $head:$port; see that this command runs there, and that the port is open"
         sleep 1
@@ -63,13 +68,32 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 setsid "$python" -m torch.distributed.run --nnodes "$hosts" --nproc-per-node "$ranks" --max-restarts "$restarts" --local-addr "$address" \
     --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$id" --rdzv-conf "is_host=$is_head,read_timeout=20" \
     -m ring_hilbert.cli "$@" &
-agent=$! told=''
+agent=$! told='' lost=''
 trap 'told=yes; kill -TERM "$agent" 2>/dev/null || true' TERM USR1 INT
-status=0
-wait "$agent" || status=$?
-while kill -0 "$agent" 2>/dev/null; do # a signal ended `wait`, not the agent
-    status=0
-    wait "$agent" || status=$?
+
+working() { # whether a rank is there; those that have ended stay zombies where torchrun does not look
+    local child
+    for child in $(cat "/proc/$agent/task/"*/children 2>/dev/null || echo "$agent"); do
+        grep -q '^State:[[:space:]]*Z' "/proc/$child/status" 2>/dev/null || return 0
+    done
+    return 1
+}
+
+# Cut off from the head, torchrun waits for one answer as long as TCP tries, a quarter of an hour and more, whatever its time limits
+# are, and hears no signal. Without ranks and without the head it has nothing left to wait for.
+alone=$SECONDS
+while kill -0 "$agent" 2>/dev/null; do
+    sleep 1 || true
+    if [ "$is_head" = 1 ] || working || answers; then
+        alone=$SECONDS
+    elif [ $((SECONDS - alone)) -gt 20 ]; then
+        echo "multinode.sh: $head:$port has not answered for $((SECONDS - alone)) s, and no rank is left here: torchrun is ended" >&2
+        lost=yes
+        kill -KILL "$agent" 2>/dev/null || true
+    fi
 done
+status=0
+wait "$agent" 2>/dev/null || status=$?
+[ -z "$lost" ] || status=1
 [ -z "$told" ] || status=75
 exit "$status"

@@ -13,6 +13,7 @@ import shutil
 import socket
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from ring_hilbert.training.content import contents, differences
 from ring_hilbert.training.documents import Documents
 from ring_hilbert.training.engine import Engine
 from ring_hilbert.training.random_state import random_file, read_random, seed_rank, write_random
-from ring_hilbert.training.resume import check_engine, check_run, choose, engine_of, newest_whole
+from ring_hilbert.training.resume import check_engine, check_model, check_run, choose, engine_of, newest_whole
+from ring_hilbert.training.schedule import with_decay_steps
 from ring_hilbert.training.storage.background import first_failure
 from ring_hilbert.training.storage.folder import (
     ENGINE,
@@ -119,7 +121,7 @@ class Checkpoints:
         """The newest checkpoint of the run in `checkpoint.init`, None if that is not set.
 
         Raises:
-            ValueError: if there is none, it is damaged, or this engine cannot load it.
+            ValueError: if there is none, it is damaged, this engine cannot load it, or its weights mean something else here.
         """
         if self.config.checkpoint.init is None:
             return None
@@ -131,6 +133,7 @@ class Checkpoints:
             raise ValueError(f"checkpoint.init: there is no checkpoint in {folder}")
         self.notes += choice.notes
         self.world.from_main(lambda: check_engine(path, self.config, self.world.size, "checkpoint.init"))
+        self.notes += self.world.from_main(lambda: check_model(path, self.config))
         return path
 
     def start_from(self, path: Path, engine: Engine) -> None:
@@ -262,10 +265,14 @@ class Checkpoints:
 
 
 def finished(config: RunConfig) -> bool:
-    """Whether the run's last step is saved and its model exported."""
+    """Whether the run's last step is saved and its model exported, and its configuration still the same."""
     folder = Path(config.checkpoint.dir)
     done = checkpoints_in(folder)
-    return bool(done) and (folder / EXPORT).is_dir() and step_of(done[-1]) >= config.train.steps
+    if not done or not (folder / EXPORT).is_dir() or step_of(done[-1]) < config.train.steps:
+        return False
+    with suppress(ValueError):  # that it is damaged the run itself will say
+        return read_run(done[-1])["digest"] == with_decay_steps(config).digest()
+    return False
 
 
 def _room(folder: Path, step: int, needed: int) -> str:

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hosts of a run: which one this is, which of its interfaces leads to the first, and how the ranks find each other.
 
-As a command for launchers: `python -m ring_hilbert.training.hosts 10.0.0.1 29400` prints this host's address and interface
-towards 10.0.0.1, whether the ranks should meet here, at port 29400 (1 or 0), and the number of CUDA devices.
+As a command for launchers: `python -m ring_hilbert.training.hosts 10.0.0.1 29400 [eth0]` prints this host's address and
+interface towards 10.0.0.1 (or of eth0), whether the ranks should meet here, at port 29400 (1 or 0), and the number of CUDA devices.
 """
 
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import os
 import socket
 import struct
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,7 +25,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
+ANYWHERE = "192.0.2.1"  # reserved for documentation: only the default route leads there
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+SLACK = 10.0  # seconds by which the store may miss a time limit
+STATUS = 70  # of a process that ends a hang by ending itself
 
 
 def identity() -> str:
@@ -61,19 +67,29 @@ def is_local(host: str, port: int = 0) -> bool:
     return False
 
 
+def reachable_address(head: str) -> str | None:
+    """`local_address`, but on the head itself, whose own name often leads to its loopback, that of the default route."""
+    address = local_address(head)
+    if address is not None and ipaddress.ip_address(address).is_loopback:
+        return local_address(ANYWHERE) or address
+    return address
+
+
 def interface_of(address: str | None) -> str | None:
     """The interface with this IPv4 address; None if not known (on systems other than Linux)."""
     if sys.platform != "linux" or address is None:
         return None
+    return next((name for _, name in socket.if_nameindex() if address_of(name) == address), None)
+
+
+def address_of(interface: str) -> str | None:
+    """The IPv4 address of an interface of this host; None if it has none, or there is no such interface. Linux."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has none
-                continue
-            if socket.inet_ntoa(found[20:24]) == address:
-                return name
-    return None
+        try:
+            found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return None
+    return socket.inet_ntoa(found[20:24])
 
 
 def gloo_address() -> str:
@@ -104,28 +120,32 @@ def join(backend: str, start: float, timeout: float, device: torch.device | None
     head = os.environ.get("MASTER_ADDR", "")
     place = f"{head}:{os.environ.get('MASTER_PORT', '')}"
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=start)))
+        with answered(start):
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=start)))
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"rank {rank} on {socket.gethostname()}: {place} (MASTER_ADDR, MASTER_PORT) did not answer within {start:g} s; see "
             f"that the address is right, its port open, and that the first host was started: {error}"
         ) from error
-    store.set(f"host/{rank}", identity())
-    _wait_for_all(store, rank, size, start)
+    with answered(start):
+        store.set(f"host/{rank}", identity())
+        _wait_for_all(store, rank, size, start)
+        several = len({store.get(f"host/{other}") for other in range(size)}) > 1
     address = local_address(head)
-    if "GLOO_SOCKET_IFNAME" not in os.environ and len({store.get(f"host/{other}") for other in range(size)}) > 1:
+    if "GLOO_SOCKET_IFNAME" not in os.environ and several:
         interface = interface_of(address)
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
-        dist.init_process_group(
-            backend,
-            store=PrefixStore("group", store),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=start),
-            device_id=device,
-        )
+        with answered(start):
+            dist.init_process_group(
+                backend,
+                store=PrefixStore("group", store),
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=start),
+                device_id=device,
+            )
     except RuntimeError as error:
         raise ValueError(
             f"rank {rank} on {socket.gethostname()}: all ranks found {place}, but do not reach each other. Here Gloo took "
@@ -133,6 +153,28 @@ def join(backend: str, start: float, timeout: float, device: torch.device | None
             f"every host to the interface towards the others (NCCL_SOCKET_IFNAME as well, with CUDA), or open its ports: {error}"
         ) from error
     _set_pg_timeout(timedelta(seconds=timeout))
+
+
+@contextmanager
+def answered(seconds: float) -> Iterator[None]:
+    """End this process where the ranks do not meet in the block in so many seconds and a little more, and say so.
+
+    By itself the store waits for an answer as long as TCP tries, for ever where the process that keeps it is stopped; its time
+    limits are for keys that nobody sets.
+    """
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    text = (
+        f"ring-hilbert: rank {os.environ.get('RANK', 0)} on {socket.gethostname()}: the store at {place}, where ranks meet, has "
+        f"not answered for {seconds + SLACK:g} s; the process that keeps it is stopped, or this host was cut off from it; "
+        f"timeouts.start is {seconds:g} s\n"
+    )
+    timer = threading.Timer(seconds + SLACK, lambda: (os.write(2, text.encode()), os._exit(STATUS)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _wait_for_all(store: Store, rank: int, size: int, start: float) -> None:
@@ -176,6 +218,6 @@ def _resolved(host: str) -> list[tuple]:
 
 
 if __name__ == "__main__":
-    head, port = sys.argv[1:]
-    out = local_address(head)
+    head, port, *named = sys.argv[1:]
+    out = address_of(named[0]) if named else reachable_address(head)
     print(out, interface_of(out), int(is_local(head, int(port))), torch.cuda.device_count())  # noqa: T201

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import resource
@@ -140,8 +141,8 @@ def _continue_file(path: Path, resumed_from: int | None) -> set[tuple[str, int]]
     if not path.exists():
         return set()
     if resumed_from is None:
-        taken = sum(1 for _ in path.parent.glob("metrics.*.jsonl"))
-        path.rename(path.with_name(f"metrics.{taken}.jsonl"))
+        names = (path.with_name(f"metrics.{number}.jsonl") for number in itertools.count())
+        path.rename(next(name for name in names if not name.exists()))
         return set()
     kept = [line for line in read_metrics(path) if line["step"] <= resumed_from]
     shorter = path.with_suffix(".tmp")

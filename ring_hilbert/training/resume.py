@@ -18,6 +18,9 @@ from ring_hilbert.training.storage.folder import COMMON, checkpoint_at, checkpoi
 from ring_hilbert.training.storage.manifest import check_files, read_manifest
 from ring_hilbert.training.world import RankError, World
 
+# Keys of a model's configuration that give tensors of the same shapes another meaning.
+MEANING = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim")
+
 
 @dataclass
 class Choice:
@@ -90,6 +93,27 @@ def check_run(path: Path, config: RunConfig, data: Mapping[str, Documents], rank
             "number in the data as they are now: in the current epoch, documents may be read twice or never"
         )
     return [f"accepted by checkpoint.changed_data: {change}" for change in changes]
+
+
+def check_model(path: Path, config: RunConfig) -> list[str]:
+    """Whether the weights in the checkpoint of `checkpoint.init` mean in this model what they meant in theirs, shapes aside.
+
+    Returns the values that differ, as the user should know of them.
+
+    Raises:
+        ValueError: one of `MEANING` does.
+    """
+    theirs, ours = read_run(path)["identity"]["model"], config.identity()["model"]
+    values = [(key, *((model["config"] or {}).get(key) for model in (theirs, ours))) for key in MEANING]
+    other = [
+        f"model.config.{key}: {old}, now {new}" for key, old, new in values if None not in (old, new) and old != new
+    ]
+    if other:
+        raise ValueError(f"checkpoint.init: {path} is of another model: {', '.join(other)}; give this one its values")
+    return [
+        f"checkpoint.init has weights of a model with another {change}"
+        for change in _differences(theirs, ours, "model")
+    ]
 
 
 def check_engine(path: Path, config: RunConfig, ranks: int, key: str) -> None:
@@ -174,9 +198,9 @@ def _what_then(before: list[int], folder: Path, key: str) -> str:
     )
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """`key: old, now new` for every leaf of the two configurations that differs."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+def _differences(old: dict[str, Any], new: dict[str, Any], section: str = "") -> Iterator[str]:
+    """`key: old, now new` for every leaf of the two configurations, or of a section of them, that differs."""
+    before, after = dict(_leaves(old, section)), dict(_leaves(new, section))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             yield f"{key}: {before.get(key)}, now {after.get(key)}"

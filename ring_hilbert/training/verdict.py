@@ -17,12 +17,20 @@ SILENT = 5.0  # seconds without a message after which a rank counts as stopped, 
 NAMED = 4  # most ranks named in a message
 
 
+def _machine() -> str:
+    """Equal on two ranks that see each other's processes by their numbers; containers of one host need not."""
+    try:
+        return f"{identity()} {Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return identity()
+
+
 @dataclass(frozen=True)
 class Report:
     """A rank's report on itself.
 
     Attributes:
-        machine: see `hosts.identity`.
+        machine: see `_machine`.
         whereabouts, collective: as in `Whereabouts` and `collective_of`.
         idle: seconds since anything last moved.
         progress: of long work, for those that wait.
@@ -33,7 +41,7 @@ class Report:
 
     rank: int
     host: str = field(default_factory=socket.gethostname)
-    machine: str = field(default_factory=identity)
+    machine: str = field(default_factory=_machine)
     pid: int = field(default_factory=os.getpid)
     whereabouts: str = ""
     collective: str | None = None

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 
 from ring_hilbert.training.config import TimeoutsConfig
+from ring_hilbert.training.hosts import STATUS
 from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.verdict import SILENT, Heard, Report, verdict
 from ring_hilbert.training.whereabouts import FLIGHT_RECORDER, Whereabouts, collective_of, on_device, on_host, outwards
@@ -35,7 +37,6 @@ from ring_hilbert.training.whereabouts import FLIGHT_RECORDER, Whereabouts, coll
 EVERY = 1.0  # seconds between two reports of a rank
 LOOK = 0.25  # seconds between two checks of the limits
 READ = 64  # most reports of others that a rank reads per second
-STATUS = 70  # exit status of a process ended by the watchdog
 
 
 class RankLost(RuntimeError):
@@ -101,15 +102,16 @@ class Watchdog:
             time.sleep(3 * SILENT)
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         collective = collective_of(reversed(frames))
-        if collective is None and not ("gloo" in str(error) or "NCCL" in str(error)):
-            self._tell(failure=f"{type(error).__name__}: {error}"[:1000])
+        of_backend = isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
+        if collective is None and not of_backend:
+            _within(SILENT, partial(self._tell, failure=f"{type(error).__name__}: {error}"[:1000]))
             return None
         machine, until = self.report.machine, time.monotonic() + SILENT + 2 * EVERY
         with StopSignals():  # a launcher ends all ranks as soon as it sees the first one exit
             while time.monotonic() < until:
                 others = [h for h in self.heard.values() if not h.report.leaving]
                 if any(heard.absent(machine) or heard.report.failure for heard in others):
-                    self._tell(leaving=True)
+                    _within(SILENT, partial(self._tell, leaving=True))
                     time.sleep(EVERY + LOOK)  # until it is known which ranks have left for the same reason
                     return self.verdict(collective)
                 time.sleep(LOOK)
@@ -127,7 +129,7 @@ class Watchdog:
             self._hurry.clear()
 
     def _tell(self, **last: Any) -> None:
-        """Send a report; `last`: fields of the final one."""
+        """Send a report; `last`: fields of the final one. Cut off from the store it takes as long as TCP tries."""
         with self._telling:
             if not self._told:
                 self._told, self._number = bool(last), self._number + 1
@@ -173,9 +175,9 @@ class Watchdog:
         if idle // SILENT != self.report.idle // SILENT:  # not at every check: it takes time
             self._recorded = on_device() or collective or on_host() if idle else None
         collective = self._recorded or collective
-        bars = [str(bar) for bar in list(tqdm._instances)] if self.whereabouts.phase == "data" else []  # type: ignore[attr-defined]
+        progress = _bars() if self.whereabouts.phase == "data" else ""
         self.report = replace(
-            self.report, whereabouts=str(self.whereabouts), collective=collective, idle=idle, progress=" ".join(bars)
+            self.report, whereabouts=str(self.whereabouts), collective=collective, idle=idle, progress=progress
         )
         for heard in self.heard.values():
             heard.silence += passed
@@ -203,6 +205,13 @@ class Watchdog:
         dump = getattr(FLIGHT_RECORDER, "_dump_nccl_trace", None) or FLIGHT_RECORDER._dump_fr_trace
         (self.folder / f"flight_{self.report.rank}").write_bytes(dump())
         _say(f"rank {self.report.rank}: stacks and the flight recorder's trace are in {self.folder.absolute()}")
+
+
+def _bars() -> str:
+    """The progress bars of this process; empty at a moment at which another thread makes or ends one."""
+    with suppress(AttributeError, RuntimeError):
+        return " ".join(map(str, list(tqdm._instances)))  # type: ignore[attr-defined]
+    return ""
 
 
 def _say(text: str) -> None:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ring_hilbert.training.config import ParallelConfig, TimeoutsConfig
-from ring_hilbert.training.hosts import join
+from ring_hilbert.training.hosts import answered, join
 from ring_hilbert.training.verdict import Report
 from ring_hilbert.training.watchdog import RankLost, Watchdog, first_reports
 from ring_hilbert.training.whereabouts import Phase, Whereabouts
@@ -198,7 +198,8 @@ def open_world(
         group = dist.group.WORLD
         assert group is not None
         whereabouts, prefix = Whereabouts(), f"ring_hilbert/world {next(_worlds.setdefault(group, itertools.count()))}"
-        reports = first_reports(prefix)
+        with answered(timeouts.start):
+            reports = first_reports(prefix)
         timeout = timedelta(seconds=timeouts.longest)
         with Watchdog(whereabouts, timeouts, reports, hangs, prefix) if size > 1 else nullcontext() as watchdog:
             try:

@@ -35,9 +35,17 @@ class Hosts:
                 cwd=ROOT, stdout=file, stderr=file, start_new_session=True,
             )  # fmt: skip
 
+    def run(self, host: int, *command: str) -> None:
+        """A command on a host, to its end."""
+        _ip("netns", "exec", self.names[host], *command)
+
     def link(self, state: str) -> None:
-        """Cut the link ("down") or mend it ("up")."""
-        _ip("-n", self.names[1], "link", "set", "veth0", state)
+        """Cut the link ("down": no carrier, which the hosts see; "lost": frames vanish, which they do not) or mend it ("up")."""
+        _ip("-n", self.names[1], "link", "set", "veth0", "down" if state == "down" else "up")
+        if state != "down":
+            nowhere = ("lladdr", "02:00:00:00:00:00", "nud", "permanent") if state == "lost" else ("nud", "failed")
+            for name, other in zip(self.names, reversed(ADDRESSES), strict=True):
+                _ip("-n", name, "neigh", "replace", other, "dev", "veth0", *nowhere)
 
 
 @contextmanager

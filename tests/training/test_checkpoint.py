@@ -278,6 +278,22 @@ def test_weights_of_another_model_are_refused(texts: Path, four_steps: Path, tmp
     ):
         with pytest.raises(ValueError, match=f"step_00000004/engine is of another model: .*{match}"):
             pretrain(config_in(texts, tmp_path, 1, **init, **changes))
+    same_shapes = {"model__config__num_attention_heads": 2, "model__config__num_key_value_heads": 1}
+    with pytest.raises(
+        ValueError, match=r"another model: model.config.num_attention_heads: 4, now 2, model.config.num_key"
+    ):
+        pretrain(config_in(texts, tmp_path, 1, **init, **same_shapes))
+
+
+def test_values_that_a_model_may_change_are_told(
+    texts: Path, four_steps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = {"checkpoint__init": str(four_steps / "checkpoints"), "model__config__rms_norm_eps": 1e-4}
+    pretrain(config_in(texts, tmp_path, 1, **init))
+    assert (
+        "checkpoint.init has weights of a model with another model.config.rms_norm_eps: None, now 0.0001"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_renamed_checkpoint_is_refused(texts: Path, four_steps: Path, tmp_path: Path) -> None:

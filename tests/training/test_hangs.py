@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import multiprocessing
 import os
@@ -11,18 +12,25 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training import watchdog as watchdog_module
+from ring_hilbert.training.config import ParallelConfig, RunConfig
 from ring_hilbert.training.watchdog import STATUS, RankLost
+from ring_hilbert.training.world import open_world
 from tests.harness.deepspeed_rank import zero
+from tests.harness.ranks import run_ranks
 from tests.harness.tiny_run import tiny_config, write_texts
 
 WORLD, LIMIT = 4, 8.0  # ranks, and seconds of timeouts.step
@@ -134,6 +142,56 @@ def check_stop(folder: Path, seed: int, **changes: Any) -> list[str]:
 
 def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     check_stop(tmp_path, 0)
+
+
+def fail_cut_off(rank: int, world_size: int, parallel: ParallelConfig) -> float:
+    """Seconds until the other rank's own exception is out, though the store answers nothing."""
+    began, link, kept = time.monotonic(), threading.Event(), watchdog_module.SILENT
+    watchdog_module.SILENT = 0.5
+    try:
+        with open_world(parallel) as world:
+            if rank == 1:
+                assert world.watchdog is not None
+                world.watchdog._store = SimpleNamespace(set=lambda *_: link.wait(60), multi_get=lambda _: [])
+                time.sleep(2 * watchdog_module.EVERY)  # until a report is on its way
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+    finally:
+        link.set()
+        watchdog_module.SILENT = kept
+    return time.monotonic() - began
+
+
+def test_an_error_is_not_held_back_where_nobody_can_be_told(tmp_path: Path) -> None:
+    assert run_ranks(fail_cut_off, 2, tiny_config(tmp_path, parallel__sp=2).parallel)[1] < 20
+
+
+def hear_failure(rank: int, world_size: int, parallel: ParallelConfig) -> str:
+    """What rank 0 hears of rank 1."""
+    with suppress(FileNotFoundError), open_world(parallel) as world:
+        if rank == 1:
+            raise FileNotFoundError("/data/igloo/text")  # no error of Gloo
+        assert world.watchdog is not None
+        deadline = time.monotonic() + 20
+        while not world.watchdog.heard[1].report.failure and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return world.watchdog.heard[1].report.failure
+    return ""
+
+
+def test_an_error_of_its_own_is_told(tmp_path: Path) -> None:
+    found = run_ranks(hear_failure, 2, tiny_config(tmp_path, parallel__sp=2).parallel)
+    assert found == ["FileNotFoundError: /data/igloo/text", ""]
+
+
+def test_a_bar_that_is_just_being_made_does_not_end_the_watchdog() -> None:
+    half = tqdm.__new__(tqdm)  # as another thread sees it
+    assert watchdog_module._bars() == ""
+    half.disable = True
+    del half
+    with tqdm(total=3, desc="tokenising", file=io.StringIO()):
+        assert "tokenising" in watchdog_module._bars()
 
 
 @pytest.mark.full

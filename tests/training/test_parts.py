@@ -142,6 +142,11 @@ def test_metrics_continue(tmp_path: Path) -> None:
         metrics.write("train", 1, loss=9.0)
     assert (tmp_path / "metrics.0.jsonl").read_bytes() == before
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [9.0]
+    (tmp_path / "metrics.0.jsonl").rename(tmp_path / "metrics.1.jsonl")
+    for _ in range(2):
+        with Metrics(config, world, None):
+            pass
+    assert (tmp_path / "metrics.1.jsonl").read_bytes() == before
 
 
 def disagree(rank: int, world_size: int, folder: Path, kind: str) -> None:

@@ -290,6 +290,12 @@ def test_stages(tmp_path: Path, texts: Path) -> None:
     ]
     assert evaluations[-1]["step"] == 3 and evaluations[-1]["loss"] < first.eval_loss
     assert run_ranks(run_stages, 2, path, None)[0] is None
+    other = tmp_path / "other.yaml"
+    other.write_text(path.read_text().replace("stages:\n  short: {}", "stages:\n  short: {optim: {lr: 0.5}}"))
+    with pytest.raises(
+        ValueError, match=r"short.* was written by a run with another configuration: optim.lr: 0.003, now 0.5"
+    ):
+        run_ranks(run_stages, 2, other, None)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "long" / "model")
     assert loaded.config.max_position_embeddings == 4 * SEQ_LEN
     assert loaded.config.rope_parameters["rope_type"] == "linear"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
@@ -66,6 +67,18 @@ def test_states_of_processes_of_this_machine() -> None:
     gone = heard(1, machine="here", pid=2**22 + 1)
     assert gone.absent("here") == ("has ended" if sys.platform == "linux" else "")
     assert gone.absent("elsewhere") == ""
+
+
+@pytest.mark.full
+def test_processes_of_another_container_are_not_looked_for() -> None:
+    """It may have this host's network and not its numbers of processes."""
+    command = "from ring_hilbert.training.verdict import Report; print(Report(0).machine)"
+    inside = subprocess.run(
+        ["unshare", "--pid", "--fork", sys.executable, "-c", command], capture_output=True, text=True, check=False
+    )
+    if inside.returncode:
+        pytest.skip(f"namespaces are not permitted here: {inside.stderr}")
+    assert inside.stdout.strip() != Report(0).machine
 
 
 def test_reports_survive_the_store() -> None:
