@@ -16,6 +16,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.parallel.planning import order_warnings
 from ring_hilbert.training.config_errors import describe
 from ring_hilbert.training.config_yaml import read_yaml
 
@@ -441,6 +444,19 @@ class RunConfig(Section):
             raise ValueError(
                 f"attention.order.grid {order.grid} has {cells} cells, data.seq_len is {length}: make them equal"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _order(self) -> RunConfig:
+        attention = self.attention
+        order = None if attention.order is None else TokenOrder(**attention.order.model_dump(exclude_none=True))
+        own = {layer.segment_shift for layer in attention.layers.values() if not layer.dense}
+        for shift in sorted({attention.segment_shift} | {shift for shift in own if shift is not None}):
+            pattern = DilatedPattern(
+                tuple(attention.segment_lengths), tuple(attention.dilation_rates), segment_shift=shift
+            )
+            for fault in order_warnings(pattern, order, True, self.data.seq_len):
+                raise ValueError(f"attention: {fault}")
         return self
 
     def identity(self) -> dict[str, Any]:
