@@ -147,6 +147,46 @@ def add_export(commands: Any) -> None:
     parser.set_defaults(run=_export)
 
 
+SCORE_EXAMPLES = """\
+examples:
+  ring-hilbert score --model runs/quickstart/checkpoints/final --data /my/held_out --json score.json
+  torchrun --nproc-per-node 8 -m ring_hilbert.cli score --model /my/model --data /my/rows.jsonl --seq-len 1048576
+  ring-hilbert score --model /my/model --tasks my_task --include-path /my/tasks      # pip install 'ring_hilbert[lm-eval]'
+
+Ranks share every sequence; each holds the whole model. A folder without ring_hilbert settings is scored with dense attention.
+"""
+
+
+def add_score(commands: Any) -> None:
+    """`ring-hilbert score`: the loss of a saved model on documents, by position."""
+    parser = commands.add_parser(
+        "score",
+        help="loss of a saved model on documents, by position, alone or under torchrun; likelihood tasks of lm-eval",
+        description="Score documents with a saved model: mean loss in nats per token, and by position. Nothing is generated.",
+        epilog=SCORE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, type=Path, metavar="FOLDER", help="a model saved for Transformers")
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="files, folders or globs of documents to score")
+    parser.add_argument(
+        "--field", default="text", help="where JSON values and Parquet rows hold the text; default: text"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help='a folder, or "bytes"; default: what the model was saved with'
+    )
+    parser.add_argument(
+        "--seq-len", type=int, metavar="S", help="tokens of a sequence; default: all the model's positions"
+    )
+    parser.add_argument("--sequences", type=int, metavar="N", help="score so many, spread evenly; default: all")
+    parser.add_argument("--dtype", default="auto", help="of the weights; default: what the folder says")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    tasks = parser.add_argument_group("tasks of lm-eval, instead of --data")
+    tasks.add_argument("--tasks", nargs="+", metavar="TASK", help="likelihood tasks: multiple choice, perplexity")
+    tasks.add_argument("--include-path", metavar="FOLDER", help="where tasks of your own are")
+    tasks.add_argument("--limit", type=int, metavar="N", help="examples of a task; default: all")
+    parser.set_defaults(run=_score)
+
+
 def add_bench(commands: Any) -> None:
     """`ring-hilbert bench <measurement>`: measure and keep the rows; each measurement declares its own flags."""
     from ring_hilbert.bench.command import add_measurements
@@ -277,6 +317,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_data_info,
     add_convert,
     add_export,
+    add_score,
     add_plan,
     add_check,
     add_bench,
@@ -349,6 +390,24 @@ def _export(chosen: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"ring-hilbert export: error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _score(chosen: argparse.Namespace) -> int:
+    from ring_hilbert.bench.scoring import run
+    from ring_hilbert.training.watchdog import RankLost
+    from ring_hilbert.training.world import RankError
+
+    try:
+        run(chosen)
+    except (ValueError, OSError) as error:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, RankError):
+            print(f"ring-hilbert score: error: {error}", file=sys.stderr)
+        return 2
+    except RankLost as error:
+        print(f"ring-hilbert score: error: {error}: {error.__cause__}", file=sys.stderr)
+        return 1
     return 0
 
 
