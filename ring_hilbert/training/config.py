@@ -67,11 +67,12 @@ class OrderConfig(Section):
 
 
 class LayerConfig(Section):
-    """What one layer does differently: its own shifts, or plain dense attention."""
+    """What one layer does differently: its own shifts, only the first so many `branches`, or plain dense attention."""
 
     dense: bool = False
     head_shift: int | None = None
     segment_shift: int | None = None
+    branches: int | None = Field(default=None, ge=1)
 
 
 class AttentionConfig(Section):
@@ -107,6 +108,12 @@ class AttentionConfig(Section):
         for branch, (w, r) in enumerate(zip(lengths, rates, strict=True)):
             if r < 1 or (w is not None and not r <= w):
                 raise ValueError(f"branch {branch} needs 1 <= dilation rate <= segment length, got {r} and {w}")
+        for number, layer in self.layers.items():
+            if layer.branches is not None and (layer.dense or layer.branches > len(lengths)):
+                raise ValueError(
+                    f"layers.{number} keeps {layer.branches} of {len(lengths)} branches{' and is dense' * layer.dense}; keep 1 to "
+                    f"{len(lengths)} of them, or make it dense"
+                )
         if self.offset_rule == "block" and self.head_shift not in (0, "auto"):
             raise ValueError(f"offset_rule: block allows only head_shift 0 or auto, got {self.head_shift}; use modulo")
         return self

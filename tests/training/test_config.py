@@ -156,6 +156,8 @@ def test_overrides_of_list_elements_that_are_not_there(file: Path, override: str
         ),
         ("attention.dilation_rates=[0, 1]", "branch 0 needs 1 <= dilation rate <= segment length, got 0 and 256"),
         ("attention.order.block=0", "attention.order.block: got 0"),
+        ("attention.layers.1.branches=3", "layers.1 keeps 3 of 2 branches; keep 1 to 2 of them"),
+        ("attention.layers={1: {branches: 1, dense: true}}", "layers.1 keeps 1 of 2 branches and is dense"),
         ("attention.order.grid=[32, 32]", "attention.order: give exactly one of `block`"),
         ("attention.order={grid: [30, 30]}", "attention.order.grid [30, 30] has 900 cells, data.seq_len is 1024"),
         ("attention.head_shift=sideways", "attention.head_shift: got 'sideways'"),
