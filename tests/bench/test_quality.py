@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ring_hilbert.bench.quality import page, tasks
+from ring_hilbert.bench.quality import documents, page
 from ring_hilbert.bench.quality.outcome import Outcome, Run, bootstrap, equal_seconds, holm
 from ring_hilbert.bench.quality.runs import curve
 from ring_hilbert.bench.quality.table import FAIR, Table, load_table
@@ -112,7 +112,7 @@ def test_pairs_are_asked_for_where_it_is_said(faithful: bool) -> None:
     right, distances = [], []
     for _ in range(60):
         document = np.full(task.seq_len - 1, ord(" "), np.uint8)
-        answers = tasks._add_pairs(document, task, random)
+        answers = documents._add_pairs(document, task, random)
         text = document.tobytes().decode()
         assert len(re.findall("<[A-Z]{4}=[a-d]>", text)) == len(re.findall(r"<[A-Z]{4}\?[a-d]>", text)) == 8
         for place, distance in answers:
@@ -128,8 +128,8 @@ def test_pairs_are_asked_for_where_it_is_said(faithful: bool) -> None:
 def test_pictures_have_two_dimensions() -> None:
     """A pixel is as near to the one below as to the one beside; leaves are larger than a pixel."""
     random = np.random.default_rng(0)
-    pictures = np.stack([tasks._leaves(64, 48, random) for _ in range(8)])
-    assert pictures.shape == (8, 64, 48) and pictures.min() >= 0 and pictures.max() < tasks.LEVELS
+    pictures = np.stack([documents._leaves(64, 48, random) for _ in range(8)])
+    assert pictures.shape == (8, 64, 48) and pictures.min() >= 0 and pictures.max() < documents.LEVELS
     below, beside = (np.abs(np.diff(pictures, axis=axis)).mean() for axis in (1, 2))
     far = np.abs(pictures[:, 32:] - pictures[:, :32]).mean()
     assert below == pytest.approx(beside, rel=0.15) and below < far / 3
@@ -143,18 +143,18 @@ def test_documents_are_written_once_and_whole(tmp_path: Path) -> None:
     raw = yaml.safe_load(TOY.read_text())
     shared = {key: raw["tasks"]["planted"][key] for key in ("arms", "explore")}
     task = Table.model_validate(raw | {"tasks": {"text": text | shared}}).tasks["text"]
-    folder, content = tasks.write(task, "text", tmp_path)
+    folder, content = documents.write(task, "text", tmp_path)
     assert [path.name for path in sorted(folder.glob("*/*"))] == ["other-0.txt", "other-1.txt", "large.txt.zst"]
     assert (folder / "held_out" / "other-1.txt").stat().st_size == 255
-    assert tasks.write(task, "text", tmp_path) == (folder, content)
+    assert documents.write(task, "text", tmp_path) == (folder, content)
     (folder / "held_out" / "other-1.txt").write_text("x")
     with pytest.raises(ValueError, match="are not those that were written there"):
-        tasks.write(task, "text", tmp_path)
+        documents.write(task, "text", tmp_path)
     lacking = task.model_copy(update={"held_out": ["small", "none"], "sequences": 40})
     with pytest.raises(
         ValueError, match=r"held_out packages \['small', 'none'\] are not installed in .* or have less than 40"
     ):
-        tasks.write(lacking, "text", tmp_path)
+        documents.write(lacking, "text", tmp_path)
 
 
 # ---- what rows say
@@ -206,6 +206,9 @@ def test_what_is_wanted_next(tmp_path: Path) -> None:
     assert "gate: passed: far is better than near by 0.65" in said and "so: segments as long" in said
     assert re.search(r"far .*0\.7\d+ .*0\.9\d+\*!", said), "the best rate is an edge"
     assert Outcome(table, rows, {"planted": "other"}).last == {}, "rows of other data are another experiment"
+    assert Outcome(table, [*rows, rows[0] | {"data": "e"}], {}).last == {sweep[0]: rows[0] | {"data": "e"}}, (
+        "nor are two mixed"
+    )
     changed = load_table(declared(tmp_path, values=5))
     assert Outcome(changed, rows, {}).last == {}, "and so are those of another declaration"
 

@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:
     """A record for every run that starts or ends."""
-    from ring_hilbert.bench.quality import outcome, runs, tasks
+    from ring_hilbert.bench.quality import documents, outcome, runs
     from ring_hilbert.bench.quality.table import load_table
 
     del group
@@ -63,7 +63,7 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
     chosen.data = {}
     if chosen.report or chosen.arms:
         return
-    found = {name: tasks.write(table.tasks[name], name, chosen.folder / "data") for name in names}
+    found = {name: documents.write(table.tasks[name], name, chosen.folder / "data") for name in names}
     chosen.data = {name: content for name, (_, content) in found.items()}
     for name, (folder, content) in found.items():
         print(f"data of {name}: {folder} ({content})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ring_hilbert.bench.quality.table import Gate, Table
+from ring_hilbert.bench.quality.table import Table
+from ring_hilbert.bench.quality.task import Gate
 
 DRAWS = 10_000  # of the bootstrap
 LEVEL = 0.05
@@ -57,7 +58,7 @@ class Outcome:
     Args:
         table: the declaration.
         rows: of the CSV, in their order.
-        data: the digest of every task's data, as far as they are known; rows of others are another experiment.
+        data: the digest of every task's data, where it is known; else that of its newest row counts. Others are other experiments.
         again: runs that failed are to be tried again.
     """
 
@@ -66,18 +67,22 @@ class Outcome:
     data: Mapping[str, str]
     again: bool = False
 
-    def mine(self) -> Iterator[tuple[Run, Mapping[str, str]]]:
-        """The rows of this very declaration."""
-        for row in self.rows:
-            task, arm = row["task"], row["arm"]
-            known = (task, arm) in self.table.attention and row["declared"] == self.table.declared(task, arm)
-            if known and self.data.get(task, row["data"]) == row["data"]:
-                yield Run(task, arm, float(row["rate"]), int(row["seed"])), row
+    @cached_property
+    def mine(self) -> list[tuple[Run, Mapping[str, str]]]:
+        """The rows of this very declaration and of the same data."""
+        digests = {names: self.table.declared(*names) for names in self.table.attention}
+        rows = [row for row in self.rows if digests.get((row["task"], row["arm"])) == row["declared"]]
+        data = {row["task"]: row["data"] for row in rows} | dict(self.data)
+        return [
+            (Run(row["task"], row["arm"], float(row["rate"]), int(row["seed"])), row)
+            for row in rows
+            if data[row["task"]] == row["data"]
+        ]
 
     @cached_property
     def last(self) -> dict[Run, Mapping[str, str]]:
         """The newest row of every run."""
-        return dict(self.mine())
+        return dict(self.mine)
 
     def status(self, run: Run) -> str | None:
         """started, done, failed or aborted; None if it was never started."""
@@ -250,5 +255,5 @@ def rows_by_status(outcome: Outcome) -> dict[str, Any]:
     counts = {
         status: sum(row["status"] == status for row in last) for status in ("done", "failed", "aborted", "started")
     }
-    hours = sum(float(row["seconds"] or 0) for _, row in outcome.mine()) / 3600
+    hours = sum(float(row["seconds"] or 0) for _, row in outcome.mine) / 3600
     return {**counts, "hours": hours}

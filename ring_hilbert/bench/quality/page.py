@@ -14,12 +14,12 @@ from ring_hilbert.bench.quality.outcome import Outcome, Run, equal_seconds, rows
 def lines(outcome: Outcome) -> Iterator[str]:
     """The page."""
     counts = rows_by_status(outcome)
-    others = len(outcome.rows) - sum(1 for _ in outcome.mine())
+    others = len(outcome.rows) - len(outcome.mine)
     yield (
         f"runs: {counts['done']} done, {counts['failed']} failed, {counts['aborted']} aborted, {counts['started']} under way or "
         f"lost; {counts['hours']:.2f} hours; {others} rows are of other declarations or data"
     )
-    before = sum(row["table"] != outcome.table.digest for _, row in outcome.mine())
+    before = sum(row["table"] != outcome.table.digest for _, row in outcome.mine)
     if before:
         yield (
             f"{before} of these rows were written under another version of the table, which may have said otherwise of gates, "

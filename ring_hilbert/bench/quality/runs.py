@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from ring_hilbert.bench.quality import tasks
+from ring_hilbert.bench.quality import documents
 from ring_hilbert.bench.quality.outcome import Outcome, Run
-from ring_hilbert.bench.quality.table import Table, Task
+from ring_hilbert.bench.quality.table import Table
+from ring_hilbert.bench.quality.task import Task
 from ring_hilbert.training.config import ParallelConfig, RunConfig
 from ring_hilbert.training.loop import pretrain
 from ring_hilbert.training.metrics import METRICS_FILE, read_metrics
@@ -204,7 +205,7 @@ def measured(config: RunConfig, task: Task, data: Path) -> Row:
     if summary.model is None:
         return {"status": "aborted", "note": f"told to stop after step {summary.progress.step}; it goes on from there"}
     with open_world(ParallelConfig()) as world, contextlib.redirect_stdout(sys.stderr):
-        found = tasks.scores(task, Scorer(summary.model, world), data)
+        found = documents.scores(task, Scorer(summary.model, world), data)
     value = float(np.mean(list(found.units.values())))
     if not math.isfinite(value):
         return {"status": "failed", "note": f"the {task.metric} is {value}"}

@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow
 from tqdm import tqdm
 
-from ring_hilbert.bench.quality.table import Pictures, Retrieval, Task, Text, digest
+from ring_hilbert.bench.quality.table import digest
+from ring_hilbert.bench.quality.task import Pictures, Retrieval, Task, Text
 from ring_hilbert.training.score import Scorer
 from ring_hilbert.training.tokens import document_encoder, load_tokenizer
 
