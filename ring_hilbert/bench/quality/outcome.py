@@ -149,7 +149,7 @@ class Outcome:
         own = self.table.tasks[task]
         gate = own.gate
         if gate is None:
-            return True, "no gate: decides nothing about far keys"
+            return True, "it decides nothing about far keys"
         compared = [(far, self._verdicts(task, [(far, gate.near)], gate.seeds)) for far in gate.far]
         found = {far: verdicts[0] for far, verdicts in compared if verdicts[0] is not None}
         if len(found) < len(gate.far):

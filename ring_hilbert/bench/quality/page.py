@@ -34,7 +34,8 @@ def _task(outcome: Outcome, task: str) -> Iterator[str]:
     far = f" from position {own.from_position:,} on" if own.from_position > 1 else ""
     yield f"task {task}: {own.metric}{far}, sequences of {own.seq_len:,}; {'less' if outcome.sign(task) < 0 else 'more'} is better"
     passed, why = outcome.gate(task)
-    yield f"gate: {'not known yet' if passed is None else 'passed' if passed else 'NOT PASSED'}: {why}"
+    known = {None: "not known yet", True: "passed", False: "NOT PASSED"}[passed]
+    yield f"gate: {'none' if own.gate is None else known}: {why}"
     if passed is False:
         yield "The task is unable to tell: it decides nothing, and its arms are not run."
     yield from _rates(outcome, task)
@@ -121,5 +122,6 @@ def draw(path: Path, outcome: Outcome) -> None:
                 powers = sorted(curves[0])
                 right.semilogx(powers, [np.mean([each[p] for each in curves]) for p in powers], label=arm, base=2)
         right.set(title=f"{task}: {own.metric}", xlabel="distance" if own.metric == "accuracy" else "position")
-        right.legend(fontsize=6)
+        if right.lines:
+            right.legend(fontsize=6)
     save(figure, path)
