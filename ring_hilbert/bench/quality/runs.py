@@ -94,10 +94,9 @@ class Runner:
             tried = set[Run]()
             while True:
                 left = [run for task in self.data for run in self.read().wanted(task)]
-                running = {active.run for active in self._active}
                 for run in left:
                     late = time.monotonic() - self._begun + self._expected(run) > self.seconds
-                    if run not in running | tried and len(self._active) < len(self.devices) and not late:
+                    if run not in tried and len(self._active) < len(self.devices) and not late:
                         tried.add(run)
                         yield self._start(run)
                 if not self._active:
