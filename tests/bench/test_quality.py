@@ -245,7 +245,7 @@ def test_the_statistics() -> None:
         inside += low <= 0.03 <= high
     assert 32 <= inside <= 40
     mean, low, high, p = bootstrap(np.full((5, 14), 0.02))
-    assert mean == low == high == pytest.approx(0.02) and p < 0.001
+    assert [mean, low, high] == pytest.approx([0.02] * 3) and p < 0.001
 
 
 def test_equal_seconds_and_curves(tmp_path: Path) -> None:
