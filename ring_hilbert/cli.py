@@ -15,6 +15,7 @@ from ring_hilbert.commands.measure import add_bench, add_check
 from ring_hilbert.commands.mistakes import missing_extra
 from ring_hilbert.commands.parser import Parser
 from ring_hilbert.commands.run import add_pretrain
+from ring_hilbert.commands.score import add_score
 
 COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_pretrain,
@@ -22,6 +23,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_data_info,
     add_convert,
     add_export,
+    add_score,
     add_plan,
     add_check,
     add_bench,

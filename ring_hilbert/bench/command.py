@@ -19,9 +19,11 @@ from ring_hilbert.bench import (
     curves,
     data,
     exactness,
+    geometry,
     kernels,
     overlap,
     peers,
+    quality,
     saving,
     scale,
     slides,
@@ -145,6 +147,20 @@ MEASUREMENTS = {
         curves.report,
         over_ranks=True,
     ),
+    "geometry": Measurement(
+        "curves in one, two and three dimensions: distances within segments, rows that cross ranks, blocks, kernel time",
+        geometry.__doc__,
+        geometry.rows,
+        geometry.add_options,
+        geometry.report,
+    ),
+    "quality": Measurement(
+        "what dilation, order and shifted segments do for a model: a declared table of training runs, with statistics",
+        quality.__doc__,
+        quality.rows,
+        quality.add_options,
+        quality.report,
+    ),
     "slides": Measurement(
         "attention and slide encoder of whole slides against published LongNet, alone or under torchrun",
         slides.__doc__,
@@ -201,7 +217,7 @@ def run(chosen: argparse.Namespace) -> None:
             f"bench {chosen.measurement} runs in one process, but WORLD_SIZE is {ranks}; start it without torchrun"
         )
     device = _device(chosen.device) if measurement.on_device else torch.device("cpu")
-    output = chosen.output or RESULTS / f"{measurement.file(chosen)}.csv"
+    output = chosen.output = chosen.output or RESULTS / f"{measurement.file(chosen)}.csv"
     group = None
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

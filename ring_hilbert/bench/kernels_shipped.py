@@ -56,7 +56,8 @@ SHAPES = (
     Shape("llama_1b_1m", STEEP, BY_4096, ROWS, 32, 8, 64, documents=DOCUMENTS),
     Shape("llama_8b_1m", STEEP, BY_4096, ROWS, 32, 8, 128),
     Shape(
-        "continue_1m", rh.DilatedPattern((4096, 16384, 65536, None), (1, 4, 16, 64), segment_shift=2048), BY_4096, ROWS, 32, 8, 64,
+        "continue_1m", rh.DilatedPattern((4096, 16384, 65536, None), (1, 4, 16, 64), segment_shift=2048),
+        rh.TokenOrder("hilbert", block=2048), ROWS, 32, 8, 64,
     ),
     Shape("llama_1b_1m, half the heads of 128", STEEP, BY_4096, ROWS, 16, 4, 128),
     Shape("llama_1b_1m, half the heads of 128", STEEP, None, ROWS, 16, 4, 128),

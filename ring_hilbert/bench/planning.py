@@ -156,7 +156,7 @@ def _between_hosts(question: Question, choice: Choice) -> Iterator[str]:
 
 def cautions(question: Question) -> Iterator[str]:
     """Warnings about settings that may be unintended."""
-    yield from order_warnings(question.pattern, question.order, question.causal)
+    yield from order_warnings(question.pattern, question.order, question.causal, question.seq_len)
     kv_heads = question.shapes.num_kv_heads
     for branch in question.pattern.branches:
         w, r = branch

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from typing import Any
+
+from ring_hilbert.commands.mistakes import over_ranks
 
 PRETRAIN_EXAMPLES = """\
 examples:
@@ -41,31 +41,19 @@ def add_pretrain(commands: Any) -> None:
     parser.set_defaults(run=_pretrain)
 
 
-def _pretrain(chosen: argparse.Namespace) -> int:
+@over_ranks
+def _pretrain(chosen: argparse.Namespace) -> None:
     # Imported here so that --help answers at once.
     from ring_hilbert.training.config import load_stages
     from ring_hilbert.training.loop import pretrain_stages
-    from ring_hilbert.training.watchdog import RankLost
-    from ring_hilbert.training.world import RankError
 
-    try:
-        if chosen.dry_run:
-            return _dry_run(chosen)
+    if chosen.dry_run:
+        _dry_run(chosen)
+    else:
         pretrain_stages(load_stages(chosen.config, chosen.overrides))
-    except (ValueError, FloatingPointError) as error:
-        rank = os.environ.get("RANK", "0")
-        shared = isinstance(error, (RankError, FloatingPointError))  # every rank knows of it
-        if rank == "0" or not shared:
-            where = "" if shared or "RANK" not in os.environ else f" (rank {rank})"
-            print(f"ring-hilbert pretrain: error{where}: {error}", file=sys.stderr)
-        return 2
-    except RankLost as error:
-        print(f"ring-hilbert pretrain: error: {error}: {error.__cause__}", file=sys.stderr)
-        return 1
-    return 0
 
 
-def _dry_run(chosen: argparse.Namespace) -> int:
+def _dry_run(chosen: argparse.Namespace) -> None:
     from ring_hilbert.bench import planning
     from ring_hilbert.parallel.choice import Speeds
     from ring_hilbert.training.config import load_stages
@@ -89,4 +77,3 @@ def _dry_run(chosen: argparse.Namespace) -> int:
         if fitted.refusal:
             raise ValueError(fitted.refusal)
         print(f"\nmemory: {fitted.taken(config)}\n")
-    return 0

@@ -23,7 +23,7 @@ NAME = "ring_hilbert"
 SAVED_NAME = "_attn_implementation"  # the key that every Transformers 5 reads from config.json
 PATTERN_KEYS = ("segment_lengths", "dilation_rates", "offset_rule", "head_shift", "segment_shift")
 KEYS = (*PATTERN_KEYS, "order", "layers", "strategy", "backend", "layout")
-LAYER_KEYS = ("dense", "head_shift", "segment_shift")
+LAYER_KEYS = ("dense", "head_shift", "segment_shift", "branches")
 LOCAL_ROPE = (
     "rope_type {!r} derives its frequencies from the longest position on a rank, so that the ranks of a sequence would "
     "rotate by different angles; use yarn, linear or llama3 in config.rope_parameters"
@@ -59,7 +59,8 @@ def layer_rule(config: Any) -> LayerRule:
     """The patterns of all layers.
 
     `head_shift: auto` is `layer * Hkv`, so that where `r > Hkv` some layer covers every residue. `layers` maps layer numbers
-    (as text) to `{"dense": true}` or to their own `head_shift` or `segment_shift`.
+    (as text) to `{"dense": true}`, to their own `head_shift` or `segment_shift`, or to how many of the
+    first `branches` they keep.
     """
     settings = settings_of(config)
     fields = {key: settings[key] for key in PATTERN_KEYS if key in settings}
@@ -84,7 +85,12 @@ def layer_rule(config: Any) -> LayerRule:
         own_head = head_shift if own_head is None else own_head
         own_head = step * number if own_head == "auto" else own_head
         own_segment = first.segment_shift if own_segment is None else own_segment
-        different.append(OwnPattern(number, dense, own_head, own_segment))
+        kept = own.get("branches") or 0
+        if not 0 <= kept <= len(first.branches):
+            raise ValueError(
+                f"config.ring_hilbert['layers']['{key}'] has branches {kept}; the first 1 to {len(first.branches)} can be kept"
+            )
+        different.append(OwnPattern(number, dense, own_head, own_segment, kept))
     return LayerRule(first, step if rotates else 0, tuple(different))
 
 

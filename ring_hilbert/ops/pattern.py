@@ -156,12 +156,13 @@ class DilatedPattern:
 
 
 class OwnPattern(NamedTuple):
-    """A layer that differs from the rule: by its shifts, or by plain dense attention."""
+    """A layer that differs from the rule: by its shifts, by having only the first so many branches (0: all), or dense."""
 
     layer: int
     dense: bool
     head_shift: int
     segment_shift: int
+    branches: int = 0
 
 
 class LayerRule(NamedTuple):
@@ -183,7 +184,11 @@ class LayerRule(NamedTuple):
             if own.layer == layer:
                 if own.dense:
                     return DENSE
-                return replace(self.first, head_shift=own.head_shift, segment_shift=own.segment_shift)
+                kept = own.branches or len(self.first.segment_lengths)
+                return replace(
+                    self.first, segment_lengths=self.first.segment_lengths[:kept], head_shift=own.head_shift,
+                    dilation_rates=self.first.dilation_rates[:kept], segment_shift=own.segment_shift,
+                )  # fmt: skip
         return replace(self.first, head_shift=self.first.head_shift + self.head_step * layer)
 
 

@@ -34,7 +34,7 @@ class Call(NamedTuple):
     Attributes:
         segment_lengths, dilation_rates, offset_rule: of the pattern; a segment length of 0 is the whole sequence.
         shifts: `(head_shift, segment_shift)` of the pattern.
-        head_step, own: from `LayerRule`, `own` as four integers per layer; 0 and empty without one.
+        head_step, own: from `LayerRule`, `own` as five integers per layer; 0 and empty without one.
         heads: `(first, total)` of the pattern, or empty.
         zero_keys: of the pattern.
         causal: without a handle, whether keys at later rows (with an order, later tokens) are masked.
@@ -111,8 +111,8 @@ class Call(NamedTuple):
         check = getattr(layer, "check", None)  # set by the maker of the tensor; lost if hooks copied it for backward
         if check is not None:
             check(number)
-        fields = [self.own[i : i + 4] for i in range(0, len(self.own), 4)]
-        own = tuple(OwnPattern(which, bool(dense), *shifts) for which, dense, *shifts in fields)
+        fields = [self.own[i : i + 5] for i in range(0, len(self.own), 5)]
+        own = tuple(OwnPattern(which, bool(dense), *rest) for which, dense, *rest in fields)
         one = LayerRule(self.pattern, self.head_step, own).of(number)
         return self._replace(
             segment_lengths=[w or 0 for w in one.segment_lengths], dilation_rates=list(one.dilation_rates),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -17,17 +18,34 @@ from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.plan import Plan, Shapes, check_strategy
 
 
-def order_warnings(pattern: DilatedPattern, order: TokenOrder | None, causal: bool) -> list[str]:
-    """Warnings about causal text in this order (docs/design.md: the local branch keeps its nearest tokens)."""
-    if order is None or not causal or order.block is None:
+def order_warnings(pattern: DilatedPattern, order: TokenOrder | None, causal: bool, seq_len: int) -> list[str]:
+    """Warnings about causal text in this order (docs/design.md, section 2: the local branch keeps its nearest tokens).
+
+    In curve order `order.block` must divide the segment length of every undilated branch, and the shift of its segments: else
+    their boundaries cut the patches that blocks are. Where one segment holds all rows there is no boundary.
+    """
+    if order is None or not causal or order.block is None or order.curve == "raster":
         return []
-    block = order.block
+    block, shift = order.block, pattern.segment_shift
+    local = sorted({w for w, r in pattern.branches if r == 1 and w is not None and shift % w + seq_len > w})
+    if not local:
+        return []
+    common = math.gcd(shift, *local)
+    fits = next(n for n in range(min(block, common), 0, -1) if common % n == 0)
+    cut = [("segment length", w, " of an undilated branch") for w in local] + [("segment_shift", shift, "")]
     return [
-        f"order.block={block} does not divide segment length {w} of an undilated branch: its segments then differ from "
-        "those of raster order in their tokens, and a token loses some of its nearest predecessors"
-        for w, r in pattern.branches
-        if r == 1 and w is not None and w % block
+        f"order.block={block} does not divide {name} {value}{where}: its segments then differ from those of raster order "
+        "in their tokens, and a token loses some of its nearest predecessors; nearest: "
+        f"{name} {_multiples(value, block, where == '')}, or order.block={fits}"
+        for name, value, where in cut
+        if value % block
     ]
+
+
+def _multiples(value: int, block: int, zero: bool) -> str:
+    """Those of `block` on both sides of `value`; 0 is one of them if `zero`."""
+    below = value // block * block
+    return f"{below} or {below + block}" if below or zero else f"{block}"
 
 
 def plan(
@@ -88,7 +106,7 @@ def plan(
             )
         if order is not None:
             documents = documents[:, order.permutation(seq_len).numpy()]
-    for message in order_warnings(pattern, order, causal):
+    for message in order_warnings(pattern, order, causal, seq_len):
         warnings.warn(message, UserWarning, stacklevel=2)
     documents = None if documents is None else torch.from_numpy(np.ascontiguousarray(documents))
     visible = Visible(seq_len, causal, documents=documents, order=order)

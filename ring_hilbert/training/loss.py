@@ -42,6 +42,14 @@ class LossHead(nn.Module):
         return _LinearLoss.apply(hidden, self.weight, self.bias, labels, chunk, torch.is_grad_enabled())
 
 
+class HitHead(LossHead):
+    """As `LossHead`, but 1 for rows of which no logit is above that of the label, else 0, and 0 where IGNORED. Has no gradient."""
+
+    def __init__(self, output: nn.Linear) -> None:
+        super().__init__(output)
+        self._rows = _row_hits
+
+
 def count_targets(labels: Tensor) -> Tensor:
     """Number of rows of `labels` with a target: int64 scalar on the device of `labels`."""
     return (labels != IGNORED).sum()
@@ -150,6 +158,15 @@ def _row_losses(
     total = total.masked_fill(~real[:, None], torch.inf)
     gradient = torch.div(powers, total, out=scratch).to(dtype)
     return losses, gradient.scatter_(-1, at, ((wanted - most).exp() / total - real[:, None].to(total.dtype)).to(dtype))
+
+
+def _row_hits(
+    logits: Tensor, labels: Tensor, dtype: torch.dtype | None, scratch: Tensor | None = None
+) -> tuple[Tensor, None]:
+    """Of rows `[n, V]`; `dtype` is None, as nothing is differentiated, and `scratch` too."""
+    assert dtype is None and scratch is None
+    wanted = logits.gather(-1, labels.clamp_min(0)[:, None]).squeeze(-1)
+    return ((wanted >= logits.amax(-1)) & (labels != IGNORED)).to(logits.dtype), None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

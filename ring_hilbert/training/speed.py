@@ -23,10 +23,15 @@ PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312}
 
 
 def step_flops(config: RunConfig, hf_config: PretrainedConfig, parameters: int) -> float:
-    """Model FLOPs of one step over all ranks: 6 per parameter and token, plus attention's pairs, backward 2.5 times forward.
+    """Model FLOPs of one step over all ranks: 6 per parameter and token, and `attention_flops`.
 
     Recomputation is not counted (the convention of PaLM, appendix B). `parameters`: those in matrix products, without embeddings.
     """
+    return 6.0 * parameters * config.train.global_batch_tokens + attention_flops(config, hf_config)
+
+
+def attention_flops(config: RunConfig, hf_config: PretrainedConfig) -> float:
+    """FLOPs of attention's pairs in one step over all ranks and layers, backward 2.5 times forward."""
     text = hf_config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -41,8 +46,7 @@ def step_flops(config: RunConfig, hf_config: PretrainedConfig, parameters: int) 
         )
         for pattern in set(patterns)
     }  # fmt: skip
-    attention = 3.5 * sum(forward[pattern] for pattern in patterns) * config.sequences_per_step
-    return 6.0 * parameters * config.train.global_batch_tokens + attention
+    return 3.5 * sum(forward[pattern] for pattern in patterns) * config.sequences_per_step
 
 
 def multiplying_parameters(model: torch.nn.Module) -> int:

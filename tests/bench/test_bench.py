@@ -432,7 +432,7 @@ def test_shapes_of_the_kernels_are_those_of_the_configurations(name: str):
 
 def test_pairs_of_a_shape_are_those_of_the_plan_and_of_its_documents():
     pattern = rh.DilatedPattern((64, 256, None), (1, 4, 16), segment_shift=24)
-    shape = kernels_shipped.Shape("small", pattern, rh.TokenOrder("hilbert", block=64), 1000, 2, 1, 64)
+    shape = kernels_shipped.Shape("small", pattern, rh.TokenOrder("hilbert", block=8), 1000, 2, 1, 64)
     cpu = torch.device("cpu")
     seen = Visible(shape.length, True, order=shape.order)
     plan = shape.problem(cpu).plan(pattern, shape.order)

@@ -126,6 +126,12 @@ def test_a_dense_layer_and_shifts_of_a_layer():
     config.ring_hilbert = SETTINGS | {"layers": {"1": {"dense": True}, "2": {"head_shift": 1, "segment_shift": 8}}}
     assert pattern_of(config, 1) == rh.DilatedPattern((None,), (1,))
     assert pattern_of(config, 2) == rh.DilatedPattern((16, 32, None), (1, 2, 4), head_shift=1, segment_shift=8)
+    config.ring_hilbert = SETTINGS | {"layers": {"1": {"branches": 1}}}
+    assert pattern_of(config, 1) == rh.DilatedPattern((16,), (1,), head_shift=2)
+    assert len(pattern_of(config, 0).branches) == 3
+    config.ring_hilbert = SETTINGS | {"layers": {"1": {"branches": 4}}}
+    with pytest.raises(ValueError, match="has branches 4; the first 1 to 3"):
+        pattern_of(config, 1)
     dense, sdpa = tiny_model(settings=SETTINGS | {"layers": {"0": {"dense": True}, "1": {"dense": True}}}), tiny_model()
     sdpa.set_attn_implementation("sdpa")
     ids = tokens()["input_ids"]

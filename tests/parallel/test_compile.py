@@ -130,7 +130,7 @@ def nested(model: torch.nn.Module, nesting: str, counter: CompileCounterWithBack
 )
 def test_layers_are_one_graph(monkeypatch: pytest.MonkeyPatch, nesting: str, layers: int):
     """With shifts of their own or dense, at ids that are copies or not; the operator runs once per layer and step."""
-    own = {"1": {"segment_shift": 5}, "2": {"dense": True}, "3": {"head_shift": 1}}
+    own = {"1": {"segment_shift": 5, "branches": 1}, "2": {"dense": True}, "3": {"head_shift": 1}}
     model = tiny_model(settings={**SETTINGS, "layers": own}, num_hidden_layers=layers).train()
     plain, counter = copy.deepcopy(model), CompileCounterWithBackend("aot_eager")
     nested(model, nesting, counter)
@@ -253,7 +253,9 @@ def test_opcheck(dtype: torch.dtype, order: rh.TokenOrder | None):
     x = Case(PATTERN, 40, 2, 4, 2, 8).tensors(dtype)
     q, k, v = (x[name].transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for name in "qkv")
     call = node.Call.of(PATTERN, causal=True, order=order, scale=0.3, name="layer")
-    many = LayerPattern(LayerRule(PATTERN, 2, (OwnPattern(1, True, 0, 0), OwnPattern(3, False, 5, 7))), torch.tensor(3))
+    many = LayerPattern(
+        LayerRule(PATTERN, 2, (OwnPattern(1, True, 0, 0), OwnPattern(3, False, 5, 7, 2))), torch.tensor(3)
+    )
     of_layer = node.Call.of(many, causal=True, order=order, scale=0.3, name=None)
     prepared = rh.prepare(40, document_ids=documents(1, 40), order=order)
     attention, backward = torch.ops.ring_hilbert.attention.default, torch.ops.ring_hilbert.attention_backward.default

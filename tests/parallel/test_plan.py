@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import time
 import tracemalloc
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -193,10 +194,37 @@ def test_order_and_documents_of_the_plan_are_in_natural_order():
         assert plan.attention_flops(rank) == explicit.attention_flops(rank)
 
 
-def test_a_block_that_breaks_the_local_branch_is_warned_of():
+@pytest.mark.parametrize(
+    ("branches", "shift", "message"),
+    [
+        (((24,), (1,)), 0, r"divide segment length 24 of .* nearest: segment length 16 or 32, or order.block=12"),
+        (((8, 64), (1, 4)), 0, r"divide segment length 8 of .* nearest: segment length 16, or order.block=8"),
+        (((32,), (1,)), 24, r"divide segment_shift 24: .* nearest: segment_shift 16 or 32, or order.block=8"),
+        (((32, 64), (1, 4)), 8, r"divide segment_shift 8: .* nearest: segment_shift 0 or 16, or order.block=8"),
+        (((32,), (1,)), -8, r"divide segment_shift -8: .* nearest: segment_shift -16 or 0, or order.block=8"),
+    ],
+)
+def test_a_block_that_breaks_the_local_branch_is_warned_of(branches: tuple, shift: int, message: str):
     options = {"num_heads": 2, "head_dim": 8, "dtype": torch.float32}
-    with pytest.warns(UserWarning, match="does not divide segment length 24"):
-        rh.plan(rh.DilatedPattern((24,), (1,)), 64, 2, order=rh.TokenOrder("hilbert", block=16), **options)
+    pattern = rh.DilatedPattern(*branches, segment_shift=shift)
+    with pytest.warns(UserWarning, match=message):
+        rh.plan(pattern, 96, 2, order=rh.TokenOrder("hilbert", block=16), **options)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "order"),
+    [
+        (rh.DilatedPattern((32, 64), (1, 4), segment_shift=16), rh.TokenOrder("hilbert", block=16)),
+        (rh.DilatedPattern((24,), (1,), segment_shift=8), rh.TokenOrder("raster", block=16)),  # in natural order
+        (rh.DilatedPattern((24,), (1,), segment_shift=8), rh.TokenOrder("hilbert", grid=(8, 12))),  # one patch
+        (rh.DilatedPattern((24,), (2,), segment_shift=8), rh.TokenOrder("hilbert", block=16)),  # no local branch
+        (rh.DilatedPattern((100, None), (1, 1), segment_shift=4), rh.TokenOrder("hilbert", block=16)),  # one segment
+    ],
+)
+def test_a_block_that_breaks_nothing_is_not_warned_of(pattern: rh.DilatedPattern, order: rh.TokenOrder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rh.plan(pattern, 96, 2, order=order, num_heads=2, head_dim=8, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,7 @@ def staged(folder: Path, texts: Path, model: Path) -> Path:
         "path": str(model),
         "changes": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
     }
+    raw["attention"]["order"]["block"] = 32
     raw["attention"]["layers"] = {"0": {"dense": True}, "1": {"segment_shift": 32}}
     raw["optim"]["schedule"] = "constant"
     raw["parallel"]["sp"] = 2

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
+from ring_hilbert.ops.order import TokenOrder
+from ring_hilbert.parallel.planning import order_warnings
 from ring_hilbert.training.config.data import DataConfig, EvalConfig, SourceConfig
 from ring_hilbert.training.config.errors import describe
 from ring_hilbert.training.config.model import AttentionConfig, LayerConfig, ModelConfig, OrderConfig
@@ -103,6 +105,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"attention.order.grid {order.grid} has {cells} cells, data.seq_len is {length}: make them equal"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _order(self) -> RunConfig:
+        attention = self.attention
+        order = None if attention.order is None else TokenOrder(**attention.order.model_dump(exclude_none=True))
+        own = {layer.segment_shift for layer in attention.layers.values() if not layer.dense}
+        for shift in sorted({attention.segment_shift} | {shift for shift in own if shift is not None}):
+            for fault in order_warnings(attention.pattern(shift), order, True, self.data.seq_len):
+                raise ValueError(f"attention: {fault}")
         return self
 
     def identity(self) -> dict[str, Any]:

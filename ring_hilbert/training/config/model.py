@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ring_hilbert.ops.pattern import DilatedPattern
 from ring_hilbert.training.config.section import Section
 
 
@@ -48,11 +49,12 @@ class OrderConfig(Section):
 
 
 class LayerConfig(Section):
-    """What one layer does differently: its own shifts, or plain dense attention."""
+    """What one layer does differently: its own shifts, only the first so many `branches`, or plain dense attention."""
 
     dense: bool = False
     head_shift: int | None = None
     segment_shift: int | None = None
+    branches: int | None = Field(default=None, ge=1)
 
 
 class AttentionConfig(Section):
@@ -77,19 +79,21 @@ class AttentionConfig(Section):
             return {int(n) if isinstance(n, str) and n.isdecimal() else n: layer for n, layer in layers.items()}
         return layers
 
+    def pattern(self, segment_shift: int) -> DilatedPattern:
+        """The pattern of layers with this shift of segments; their `head_shift: auto` is 0."""
+        shift = 0 if self.head_shift == "auto" else self.head_shift
+        lengths, rates = tuple(self.segment_lengths), tuple(self.dilation_rates)
+        return DilatedPattern(lengths, rates, self.offset_rule, shift, segment_shift)
+
     @model_validator(mode="after")
     def _branches(self) -> AttentionConfig:
-        lengths, rates = self.segment_lengths, self.dilation_rates
-        if len(lengths) != len(rates):
-            raise ValueError(
-                "segment_lengths and dilation_rates are one pair per branch, "
-                f"got {len(lengths)} lengths {lengths} and {len(rates)} rates {rates}"
-            )
-        for branch, (w, r) in enumerate(zip(lengths, rates, strict=True)):
-            if r < 1 or (w is not None and not r <= w):
-                raise ValueError(f"branch {branch} needs 1 <= dilation rate <= segment length, got {r} and {w}")
-        if self.offset_rule == "block" and self.head_shift not in (0, "auto"):
-            raise ValueError(f"offset_rule: block allows only head_shift 0 or auto, got {self.head_shift}; use modulo")
+        count = len(self.pattern(self.segment_shift).branches)
+        for number, layer in self.layers.items():
+            if layer.branches is not None and (layer.dense or layer.branches > count):
+                raise ValueError(
+                    f"layers.{number} keeps {layer.branches} of {count} branches{' and is dense' * layer.dense}; keep 1 to "
+                    f"{count} of them, or make it dense"
+                )
         return self
 
     def to_mapping(self) -> dict[str, Any]:
