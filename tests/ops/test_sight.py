@@ -17,7 +17,7 @@ from ring_hilbert.ops.sight import RowIntervals, Sight, clear_sight, sight
 from ring_hilbert.ops.visible import Visible
 
 CPU = torch.device("cpu")
-SIZES = {"TILE_QUERIES": 4, "TILE_KEYS": 6, "LONGEST_KEYS": 12, "TRIANGLE_GRAIN": 8}  # small tiles, of few rows
+SIZES = {"TILE_QUERIES": 2, "TILE_KEYS": 2, "LONGEST_KEYS": 6, "TRIANGLE_GRAIN": 8}  # small tiles, of few rows
 
 
 @pytest.fixture(autouse=True, scope="module")
