@@ -115,17 +115,24 @@ def _chosen(part: Part, share: float | None, known: np.ndarray | None, held_out:
         known: hashes of held-out documents, ascending, at least one.
         held_out: return the held-out ones rather than the others.
     """
-    count, found = len(part.lengths), []
+    count = len(part.lengths)
+    belongs = np.empty(count, dtype=bool)
     for start in range(0, count, PART):
-        some = part.hashes(slice(start, start + PART))
-        out = np.zeros(len(some), dtype=bool)
+        hashes = part.hashes(slice(start, start + PART))
+        out = np.zeros(len(hashes), dtype=bool)
         if share is not None:
-            out |= some < np.uint64(share * 2**64)
+            out |= hashes < np.uint64(share * 2**64)
         if known is not None:
-            out |= known[np.searchsorted(known, some).clip(max=len(known) - 1)] == some
-        found.append((start + np.flatnonzero(out == held_out)).astype(np.min_scalar_type(count)))
-    numbers = np.concatenate(found)
-    return None if len(numbers) == count else numbers
+            out |= known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes
+        belongs[start : start + PART] = out == held_out
+    if belongs.all():
+        return None
+    numbers, filled = np.empty(np.count_nonzero(belongs), dtype=np.min_scalar_type(count)), 0
+    for start in range(0, count, PART):
+        found = start + np.flatnonzero(belongs[start : start + PART])
+        numbers[filled : filled + len(found)] = found
+        filled += len(found)
+    return numbers
 
 
 def _sequence(documents: Documents, pieces: list[Piece], seq_len: int) -> Sequence:

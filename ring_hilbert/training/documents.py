@@ -24,7 +24,8 @@ COLUMNS = ("tokens", "lengths", "hashes", "files")
 KNOWN = {RECORD, PATHS, *(f"{name}.npy" for name in COLUMNS)}  # the contents of a part's folder
 HEADER = 128  # bytes of a .npy file before its numbers: NumPy leaves room for any length
 STRIDE = 64  # every STRIDE-th document's offset into the tokens is stored; the others are counted from there
-WINDOW = 2**26  # bytes of tokens kept mapped; what is unmapped stays in the system's cache
+SUMMED = 2**20  # documents whose lengths are summed together, a multiple of STRIDE
+WINDOW = 2**25  # bytes of tokens kept mapped; what is unmapped stays in the system's cache
 FAULT = 2**21  # bytes that a page fault may map, if the cache has large pages
 CHECKED = (
     64,
@@ -59,14 +60,15 @@ class Part:
         paths = folder / PATHS
         if not paths.is_file() or zlib.crc32(paths.read_bytes()) != self.record["checksums"][PATHS]:
             raise ValueError(f"{paths} is missing or not the file written here; {MEND}")
-        self._map = np.load(folder / "tokens.npy", mmap_mode="r")
-        self._tokens = np.asarray(self._map)
-        self.lengths = np.asarray(np.load(folder / "lengths.npy", mmap_mode="r"))
+        self._maps = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "lengths")]
+        self._tokens, self.lengths = map(np.asarray, self._maps)
         self._starts = np.zeros(-(-len(self.lengths) // STRIDE), dtype=np.int64)
         if len(self.lengths):
-            sums = np.add.reduceat(self.lengths, np.arange(0, len(self.lengths), STRIDE), dtype=np.int64)
-            np.cumsum(sums[:-1], out=self._starts[1:])
-        self._mapped = 0
+            # some at a time, for they are copied to be summed in 64 bits
+            pieces = np.split(self.lengths, range(SUMMED, len(self.lengths), SUMMED))
+            sums = [np.add.reduceat(x, np.arange(0, len(x), STRIDE), dtype=np.int64) for x in pieces]
+            np.cumsum(np.concatenate(sums)[:-1], out=self._starts[1:])
+        self.let_go()
         most = CHECKED[1]
         for document in checked(len(self.lengths)):
             if (most := most - int(self.lengths[document])) >= 0:
@@ -77,10 +79,16 @@ class Part:
         nearest = document // STRIDE
         before = int(self._starts[nearest]) + int(self.lengths[nearest * STRIDE : document].sum(dtype=np.int64))
         self._mapped += FAULT + (stop - start) * self._tokens.itemsize
-        if self._mapped > WINDOW and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.base.madvise(mmap.MADV_DONTNEED)  # type: ignore[union-attr]
-            self._mapped = 0
+        if self._mapped > WINDOW:
+            self.let_go()
         return self._tokens[before + start : before + stop]
+
+    def let_go(self) -> None:
+        """Keep nothing of the files in this process's memory; it is read again where it is needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps:
+                mapped.base.madvise(mmap.MADV_DONTNEED)  # type: ignore[union-attr]
+        self._mapped = 0
 
     def hashes(self, documents: slice | np.ndarray = slice(None)) -> np.ndarray:
         """uint64, `content_hash` of each of these: a copy. The file is not kept mapped, being needed once."""
@@ -149,6 +157,9 @@ class Documents:
         ]
         self.lengths = picked[0] if len(picked) == 1 else np.concatenate(picked)  # one, and all of it: a memory map
         self._ends = np.cumsum([len(lengths) for lengths in picked])
+        for part, some in zip(parts, chosen, strict=True):
+            if some is not None:
+                part.let_go()  # its lengths are here now
         self.largest_id = max(part.record["largest_id"] for part in parts)
         kinds = "; ".join(dict.fromkeys(part.record["kinds"] for part in parts))
         count, known = len(self.lengths), sum(len(part.lengths) for part in parts)

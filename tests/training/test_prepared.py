@@ -446,8 +446,12 @@ def test_what_is_held_out_stays_so_when_it_moves_or_is_joined(tmp_path: Path, te
     assert names == [f"{number:02}.txt" for number in range(30) if number not in (3, 4)]
 
 
-def test_a_share_is_the_same_documents_wherever_they_lie(tmp_path: Path, texts: Path) -> None:
+def test_a_share_is_the_same_documents_wherever_they_lie(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     share = {"eval": {"share": 0.3}}
+    monkeypatch.setattr("ring_hilbert.training.data.PART", 16)  # of 90 documents
+    monkeypatch.setattr("ring_hilbert.training.documents.SUMMED", 64)
 
     def split(data: DataConfig) -> list[set[int]]:
         return [hashes(open_dataset(data, split, VOCAB)) for split in ("train", "eval")]  # type: ignore[arg-type]
