@@ -271,5 +271,5 @@ def test_without_extras_there_are_help_and_plan_and_what_lacks_is_named():
     assert done.stdout.splitlines()[-1] == str([0, 2, 2, 2, 2])
     assert done.stderr.splitlines() == [
         f"ring-hilbert: error: this needs {module}, which is not installed: pip install 'ring_hilbert[train]'"
-        for module in ("pydantic", "pydantic", "tqdm", "matplotlib")
+        for module in ("tqdm", "pydantic", "tqdm", "matplotlib")
     ]

@@ -501,11 +501,11 @@ def test_data(what: str, tmp_path: Path) -> None:
 
 
 def test_saving(tmp_path: Path) -> None:
-    """A save touches steps from the one it is begun after on, and is over before the next."""
+    """A save touches steps from the one it is begun after on, at most to the one that begins the next and waits for it."""
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tiny_config(tmp_path).model_dump(mode="json")))
     chosen = argparse.Namespace(config=path, set=[], length=256, every=4, saves=2, folder=tmp_path)
     (record,) = saving.rows(chosen, CPU, None)
     assert len(record["steps"].split()) == 12 and len(record["seconds_per_save"].split()) == 2
-    assert all(1 <= int(count) <= 4 for count in record["touched_steps"].split())
+    assert all(1 <= int(count) <= 5 for count in record["touched_steps"].split())
     assert float(record["gigabytes"]) < 0.01 and not list(tmp_path.glob("tmp*"))

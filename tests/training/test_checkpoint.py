@@ -342,6 +342,20 @@ def test_one_folder_one_run(texts: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert lock_module.read_lock(folder) is None
 
 
+def test_a_lock_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk: it names the file, and holds nothing."""
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lock_module.os, "write", full)
+    with pytest.raises(ValueError, match=r"checkpoint.dir: .*run.lock cannot be written: No space left on device"):
+        FolderLock(tmp_path, {})
+    monkeypatch.undo()
+    monkeypatch.setattr(lock_module, "PATIENCE", 0.2)
+    FolderLock(tmp_path, {}).release()
+
+
 def test_a_folder_that_was_taken_over(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where locks do not reach other hosts: the run that lost its folder publishes nothing any more."""
     monkeypatch.setattr(lock_module.fcntl, "flock", lambda *_: None)

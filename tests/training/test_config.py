@@ -149,12 +149,15 @@ def test_overrides_of_list_elements_that_are_not_there(file: Path, override: str
         ("model.path=folder", "model: give exactly one of `config`"),
         ("model.config=null", "model: give exactly one of `config`"),
         ("model.config={hidden_size: 3}", "needs a model_type"),
-        ("attention.dilation_rates=[1]", "got 2 lengths [256, 1024] and 1 rates [1]"),
+        ("attention.dilation_rates=[1]", "attention: segment_lengths has 2 entries and dilation_rates 1"),
         (
             "attention.dilation_rates=[1, 2000]",
-            "branch 1 needs 1 <= dilation rate <= segment length, got 2000 and 1024",
+            "dilation_rates[1] must be an integer with 1 <= r <= segment length 1024, got 2000",
         ),
-        ("attention.dilation_rates=[0, 1]", "branch 0 needs 1 <= dilation rate <= segment length, got 0 and 256"),
+        (
+            "attention.dilation_rates=[0, 1]",
+            "dilation_rates[0] must be an integer with 1 <= r <= segment length 256, got 0",
+        ),
         ("attention.order.block=0", "attention.order.block: got 0"),
         ("attention.layers.1.branches=3", "layers.1 keeps 3 of 2 branches; keep 1 to 2 of them"),
         ("attention.layers={1: {branches: 1, dense: true}}", "layers.1 keeps 1 of 2 branches and is dense"),
@@ -175,7 +178,7 @@ def test_wrong_values_name_the_key_and_what_came(file: Path, override: str, mess
 
 def test_block_rule_and_head_shift_exclude_each_other(file: Path) -> None:
     message = refused(file, "attention.offset_rule=block", "attention.head_shift=1")
-    assert "offset_rule: block allows only head_shift 0 or auto, got 1" in message
+    assert "attention: head_shift=1 needs offset_rule='modulo'; with 'block' it must be 0" in message
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "just words", "\xff"])

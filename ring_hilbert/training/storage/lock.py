@@ -32,7 +32,7 @@ class FolderLock:
         note: a warning, None if all is well.
 
     Raises:
-        ValueError: if another run holds it; names its host and process.
+        ValueError: if another run holds it; names its host and process. Or if the file cannot be written.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -43,9 +43,13 @@ class FolderLock:
         self._descriptor = self._acquire()
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
         holder = {"nonce": self.nonce, "host": socket.gethostname(), "process": os.getpid(), "since": since, **about}
-        os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, json.dumps(holder).encode())
-        os.fsync(self._descriptor)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, json.dumps(holder).encode())
+            os.fsync(self._descriptor)
+        except OSError as error:  # which names no file
+            os.close(self._descriptor)
+            raise ValueError(f"checkpoint.dir: {self.path} cannot be written: {error.strerror}") from error
 
     def check(self) -> None:
         """Check that this run still holds the folder; another could take it if locks do not work across hosts.
