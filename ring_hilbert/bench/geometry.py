@@ -11,8 +11,11 @@ cell to the nearest kept cell (of one head). `crossing_rows`: rows that some ran
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -49,8 +52,6 @@ def rows(chosen: argparse.Namespace, device: torch.device, _group: object = None
     Raises:
         ValueError: for a number of cells that is no square or no cube.
     """
-    if device.type == "cpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
     cells = chosen.cells or (4096 if device.type == "cpu" else 262144)
     square, cube = round(cells**0.5), round(cells ** (1 / 3))
     if square**2 != cells or cube**3 != cells:
@@ -62,6 +63,29 @@ def rows(chosen: argparse.Namespace, device: torch.device, _group: object = None
     shapes: dict[str, dict[str, Any]] = {
         "1-D": {"block": segment}, "2-D": {"grid": (square, square)}, "3-D": {"grid": (cube,) * 3},
     }  # fmt: skip
+    with _process(device) as counted:
+        yield from _records(chosen, device, shapes, cells, counted)
+
+
+@contextlib.contextmanager
+def _process(device: torch.device) -> Iterator[Callable[..., tuple[int, int]]]:
+    """`_blocks`; on the CPU, unless Triton was imported as its interpreter, in a process where it is."""
+    if device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
+        yield _blocks
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda *args: pool.submit(_blocks, *args).result()
+
+
+def _records(
+    chosen: argparse.Namespace,
+    device: torch.device,
+    shapes: dict[str, dict[str, Any]],
+    cells: int,
+    counted: Callable[..., tuple[int, int]],
+) -> Iterator[dict[str, Any]]:
+    segment = cells // 4
     for geometry, sizes in shapes.items():
         for rate in chosen.rates:
             pattern = rh.DilatedPattern((segment,), (rate,))
@@ -69,8 +93,8 @@ def rows(chosen: argparse.Namespace, device: torch.device, _group: object = None
             for curve in CURVES:
                 order = rh.TokenOrder(curve, **sizes)
                 places = _places(order, cells, sizes.get("grid", (cells,)))
-                core, full, masked = _blocks(pattern, order, cells, device)
-                ms = None if device.type == "cpu" else _milliseconds(pattern, core, cells, chosen.repeats, device)
+                full, masked = counted(pattern, order, cells, device)
+                ms = None if device.type == "cpu" else _milliseconds(pattern, order, cells, chosen.repeats, device)
                 raster = raster or ms
                 yield {
                     "geometry": geometry, "rate": rate, "curve": curve, "cells": cells, "segment": segment, "ranks": chosen.ranks,
@@ -130,24 +154,26 @@ def _crossing(pattern: rh.DilatedPattern, order: rh.TokenOrder, cells: int, rank
     return sum(int(plan.counts(rank).sum()) for rank in range(ranks))
 
 
-def _blocks(
-    pattern: rh.DilatedPattern, order: rh.TokenOrder, cells: int, device: torch.device
-) -> tuple[TritonCore, int, int]:
-    """The core of one head, and how many blocks its walk visits in forward: without a mask, and with one."""
+def _core(pattern: rh.DilatedPattern, order: rh.TokenOrder, cells: int, device: torch.device) -> TritonCore:
+    """Of one head."""
     seen = Visible(cells, True, order=order).on(device)
     shard = Shard((Chunk(0, cells, 0),), cells, order)
-    core = TritonCore(pattern, 1, shard, seen, 64, torch.bfloat16, device)
-    _, schedule = core.schedule("forward")
+    return TritonCore(pattern, 1, shard, seen, 64, torch.bfloat16, device)
+
+
+def _blocks(pattern: rh.DilatedPattern, order: rh.TokenOrder, cells: int, device: torch.device) -> tuple[int, int]:
+    """How many blocks the walk visits in forward: without a mask, and with one."""
+    _, schedule = _core(pattern, order, cells, device).schedule("forward")
     full, masked = schedule.steps.sum((0, 1)).tolist()
-    return core, full, masked
+    return full, masked
 
 
 def _milliseconds(
-    pattern: rh.DilatedPattern, core: TritonCore, cells: int, repeats: int, device: torch.device
+    pattern: rh.DilatedPattern, order: rh.TokenOrder, cells: int, repeats: int, device: torch.device
 ) -> float:
     problem = Problem(pattern, cells, True, torch.bfloat16, device, heads=1, kv_heads=1)
     tensors = {name: x.detach() for name, x in problem.tensors().items()}
-    forward, _ = core_passes(core, tensors, problem.head_dim**-0.5)
+    forward, _ = core_passes(_core(pattern, order, cells, device), tensors, problem.head_dim**-0.5)
     for _ in range(3):
         forward()
     return interleaved({"forward": forward}, repeats, device, lambda _: None)["forward"].median

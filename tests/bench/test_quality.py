@@ -107,7 +107,7 @@ def test_declarations_that_cannot_be(tmp_path: Path, changes: dict[str, Any], me
 @pytest.mark.parametrize("faithful", [True, False])
 def test_pairs_are_asked_for_where_it_is_said(faithful: bool) -> None:
     """Every answer, at its distance, is the value that was told; or in one of four cases by chance."""
-    longer = {"seq_len": 2048, "pairs": 8, "key_length": 4, "farthest": 1600, "faithful": float(faithful)}
+    longer = {"seq_len": 2048, "values": 4, "pairs": 8, "key_length": 4, "farthest": 1600, "faithful": float(faithful)}
     task, random = load_table(TOY).tasks["planted"].model_copy(update=longer), np.random.default_rng(0)
     right, distances = [], []
     for _ in range(60):
