@@ -103,9 +103,11 @@ class MultiheadDilatedAttention(nn.Module):
         q, k, v = (
             projection(x).unflatten(-1, (heads, self.head_dim))
             for projection, heads in (
-                (self.q_proj, self.num_heads), (self.k_proj, self.num_kv_heads), (self.v_proj, self.num_kv_heads),
+                (self.q_proj, self.num_heads),
+                (self.k_proj, self.num_kv_heads),
+                (self.v_proj, self.num_kv_heads),
             )
-        )  # fmt: skip
+        )
         out = dilated_attention(q, k, v, self.pattern, causal=self.causal, order=order, prepared=prepared)
         return self.out_proj(out.flatten(2))
 

@@ -57,26 +57,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--kv-heads", type=int, metavar="HKV", help="default: as many as --heads")
     what.add_argument("--head-dim", type=int, default=64, metavar="D", help="default 64")
     what.add_argument(
-        "--dtype", choices=DTYPES, nargs="+", metavar="T",
+        "--dtype",
+        choices=DTYPES,
+        nargs="+",
+        metavar="T",
         help=f"some of {', '.join(DTYPES)}; default float32, on CUDA devices bfloat16",
-    )  # fmt: skip
+    )
     what.add_argument("--causal", action=argparse.BooleanOptionalAction, help="default: both")
     what.add_argument(
         "--order", choices=CURVES, nargs="+", default=["raster", "hilbert"], metavar="CURVE",
         help=f"orders of the rows for this operator: some of {', '.join(CURVES)}; default raster hilbert",
     )  # fmt: skip
     what.add_argument(
-        "--block", type=rows_or_all, default=0, metavar="N",
+        "--block",
+        type=rows_or_all,
+        default=0,
+        metavar="N",
         help="tokens that a curve orders at a time, or 'all'; default: the shortest segment length",
-    )  # fmt: skip
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--backend", default="auto", help="of this operator, as in dilated_attention")
     how.add_argument("--threads", type=int, help="CPU threads of PyTorch")
     how.add_argument("--repeats", type=int, default=7, help="rounds that are timed; medians are kept; default 7")
     how.add_argument(
-        "--dense-limit", type=int, metavar="S",
+        "--dense-limit",
+        type=int,
+        metavar="S",
         help="no dense attention and no FlexAttention above this length; default 16384, on CUDA devices 131072",
-    )  # fmt: skip
+    )
     how.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory against length: .png or .svg")
 
 

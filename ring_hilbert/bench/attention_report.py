@@ -42,9 +42,12 @@ def draw(path: Path, records: Sequence[Record]) -> None:
     colours = {key: f"C{i}" for i, key in enumerate(dict.fromkeys(key[:2] for key in lines))}
     for (name, dtype, causal), points in lines.items():
         style = {
-            "color": colours[name, dtype], "linestyle": "-" if causal else "--", "marker": "o", "markersize": 4,
+            "color": colours[name, dtype],
+            "linestyle": "-" if causal else "--",
+            "marker": "o",
+            "markersize": 4,
             "label": f"{name}, {dtype}, {'causal' if causal else 'not causal'}",
-        }  # fmt: skip
+        }
         length = [point["length"] for point in points]
         median, least, most = (
             [float(point[f"forward_backward_ms{suffix}"]) for point in points] for suffix in ("", "_min", "_max")

@@ -115,10 +115,13 @@ def _versions(page: Page, device: torch.device, group: dist.ProcessGroup | None)
     cuda = device.type == "cuda"
     triton = unsupported(device, torch.bfloat16, 128) if cuda else None
     mine = {
-        "ring_hilbert": _version("ring_hilbert"), "torch": torch.__version__, "python": platform.python_version(),
-        "triton": _version("triton"), "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU",
+        "ring_hilbert": _version("ring_hilbert"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "triton": _version("triton"),
+        "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU",
         "nccl": ".".join(map(str, nccl.version())) if cuda else "not used",
-    }  # fmt: skip
+    }
     address = local_address(os.environ.get("MASTER_ADDR", "localhost"))
     machines = _everybody((identity(), f"{socket.gethostname()} ({address})"), group)
     ranks = [(name, *rest) for (_, name), rest in zip(machines, _everybody((mine, triton), group), strict=True)]

@@ -61,8 +61,10 @@ def rows(chosen: argparse.Namespace, device: torch.device, _group: object = None
         raise ValueError(f"--rates must be 1 to {cells // 4}, a segment of {cells} cells, got {chosen.rates}")
     segment = cells // 4
     shapes: dict[str, dict[str, Any]] = {
-        "1-D": {"block": segment}, "2-D": {"grid": (square, square)}, "3-D": {"grid": (cube,) * 3},
-    }  # fmt: skip
+        "1-D": {"block": segment},
+        "2-D": {"grid": (square, square)},
+        "3-D": {"grid": (cube,) * 3},
+    }
     with _process(device) as counted:
         yield from _records(chosen, device, shapes, cells, counted)
 

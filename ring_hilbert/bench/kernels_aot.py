@@ -60,9 +60,12 @@ VARIANTS = {
 
 
 def rows(
-    capabilities: tuple[int, ...], head_dims: tuple[int, ...], dtype: torch.dtype,
-    passes: tuple[Pass, ...] = PASSES, variants: tuple[str, ...] = tuple(VARIANTS),
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+    capabilities: tuple[int, ...],
+    head_dims: tuple[int, ...],
+    dtype: torch.dtype,
+    passes: tuple[Pass, ...] = PASSES,
+    variants: tuple[str, ...] = tuple(VARIANTS),
+) -> Iterator[dict[str, Any]]:
     """A record for every variant, pass, head dim and capability, with the shipped tiles."""
     import triton
 

@@ -150,9 +150,10 @@ def _turns(
         dist.all_gather_object(everybody, (forward, both, received[name]), group=group)
         forward, both, size = (max(x) for x in zip(*everybody, strict=True))
         results[name] = {
-            "forward_ms": f"{1e3 * forward:.1f}", "forward_backward_ms": f"{1e3 * both:.1f}",
+            "forward_ms": f"{1e3 * forward:.1f}",
+            "forward_backward_ms": f"{1e3 * both:.1f}",
             "received_mib": f"{size / 2**20:.2f}",
-        }  # fmt: skip
+        }
     return results
 
 

@@ -72,9 +72,12 @@ def question_of(config: RunConfig) -> Question:
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     shift = 0 if attention.head_shift == "auto" else attention.head_shift
     pattern = rh.DilatedPattern(
-        tuple(attention.segment_lengths), tuple(attention.dilation_rates), attention.offset_rule, shift,
+        tuple(attention.segment_lengths),
+        tuple(attention.dilation_rates),
+        attention.offset_rule,
+        shift,
         attention.segment_shift,
-    )  # fmt: skip
+    )
     order = None if attention.order is None else rh.TokenOrder(**attention.order.model_dump(exclude_none=True))
     shapes = Shapes(train.micro_batch, heads, getattr(model, "num_key_value_heads", None) or heads, dim, dtype)
     return Question(

@@ -90,9 +90,10 @@ def draw(path: Path, records: list[dict[str, Any]]) -> None:
     figure, panels = figure_of(3, height=4.2)
     colours = {name: f"C{i}" for i, name in enumerate(LADDERS)}
     quantities = {
-        "forward_mib": "received in forward (MiB)", "backward_mib": "received in backward (MiB)",
+        "forward_mib": "received in forward (MiB)",
+        "backward_mib": "received in backward (MiB)",
         "forward_tflop": "attention, forward (TFLOP)",
-    }  # fmt: skip
+    }
     for axes, (key, title) in zip(panels, quantities.items(), strict=True):
         for name, colour in colours.items():
             mine = [r for r in records if r["ladder"] == name and r["causal"] in (True, "True")]

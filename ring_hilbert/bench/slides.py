@@ -60,9 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGroup | None) -> Iterator[Record]:
     """A record per contender and problem, from rank 0."""
-    pattern = rh.DilatedPattern(
-        segment_lengths_for(chosen.max_wsi_size), RATES, offset_rule="block", zero_keys=True
-    )  # fmt: skip
+    pattern = rh.DilatedPattern(segment_lengths_for(chosen.max_wsi_size), RATES, offset_rule="block", zero_keys=True)
     parts: dict[str, Callable[[], Iterator[Record]]] = {
         "attention": lambda: _attention(chosen, pattern, device, group),
         "encoder": lambda: _encoder(chosen, device, group),
@@ -117,9 +115,7 @@ def _passes(call: Callable[..., Tensor], x: tuple[Tensor, Tensor, Tensor], dout:
     return {"forward": forward, "both": lambda: torch.autograd.grad(call(*x), x, dout)}
 
 
-def _encoder(
-    chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGroup | None
-) -> Iterator[Record]:  # fmt: skip
+def _encoder(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGroup | None) -> Iterator[Record]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     side = 1 + int(chosen.tiles**0.5)
     tiles = _shares(chosen.tiles, group)
@@ -148,9 +144,11 @@ def _encoder(
         if group is None and not chosen.without:
             passes[PUBLISHED] = {"both": partial(both, True)}
         facts = {
-            "heads": chosen.heads, "head_dim": chosen.embed_dim // chosen.heads, "layers": chosen.depth,
+            "heads": chosen.heads,
+            "head_dim": chosen.embed_dim // chosen.heads,
+            "layers": chosen.depth,
             "recomputed": recomputed,
-        }  # fmt: skip
+        }
         yield from _measured(chosen, facts, passes, 0, device, group)
 
 
@@ -179,8 +177,9 @@ def _planning(
             head_dim = chosen.embed_dim // chosen.heads
             facts = {"heads": chosen.heads, "head_dim": head_dim, "layers": 0, "recomputed": ""}
             yield _record(tiles, facts, OURS, group, rounds, _dtype(device)) | {
-                "first_ms": f"{first:.3f}", "forward_backward_ms": f"{again:.3f}",
-            }  # fmt: skip
+                "first_ms": f"{first:.3f}",
+                "forward_backward_ms": f"{again:.3f}",
+            }
 
 
 def _until_done(call: Callable[[], object], device: torch.device) -> float:
@@ -225,8 +224,9 @@ def _measured(
             if name == OURS and PUBLISHED in fitting:
                 theirs = times[f"{PUBLISHED} both"].median
                 record |= {
-                    "time_vs_longnet": f"{medians[-1] / theirs:.3f}", "extra_vs_longnet": f"{held / extra[PUBLISHED]:.3f}",
-                }  # fmt: skip
+                    "time_vs_longnet": f"{medians[-1] / theirs:.3f}",
+                    "extra_vs_longnet": f"{held / extra[PUBLISHED]:.3f}",
+                }
         yield record
 
 

@@ -75,9 +75,10 @@ def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGr
                 if fit is not None:
                     config = fit.settle(config)
                     record |= {
-                        "parameters": fit.plan.model_parameters, "planned_gib": f"{fit.plan.allocated / 2**30:.3f}",
+                        "parameters": fit.plan.model_parameters,
+                        "planned_gib": f"{fit.plan.allocated / 2**30:.3f}",
                         "taken": " ".join(f"train.{key}={value}" for key, value in fit.train.items()),
-                    }  # fmt: skip
+                    }
                 if fit is None or not fit.refusal:
                     with contextlib.suppress(torch.cuda.OutOfMemoryError):
                         record |= _one(settled(config), world, device, chosen.steps, chosen.documents)

@@ -86,9 +86,11 @@ def _question(chosen: argparse.Namespace) -> Any:
     from ring_hilbert.parallel.plan import Shapes, check_strategy
 
     flags = {
-        "--length": chosen.length, "--ranks": chosen.ranks, "--segment-lengths": chosen.segment_lengths,
+        "--length": chosen.length,
+        "--ranks": chosen.ranks,
+        "--segment-lengths": chosen.segment_lengths,
         "--dilation-rates": chosen.dilation_rates,
-    }  # fmt: skip
+    }
     missing = [flag for flag, value in flags.items() if value is None]
     if missing or chosen.overrides:
         what = f"without it {', '.join(missing)} is needed" if missing else "key=value needs it"

@@ -29,9 +29,10 @@ def add_pretrain(commands: Any) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the run; see configs/")
     parser.add_argument(
-        "--dry-run", action="store_true",
+        "--dry-run",
+        action="store_true",
         help="train nothing: say, from one process and for all ranks of the run, what would travel and what a rank would hold",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -164,13 +164,15 @@ class SlideEncoder(nn.Module):
             "are not used (see ignore=)": sorted(state.keys() - own.keys()),
             "have another shape": [
                 f"{key} {list(state[key].shape)} instead of {list(value.shape)}"
-                for key, value in own.items() if key in state and state[key].shape != value.shape
+                for key, value in own.items()
+                if key in state and state[key].shape != value.shape
             ],
-        }  # fmt: skip
+        }
         found = [
             f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''}"
-            for what, keys in problems.items() if keys
-        ]  # fmt: skip
+            for what, keys in problems.items()
+            if keys
+        ]
         if found:
             raise ValueError(f"the weights in {path} do not fit this encoder; {'; '.join(found)}")
         self.load_state_dict(state)

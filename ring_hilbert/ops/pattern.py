@@ -186,9 +186,12 @@ class LayerRule(NamedTuple):
                     return DENSE
                 kept = own.branches or len(self.first.segment_lengths)
                 return replace(
-                    self.first, segment_lengths=self.first.segment_lengths[:kept], head_shift=own.head_shift,
-                    dilation_rates=self.first.dilation_rates[:kept], segment_shift=own.segment_shift,
-                )  # fmt: skip
+                    self.first,
+                    segment_lengths=self.first.segment_lengths[:kept],
+                    head_shift=own.head_shift,
+                    dilation_rates=self.first.dilation_rates[:kept],
+                    segment_shift=own.segment_shift,
+                )
         return replace(self.first, head_shift=self.first.head_shift + self.head_step * layer)
 
 

@@ -66,8 +66,10 @@ def intervals(
     low, high = first_before(begins), first_behind(begins | changes(position) if causal else begins) - 1
     padding = number == size
     columns = (
-        (index + 1).masked_fill(padding, HIDDEN), (low + 1).masked_fill(padding, NOWHERE), (high + 1).masked_fill(padding, HIDDEN),
-    )  # fmt: skip
+        (index + 1).masked_fill(padding, HIDDEN),
+        (low + 1).masked_fill(padding, NOWHERE),
+        (high + 1).masked_fill(padding, HIDDEN),
+    )
     return Intervals(*(torch.empty_like(x).scatter_(1, order, x).to(torch.int32) for x in columns))
 
 

@@ -262,8 +262,7 @@ class _RowWalk:
         first_run = upto - taken - torch.where(before[table] > 0, upto[before[table] - 1], 0)
         visit = torch.tensor(visits, device=self.device)[kind]
 
-        tiles = torch.zeros((self.number, int(per_table.max()), width),
-                            dtype=torch.int32, device=self.device)  # fmt: skip
+        tiles = torch.zeros((self.number, int(per_table.max()), width), dtype=torch.int32, device=self.device)
         columns = [place + table * self.size, count, *visit.unbind(1), first_run, full]
         within = torch.arange(block, device=self.device)
         rows = order[table[:, None], (place[:, None] + within).clamp(max=self.size - 1)]

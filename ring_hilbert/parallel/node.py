@@ -153,9 +153,12 @@ def agreed_fields(pattern: DilatedPattern | LayerPattern, scale: float | None, s
     fields: dict[str, Any] = {"pattern": pattern, "scale": scale}
     if shapes is not None:
         fields |= {
-            "B (batch size of q)": shapes.batch_size, "H (heads of q)": shapes.num_heads,
-            "Hkv (heads of k, v)": shapes.num_kv_heads, "D (head dim)": shapes.head_dim, "dtype": shapes.dtype,
-        }  # fmt: skip
+            "B (batch size of q)": shapes.batch_size,
+            "H (heads of q)": shapes.num_heads,
+            "Hkv (heads of k, v)": shapes.num_kv_heads,
+            "D (head dim)": shapes.head_dim,
+            "dtype": shapes.dtype,
+        }
     return fields
 
 

@@ -79,10 +79,12 @@ class Ulysses:
             for other in range(self.layout.world_size)
         }
         shapes = {
-            other: [(len(x), rows, heads[self.rank].stop - heads[self.rank].start, x.shape[3])
-                    for x, heads in zip(tensors, kinds, strict=True)]
+            other: [
+                (len(x), rows, heads[self.rank].stop - heads[self.rank].start, x.shape[3])
+                for x, heads in zip(tensors, kinds, strict=True)
+            ]
             for other, rows in enumerate(self.layout.lengths)
-        }  # fmt: skip
+        }
         whole = [
             x.new_empty((shape[0], self.layout.seq_len, *shape[2:]))
             for x, shape in zip(tensors, shapes[0], strict=True)

@@ -156,9 +156,10 @@ class Checkpoints:
         with self.world.together():
             if bad := engine.not_finite():
                 raise ValueError(
-                    f"step {progress.step}: {bad[0]} is not finite" + (f" nor {len(bad) - 1} others" if bad[1:] else "")
+                    f"step {progress.step}: {bad[0]} is not finite"
+                    + (f" nor {len(bad) - 1} others" if bad[1:] else "")
                     + f"; nothing was saved over the older checkpoints in {self.folder}. A lower optim.lr may help"
-                )  # fmt: skip
+                )
         needed = engine.bytes_to_save()
         self.world.from_main(lambda: self._make_room(unfinished, needed))
         with self.world.together():

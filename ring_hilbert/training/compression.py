@@ -50,4 +50,4 @@ COMPRESSIONS: dict[str, Callable[[Any], Any]] = {  # what opens a file, by the l
     ".bz2": lambda file: io.BufferedReader(_Streams(file, bz2.BZ2Decompressor), PACKED),
     ".xz": lambda file: io.BufferedReader(_Streams(file, lzma.LZMADecompressor), PACKED),
     ".zst": lambda file: io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd")),  # type: ignore[arg-type]
-}  # fmt: skip
+}

@@ -122,9 +122,11 @@ def _with(module: nn.Module, replaced: Mapping[nn.Module | None, Any]) -> nn.Mod
     for hooks in HOOKS:
         setattr(copied, hooks, OrderedDict())
     copied._modules = {
-        name: replaced[child] if child in replaced
-        else _with(child, replaced) if child is not None and any(part in replaced for part in child.modules())
+        name: replaced[child]
+        if child in replaced
+        else _with(child, replaced)
+        if child is not None and any(part in replaced for part in child.modules())
         else child
         for name, child in module._modules.items()
-    }  # fmt: skip
+    }
     return copied

@@ -109,13 +109,16 @@ def write_manifest(data: DataConfig, names: list[str]) -> dict[str, Any]:
         "settings": data.model_dump(mode="json", exclude={"prepared", "workers"}),
         "parts": {
             name: {
-                "key": part.record["key"], "documents": len(part.lengths), "tokens": part.record["columns"]["tokens"]["count"],
-                "largest_id": part.record["largest_id"], "kinds": part.record["kinds"],
+                "key": part.record["key"],
+                "documents": len(part.lengths),
+                "tokens": part.record["columns"]["tokens"]["count"],
+                "largest_id": part.record["largest_id"],
+                "kinds": part.record["kinds"],
                 "content": asdict(Content.of(Documents([part], [None]))),
             }
             for name, part in parts.items()
         },
-    }  # fmt: skip
+    }
     write_record(folder / MANIFEST, manifest)
     return manifest
 

@@ -164,8 +164,10 @@ def _small_model(hf_config: PretrainedConfig) -> PretrainedConfig:
         if "drop" in key and isinstance(value, float):  # random, so there would be no true gradient
             setattr(small, key, 0.0)
     small.ring_hilbert = {
-        "segment_lengths": [ROWS, 2 * ROWS], "dilation_rates": [1, 2], "backend": hf_config.ring_hilbert["backend"],
-    }  # fmt: skip
+        "segment_lengths": [ROWS, 2 * ROWS],
+        "dilation_rates": [1, 2],
+        "backend": hf_config.ring_hilbert["backend"],
+    }
     return small
 
 

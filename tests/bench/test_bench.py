@@ -261,10 +261,13 @@ def test_bench_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         for length in ("128", "256")
         for causal in ("True", "False")
         for name, order in (
-            ("ring_hilbert", "raster"), ("ring_hilbert", "hilbert/64"), ("dense", "raster"), ("longnet", "raster"),
+            ("ring_hilbert", "raster"),
+            ("ring_hilbert", "hilbert/64"),
+            ("dense", "raster"),
+            ("longnet", "raster"),
         )
         if (length, name) != ("256", "dense")
-    ]  # fmt: skip
+    ]
     assert all(r["dtype"] == "float32" and r["floor_length"] == "128" and float(r["peak_vs_least"]) >= 1 for r in rows)
     assert all(float(r["forward_ms_min"]) <= float(r["forward_ms"]) <= float(r["forward_ms_max"]) for r in rows)
     assert {r["segment_lengths"] for r in rows} == {"64 128", "64 256"}
@@ -471,8 +474,9 @@ def test_slides(tmp_path: Path) -> None:
     both = ("ring_hilbert", "longnet")
     assert names == [
         *(("attention", name, "") for name in both),
-        *(("encoder", name, kept) for kept in ("True", "False") for name in both), ("planning", "ring_hilbert", ""),
-    ]  # fmt: skip
+        *(("encoder", name, kept) for kept in ("True", "False") for name in both),
+        ("planning", "ring_hilbert", ""),
+    ]
     assert all(float(row["forward_backward_ms"]) > 0 for row in found) and float(found[-1]["first_ms"]) > 0
     assert all(float(row["time_vs_longnet"]) > 0 < float(row["extra_vs_longnet"]) for row in found[:6:2])
 

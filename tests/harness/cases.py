@@ -48,9 +48,11 @@ class Case:
 
         factor = self.logit_scale**0.5
         return {
-            "q": normal(self.heads, factor), "k": normal(self.kv_heads, factor), "v": normal(self.kv_heads),
+            "q": normal(self.heads, factor),
+            "k": normal(self.kv_heads, factor),
+            "v": normal(self.kv_heads),
             "dout": normal(self.heads),
-        }  # fmt: skip
+        }
 
     def facts(self) -> Facts:
         """`positions` and `document_ids` of the whole sequence."""

@@ -131,7 +131,7 @@ CASES = {
     "documents": Case(LADDER, 113, 2, 2, 2, 16, documents="shared"),
     "documents per entry, hilbert": Case(LADDER, 70, 2, 2, 1, 16, order=HILBERT, documents="per-batch"),
     "padding": Case(LADDER, 113, 1, 4, 2, 16, documents="padding"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("causal", [True, False])

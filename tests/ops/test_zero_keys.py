@@ -25,8 +25,9 @@ from tests.parallel.test_exchange import Way, attend, whole
 RATES = (1, 2, 4, 8, 16)
 SMALL = rh.DilatedPattern((8, 23, 64), (1, 2, 4), offset_rule="block", zero_keys=True)
 PRETRAINED, FINE_TUNED = (
-    rh.DilatedPattern(segment_lengths_for(size), RATES, offset_rule="block", zero_keys=True) for size in (262144, 250000)
-)  # fmt: skip
+    rh.DilatedPattern(segment_lengths_for(size), RATES, offset_rule="block", zero_keys=True)
+    for size in (262144, 250000)
+)
 
 
 def answers(
@@ -70,8 +71,10 @@ def test_equals_torchscale_wherever_that_is_a_softmax(length: int):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "first"), [(SMALL, 24), (FINE_TUNED, 23171), (PRETRAINED, 185364)], ids=["small", "fine-tuned", "pretrained"]
-)  # fmt: skip
+    ("pattern", "first"),
+    [(SMALL, 24), (FINE_TUNED, 23171), (PRETRAINED, 185364)],
+    ids=["small", "fine-tuned", "pretrained"],
+)
 def test_from_which_length_on_the_published_code_misplaces(pattern: rh.DilatedPattern, first: int):
     assert torchscale.touched(pattern, first) and not torchscale.touched(pattern, first - 1)
     following = rh.DilatedPattern(pattern.segment_lengths[3:], RATES[3:]) if len(pattern.branches) > 3 else None

@@ -282,8 +282,11 @@ def test_stages(tmp_path: Path, texts: Path) -> None:
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ring_hilbert.cli"]
     done = subprocess.run(
         [sys.executable, "-m", *command, "pretrain", "--config", str(path)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["long", "middle", "short"]
     evaluations = [

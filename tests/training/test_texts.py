@@ -297,9 +297,12 @@ def test_tables_that_cannot_be_read_are_no_documents(tmp_path: Path) -> None:
         (b'{"text": "a"}\n{"text": {"b": 1}}', "line 2: field 'text' holds an object, expected text"),
         (b'{"text": "a"}\n"text"', "line 2 holds a string, expected an object with the field 'text'"),
         (b'{"text": "a"}\n{"Text": "b", "m": {"n": 1}}', "line 2 has no field 'text'; it has ['Text', 'm.n']"),
-        (b'{"text": "a", "deep": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "line 1 cannot be read as json: maximum recursion"),
+        (
+            b'{"text": "a", "deep": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+            "line 1 cannot be read as json: maximum recursion",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_rows_are_refused_with_their_line(tmp_path: Path, content: bytes, where: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     assert where in refusal(tmp_path / "a.jsonl")

@@ -72,12 +72,14 @@ class Table(Section):
             "attention": attention.model_dump(mode="json"),
             "data": {
                 "sources": [{"path": str(data / "train" / "*"), "format": "text"}],
-                "seq_len": declared.seq_len, "eval": held_out,
+                "seq_len": declared.seq_len,
+                "eval": held_out,
             },
-            "optim": {"lr": rate}, "train": {"seed": seed},
+            "optim": {"lr": rate},
+            "train": {"seed": seed},
             "checkpoint": {"dir": str(folder / "checkpoints"), "every": 10**9},
             "log": {"dir": str(folder / "logs"), "tensorboard": False, "breakdown_every": None},
-        }  # fmt: skip
+        }
         for section, key in (
             ("attention", None),
             ("checkpoint", None),
