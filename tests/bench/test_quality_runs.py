@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ring-hilbert bench quality` with its runs: an effect that is planted is found, and none that is not there."""
+"""`ring-hilbert bench quality` with its runs: a planted effect is found, none that is not there; a stopped run goes on."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ring_hilbert.bench.quality.outcome import read_rows
 from ring_hilbert.cli import main
@@ -47,3 +49,22 @@ def test_no_effect_is_found_where_there_is_none(tmp_path: Path, capsys: pytest.C
     assert [row["status"] for row in rows] == ["started", "done"] * 4
     assert "so: no default changes" in said and "segments as long" not in said
     assert all(float(row["value"]) < 0.4 for row in rows[1::2])
+
+
+@pytest.mark.full
+def test_a_run_that_is_told_to_stop_goes_on(tmp_path: Path) -> None:
+    """Its rows say so; called again, the same command goes on from its checkpoint and comes to the end."""
+    raw = yaml.safe_load(TOY.read_text())
+    task = raw["tasks"]["planted"] | {"explore": [5], "confirm": [], "comparisons": []}
+    task["arms"] = {"far": task["arms"]["far"]}
+    raw["run"]["train"]["steps"] = 800
+    path = tmp_path / "table.yaml"
+    path.write_text(yaml.safe_dump(raw | {"tasks": {"planted": task}}))
+    first = toy(tmp_path, "--table", str(path), "--set", "limit_seconds=8")
+    assert [row["status"] for row in first] == ["started", "aborted"]
+    stopped = re.fullmatch("told to stop after step ([0-9]+); it goes on from there", first[-1]["note"])
+    assert stopped and 0 < int(stopped[1]) < 800
+    last = toy(tmp_path, "--table", str(path))[-1]
+    assert (last["status"], last["steps"]) == ("done", "800")
+    (output,) = tmp_path.glob("runs/*/output.txt")
+    assert f"resumed from step {stopped[1]}" in output.read_text()
