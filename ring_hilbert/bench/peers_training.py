@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -31,7 +30,7 @@ from ring_hilbert.training.batches import Batches
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.engine_torch import TorchEngine
 from ring_hilbert.training.fitting import planned, settled
-from ring_hilbert.training.model import build_skeleton, initial_weights, make_model, model_config
+from ring_hilbert.training.model import build_skeleton, checkpoint_layers, initial_weights, make_model, model_config
 from ring_hilbert.training.step import accumulate
 from ring_hilbert.training.weights import decoder_layers
 from ring_hilbert.training.world import World, open_world
@@ -115,7 +114,8 @@ class _Peer(_Ours):
         weights = initial_weights(self.config, self.hf_config)
         with torch.device("meta"):
             model = make_model(self.hf_config, attn_implementation=SDPA).train()
-        _recompute(model)
+        # All of a layer but its attention, as the trainer does.
+        checkpoint_layers(model, lambda: create_selective_checkpoint_contexts(_KERNELS))
         for layer in decoder_layers(model) if self.compiled else ():
             layer.compile()
         self.data = _Sequences(self.config, self.hf_config.vocab_size)
@@ -151,12 +151,6 @@ class _Peer(_Ours):
                 buffer_seq_dims=[1] * len(tensors),
                 no_restore_buffers=set(tensors),
             )
-
-
-def _recompute(model: PreTrainedModel) -> None:
-    """Recompute all of a layer but its attention, as the trainer does."""
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False, "context_fn": lambda: create_selective_checkpoint_contexts(_KERNELS)})
 
 
 def _sdpa(

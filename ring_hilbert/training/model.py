@@ -102,9 +102,7 @@ def for_training(
     if device is not None:
         model.fused = fuse(model, config, device, **fusing)  # pyright: ignore[reportArgumentType]  # modules take any attribute
     if train.recomputes != "none" or train.recompute_layers:
-        # The name since Transformers 5.2x; gradient_checkpointing_enable is the older one, deprecated there.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+        checkpoint_layers(model, checkpoint_contexts)
     layers: list[Any] = [*decoder_layers(model)]
     for number, layer in enumerate(layers):
         if train.recomputes == "none" and number >= train.recompute_layers:
@@ -118,6 +116,14 @@ def for_training(
                 raise ValueError(f"train.mlp_tiles: {type(layer).__name__} has no mlp; use 1")
             layer.mlp.forward = _tiled(layer.mlp.forward, train.mlp_tiles)
     return model
+
+
+def checkpoint_layers(model: PreTrainedModel, contexts: Callable[[], Any]) -> None:
+    """Recompute every layer in backward, but for what `contexts` keeps."""
+    # The name since Transformers 5.2x; gradient_checkpointing_enable is the older one, deprecated there.
+    new = "activation_checkpointing_enable"
+    enable = getattr(model, new if hasattr(model, new) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": False, "context_fn": contexts})
 
 
 def _offloaded(checkpointed: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,10 @@ def _python_stdlib() -> str:
     return Path(sysconfig.get_path("stdlib")).as_posix()
 
 
-_register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)  # renamed in OmegaConf 2.4
+# Renamed in OmegaConf 2.4.
+_register = getattr(
+    OmegaConf, "register_resolver" if hasattr(OmegaConf, "register_resolver") else "register_new_resolver"
+)
 _register("python_stdlib", _python_stdlib, replace=True)
 
 
