@@ -181,6 +181,7 @@ class Plan:
         return {p: (n * self._row_bytes(p)).tolist() for p, n in zip(PASSES, (forward, backward), strict=True)}
 
     def _row_bytes(self, pass_: str) -> int:
+        """Of a payload row: K and V of one row of one kv head of one batch entry."""
         item = self.shapes.dtype.itemsize
         return 2 * self.shapes.head_dim * (item if pass_ == "forward" else max(4, item))
 

@@ -167,6 +167,7 @@ class Checkpoints:
             random = {name: write_random(unfinished / name, self.world)}
         files = {name: known for rank in self.world.collect(random) for name, known in rank.items()}
 
+        # Called last, on one rank; with FSDP2 by `Writer.finish` of storage/tensors.py.
         def publish(written: Manifest) -> None:
             engine_files = {f"{ENGINE}/{name}": known for name, known in written.items()}
             self._publish(unfinished, final, progress, files | engine_files)
