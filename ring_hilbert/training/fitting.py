@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -131,10 +131,7 @@ def fit(config: RunConfig, room: int | None, *, cuda: bool) -> Fitted:
     """
     if config.train.memory_gib is not None and cuda:
         room = min(int(config.train.memory_gib * GIB), room or sys.maxsize)
-
-    def plan(config: RunConfig) -> MemoryPlan:
-        return _plan(config.model_dump_json(), cuda)
-
+    plan = partial(_planned, cuda=cuda)
     chosen = settled(config)
     if room is None:
         return _fitted(chosen, plan(chosen))
@@ -160,11 +157,12 @@ def fit(config: RunConfig, room: int | None, *, cuda: bool) -> Fitted:
 
 def advice(config: RunConfig) -> str:
     """Changes of a settled `config` that would need at least a tenth less of a GPU, and the time that each costs."""
-
-    def plan(config: RunConfig) -> MemoryPlan:
-        return _plan(config.model_dump_json(), True)
-
+    plan = partial(_planned, cuda=True)
     return _advice(config, plan, 0.9 * plan(config).total)
+
+
+def _planned(config: RunConfig, cuda: bool) -> MemoryPlan:
+    return _plan(_with(config, memory_gib=None).model_dump_json(), cuda)
 
 
 @lru_cache(maxsize=64)

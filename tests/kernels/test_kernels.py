@@ -264,7 +264,7 @@ def every_problem(world: int) -> list[RankProblem]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_equal_the_reference(world: int):
     every = every_problem(world)
-    check_ranks(world, every[world // 2 :: 53 if world == 2 else 127])
+    check_ranks(world, every[world // 2 :: 107 if world == 2 else 191])
 
 
 @on_the_cpu

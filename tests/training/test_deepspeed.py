@@ -51,7 +51,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_resume_and_export(tmp_path: Path, texts: Path, stage: int) -> None:
     """Interrupted and resumed is not interrupted, in bfloat16 too; the exported folder holds what was trained."""
 

@@ -186,10 +186,10 @@ def test_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if importlib.util.find_spec("liger_kernel") is not None:
         assert taken("llama", cuda) == "liger (2 RoPE, 2 gated MLP, 5 RMSNorm)"
         assert taken("cohere", cuda).startswith(
-            "compile (2 layers; no liger: norms and MLPs of CohereForCausalLM are not"
+            "compile (2 layers; no liger: its kernels do not compute what the norms and MLPs of CohereForCausalLM do)"
         )
         assert taken("cohere", cuda, train__fused="liger") == "liger (2 gated MLP)"
-        assert taken("cohere", cuda, train__mlp_tiles=2).startswith("none (no liger: norms")
+        assert taken("cohere", cuda, train__mlp_tiles=2).startswith("none (no liger: its kernels do not compute")
         assert taken("llama", cuda, train__precision="fp64").startswith(
             "compile (2 layers; no liger: its kernels compute in"
         )

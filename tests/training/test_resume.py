@@ -58,7 +58,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("sp", "precision"), [(1, "fp32"), (2, "bf16")])
+@pytest.mark.parametrize(("sp", "precision"), [pytest.param(1, "fp32", marks=pytest.mark.full), (2, "bf16")])
 def test_ten_and_ten_is_twenty(tmp_path: Path, texts: Path, sp: int, precision: str) -> None:
     """Bit for bit: every logged loss, every weight; with dropout, recomputation and evaluations in between."""
     common = {
