@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,10 @@ class Watch:
         if not traced and (log.breakdown_every is None or number % log.breakdown_every):
             yield
             return
-        cuda, start = self.world.device.type == "cuda", time.perf_counter()
+        cuda = self.world.device.type == "cuda"
+        if not cuda:  # where Kineto has no device that could fail, it still reports its own progress on stderr
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        start = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
             yield
             if cuda:
