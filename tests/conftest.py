@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test runs under: one thread per process, no network, and hypothesis the same on every machine."""
 
+import importlib.util
 import os
 import subprocess
 from multiprocessing.process import BaseProcess
@@ -20,22 +21,27 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "fast", max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile("quick", settings.get_profile("fast"), max_examples=5)
 settings.register_profile("full", settings.get_profile("fast"), max_examples=250)
 settings.load_profile("fast")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The option of `run.sh --quick`."""
-    parser.addoption("--quick", action="store_true", help="skip a test as soon as it starts a process")
+    parser.addoption(
+        "--quick", action="store_true", help="skip a test as soon as it starts a process or interprets a kernel"
+    )
 
 
 @pytest.fixture(autouse=True)
-def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --quick no test gets further than to where it starts ranks or commands."""
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --quick no test gets further than to where it starts ranks or commands, or Triton's interpreter."""
 
     def skip(*_: object, **__: object) -> None:
-        pytest.skip("starts a process (--quick)")
+        pytest.skip("starts a process, or interprets a kernel (--quick)")
 
     if request.config.getoption("quick"):
         monkeypatch.setattr(subprocess.Popen, "__init__", skip)
         monkeypatch.setattr(BaseProcess, "start", skip)
+        if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton") is not None:
+            monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", skip)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Set-up and tests: the hooks people run before a commit, then pytest. The fast tier by default; `--full` runs every
-# matrix, `--quick` what needs neither ranks nor commands. Further arguments go to pytest:
+# matrix, `--quick` what needs no ranks, commands or interpreted kernels. Further arguments go to pytest:
 #
 #     bash tests/run.sh [--quick | --full] [pytest arguments ...]        e.g. tests/ops -n 0
 set -euo pipefail
@@ -16,7 +16,7 @@ case "${1:-}" in
     ;;
 --quick)
     shift
-    tier=(--quick)
+    tier=(--quick --hypothesis-profile quick)
     ;;
 esac
 bash .githooks/pre-commit
