@@ -65,6 +65,10 @@ def dilated_attention(
     softmax; both equal the one-device result at every world size up to rounding. Differentiable once with respect to
     q, k and v.
 
+    Two forms: `dilated_attention(q, k, v, pattern, causal=..., group=..., ...)` for a call on its own, whose arguments from
+    `causal` to `layout`, `strategy` and `save_remote` describe the batch as in `prepare`; and, for the layers of a model,
+    `dilated_attention(q, k, v, pattern, prepared=...)`, where `prepare` or `shard_batch` has been told all of these once per batch.
+
     Under `torch.autocast` q, k and v are cast to its dtype, float64 excepted, as `scaled_dot_product_attention` does.
 
     Args:
