@@ -38,7 +38,7 @@ from ring_hilbert.training.storage.manifest import MANIFEST, SummedFile, sum_fil
 from ring_hilbert.training.storage.tensors import Reader
 from ring_hilbert.training.world import open_world
 from tests.harness.ranks import run_ranks, run_ranks_collect
-from tests.harness.tiny_run import tiny_config, write_texts
+from tests.harness.tiny_run import tiny_config
 
 
 def config_in(texts: Path, folder: Path, steps: int, **changes: Any) -> RunConfig:
@@ -68,13 +68,6 @@ def seal(path: Path) -> None:
     """Give a checkpoint that was tampered with a manifest that fits, as an attacker would."""
     (path / MANIFEST).unlink(missing_ok=True)
     write_manifest(path, {str(file.relative_to(path)): sum_file(file) for file in files_of(path)})
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    write_texts(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

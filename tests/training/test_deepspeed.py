@@ -32,7 +32,7 @@ from ring_hilbert.training.storage.tensors import Reader
 from ring_hilbert.training.world import open_world
 from tests.harness.deepspeed_rank import STAGES, deepspeed_rank, zero
 from tests.harness.ranks import run_ranks, run_ranks_collect
-from tests.harness.tiny_run import VOCAB, PaddedDataset, tiny_config, write_texts
+from tests.harness.tiny_run import VOCAB, PaddedDataset, tiny_config
 
 pytest.importorskip("deepspeed")
 if not torch.cuda.is_available() and shutil.which("g++") is None:
@@ -42,13 +42,6 @@ if not torch.cuda.is_available() and shutil.which("g++") is None:
 def run_to(rank: int, world_size: int, config: RunConfig) -> Summary:
     with deepspeed_rank(rank):
         return pretrain(config)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    write_texts(folder)
-    return folder
 
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.full), 3])

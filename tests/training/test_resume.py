@@ -19,7 +19,7 @@ from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.loop import Summary, pretrain
 from ring_hilbert.training.metrics import read_metrics
 from tests.harness.ranks import run_ranks, run_ranks_collect
-from tests.harness.tiny_run import VOCAB, tiny_config, write_texts
+from tests.harness.tiny_run import VOCAB, tiny_config
 
 # Phi has dropout outside attention, so that random state matters too.
 PHI = {
@@ -49,13 +49,6 @@ def config_in(texts: Path, folder: Path, **changes: Any) -> RunConfig:
     """A run that reads `texts` and writes below `folder`."""
     places = {"checkpoint__dir": str(folder / "checkpoints"), "log__dir": str(folder / "logs")}
     return tiny_config(texts, **{**places, "optim__decay_steps": 20, **changes})
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    write_texts(folder)
-    return folder
 
 
 @pytest.mark.parametrize(("sp", "precision"), [pytest.param(1, "fp32", marks=pytest.mark.full), (2, "bf16")])

@@ -22,16 +22,9 @@ from ring_hilbert.training.metrics import read_metrics
 from ring_hilbert.training.model import model_config
 from ring_hilbert.training.world import open_world
 from tests.harness.ranks import run_ranks, run_ranks_collect
-from tests.harness.tiny_run import SEQ_LEN, VOCAB, tiny_config, write_texts
+from tests.harness.tiny_run import SEQ_LEN, VOCAB, tiny_config
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    write_texts(folder)
-    return folder
 
 
 def in_folder(folder: Path) -> dict[str, str]:

@@ -27,16 +27,9 @@ from ring_hilbert.training.model import model_config
 from ring_hilbert.training.tokens import load_tokenizer
 from tests.harness.deepspeed_rank import zero
 from tests.harness.ranks import run_ranks
-from tests.harness.tiny_run import SEQ_LEN, VOCAB, tiny_config, write_texts
+from tests.harness.tiny_run import SEQ_LEN, VOCAB, tiny_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    write_texts(folder)
-    return folder
 
 
 def places(folder: Path) -> dict[str, Any]:
