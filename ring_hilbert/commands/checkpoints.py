@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ring_hilbert.commands.mistakes import in_one_line
+from ring_hilbert.commands.parser import add_overrides
 
 CONVERT_EXAMPLES = """\
 examples:
@@ -60,7 +61,7 @@ def add_export(commands: Any) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the run")
     parser.add_argument("--stage", metavar="NAME", help="of a file with stages; default: the last")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; default: the newest")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
+    add_overrides(parser)
     parser.set_defaults(run=_export)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ring_hilbert.commands.mistakes import in_one_line
+from ring_hilbert.commands.parser import add_config_or_flags
 
 PREPARE_EXAMPLES = """\
 examples:
@@ -29,11 +30,7 @@ def add_prepare_data(commands: Any) -> None:
         epilog=PREPARE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="the YAML file of a run, instead of the flags below"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
-    asked = parser.add_argument_group("without --config")
+    asked = add_config_or_flags(parser)
     asked.add_argument("--sources", nargs="+", metavar="PATH", help="files, folders or globs, each a source of its own")
     asked.add_argument("--eval", nargs="+", metavar="PATH", help="files, folders or globs that are held out")
     asked.add_argument("--tokenizer", default="bytes", metavar="FOLDER", help="default: bytes")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ring_hilbert.commands.mistakes import in_one_line
+from ring_hilbert.commands.parser import add_config_or_flags
 
 PLAN_EXAMPLES = """\
 examples:
@@ -27,11 +28,7 @@ def add_plan(commands: Any) -> None:
         epilog=PLAN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="the YAML file of a run, instead of the flags below"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
-    asked = parser.add_argument_group("without --config")
+    asked = add_config_or_flags(parser)
     asked.add_argument("--length", type=int, metavar="S", help="rows of the sequence")
     asked.add_argument("--ranks", type=int, metavar="P", help="ranks of the sequence-parallel group")
     asked.add_argument("--segment-lengths", type=_length, nargs="+", metavar="W", help="or 'all'")

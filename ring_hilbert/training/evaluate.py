@@ -33,13 +33,21 @@ class Evaluation:
         return -(self.target_counts * log_probabilities).sum().item() / self.tokens
 
     def by_position(self) -> dict[int, float]:
-        """Mean loss of the targets after tokens 2^i .. 2^(i+1) - 1 of a sequence, by 2^i; ranges without a target are omitted."""
-        found = {}
-        for power in range(len(self.position_loss).bit_length()):
-            inside = self.position_loss[2**power - 1 : 2 ** (power + 1) - 1]
-            if torch.isfinite(inside).any():
-                found[2**power] = inside.nanmean().item()
-        return found
+        """Mean loss of the targets after tokens 2^i .. 2^(i+1) - 1 of a sequence, as of `by_power`."""
+        return by_power(self.position_loss)
+
+
+def by_power(losses: torch.Tensor) -> dict[int, float]:
+    """Of the losses after the first token, the second, ... `[n]`: the mean after tokens 2^i .. 2^(i+1) - 1, by 2^i.
+
+    NaN is no loss; ranges without one are omitted.
+    """
+    found = {}
+    for power in range(len(losses).bit_length()):
+        inside = losses[2**power - 1 : 2 ** (power + 1) - 1]
+        if torch.isfinite(inside).any():
+            found[2**power] = inside.nanmean().item()
+    return found
 
 
 @torch.no_grad()

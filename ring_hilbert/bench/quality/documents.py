@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ring_hilbert.bench.quality.table import digest
 from ring_hilbert.bench.quality.task import Pictures, Retrieval, Task, Text
+from ring_hilbert.training.evaluate import by_power
 from ring_hilbert.training.score import Scorer
 from ring_hilbert.training.tokens import document_encoder, load_tokenizer
 
@@ -49,21 +50,21 @@ def write(task: Task, name: str, folder: Path) -> tuple[Path, str]:
     """
     keys = task.model_dump(mode="json", include=_deciding(task))
     target = folder / f"{name}-{digest(keys)}"
-    if not (target / RECORD).exists():
-        unfinished = target.with_name(target.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for split in ("train", "held_out"):
-            (unfinished / split).mkdir(parents=True)
-        kinds = {Text: _write_text, Retrieval: _write_retrieval, Pictures: _write_pictures}
-        answers = kinds[type(task)](task, unfinished)
-        record = {"settings": keys, "content": _content(unfinished), "answers": answers}
-        (unfinished / RECORD).write_text(json.dumps(record))
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
-    record = json.loads((target / RECORD).read_text())
-    if record["content"] != _content(target):
-        raise ValueError(f"the files in {target} are not those that were written there; remove the folder")
-    return target, record["content"]
+    if (target / RECORD).exists():
+        content = json.loads((target / RECORD).read_text())["content"]
+        if content != _content(target):
+            raise ValueError(f"the files in {target} are not those that were written there; remove the folder")
+        return target, content
+    unfinished = target.with_name(target.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for split in ("train", "held_out"):
+        (unfinished / split).mkdir(parents=True)
+    kinds = {Text: _write_text, Retrieval: _write_retrieval, Pictures: _write_pictures}
+    answers, content = kinds[type(task)](task, unfinished), _content(unfinished)
+    (unfinished / RECORD).write_text(json.dumps({"settings": keys, "content": content, "answers": answers}))
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.rename(target)
+    return target, content
 
 
 def scores(task: Task, scorer: Scorer, folder: Path) -> Scores:
@@ -72,19 +73,15 @@ def scores(task: Task, scorer: Scorer, folder: Path) -> Scores:
     values, powers = defaultdict[str, list[float]](list), defaultdict[int, list[float]](list)
     for path in sorted((folder / "held_out").glob("*.txt")):
         (ids,) = encode([path.read_text()])
-        losses, hits = (found[0].numpy() for found in scorer(ids[None].astype(np.int64)))
+        losses, hits = (found[0] for found in scorer(ids[None].astype(np.int64)))
         if task.metric == "loss":
-            at, found = (
-                np.arange(1, task.seq_len - 1),
-                losses[:-2],
-            )  # the last target is the end that the file was cut to
-            for power in range(task.seq_len.bit_length()):
-                inside = found[(at >= 2**power) & (at < 2 ** (power + 1))]
-                powers[2**power] += [float(inside.mean())] if len(inside) else []
-            found = found[at >= task.from_position]
+            losses = losses[:-2]  # the last target is the end that the file was cut to
+            for power, mean in by_power(losses).items():
+                powers[power].append(mean)
+            found = losses[task.from_position - 1 :].numpy()
         else:
             places, distances = np.array(answers[path.name]).T
-            found = hits[places - 1].astype(float)
+            found = hits.numpy()[places - 1].astype(float)
             for distance, hit in zip(distances.tolist(), found.tolist(), strict=True):
                 powers[1 << (distance.bit_length() - 1)].append(hit)
         values[path.stem.rpartition("-")[0]].append(float(found.mean()))

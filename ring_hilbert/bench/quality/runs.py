@@ -91,17 +91,23 @@ class Runner:
         """
         before = signal.signal(signal.SIGTERM, _leave)
         try:
-            tried = set[Run]()
+            tried, left = set[Run](), list[tuple[Run, float]]()
+            changed = True  # rows are read, and gates judged, only when a run has ended
             while True:
-                left = [run for task in self.data for run in self.read().wanted(task)]
-                for run in left:
-                    late = time.monotonic() - self._begun + self._expected(run) > self.seconds
+                if changed:
+                    known = self.read()
+                    wanted = [run for task in self.data for run in known.wanted(task)]
+                    left, changed = [(run, self._expected(run, known)) for run in wanted], False
+                for run, expected in left:
+                    late = time.monotonic() - self._begun + expected > self.seconds
                     if run not in tried and len(self._active) < len(self.devices) and not late:
                         tried.add(run)
                         yield self._start(run)
                 if not self._active:
                     return
-                yield from self._ended()
+                for row in self._ended():
+                    changed = True
+                    yield row
         finally:
             for active in self._active:  # this process is told to leave, or an error ends it: they save and leave
                 active.process.terminate()
@@ -110,11 +116,9 @@ class Runner:
                 active.process.kill()
             signal.signal(signal.SIGTERM, before)
 
-    def _expected(self, run: Run) -> float:
+    def _expected(self, run: Run, known: Outcome) -> float:
         """Seconds that it takes at most, by those of its arm that are over."""
-        found = [
-            float(row["seconds"]) for other, row in self.read().last.items() if other[:2] == run[:2] and row["seconds"]
-        ]
+        found = [float(row["seconds"]) for other, row in known.last.items() if other[:2] == run[:2] and row["seconds"]]
         return min(self.table.limit_seconds, 1.5 * max(found) + 60) if found else self.table.limit_seconds
 
     def _start(self, run: Run) -> Row:
