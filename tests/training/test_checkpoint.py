@@ -424,7 +424,14 @@ def test_steps_wait_until_they_are_copied(texts: Path, tmp_path: Path, monkeypat
     def slow(self: Saver) -> Any:
         made = stager(self)
         stage = made._stage
-        made._stage = lambda *args, **kwargs: (time.sleep(0.3), stage(*args, **kwargs))[1]
+
+        def stage_and_close(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(0.3)
+            copied = stage(*args, **kwargs)
+            made._state_dict_stager.close()  # as PyTorch 2.11 does
+            return copied
+
+        made._stage = stage_and_close
         return made
 
     pretrain(

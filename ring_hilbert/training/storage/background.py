@@ -10,11 +10,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
 
 from ring_hilbert.training.storage.tensors import Writer
+
+
+class _HostCopies(StateDictStager):
+    """Keeps its memory from save to save: in PyTorch 2.11 a `DefaultStager` closes its own after every copy."""
+
+    def close(self) -> None:
+        """Do nothing; see `free`."""
+
+    def free(self) -> None:
+        """Free the memory; no copy may follow."""
+        super().close()
 
 
 class Saver:
@@ -33,6 +45,7 @@ class Saver:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         assert isinstance(group, dist.ProcessGroup)  # every rank is in it
         self._group = group
+        self._host_copies = _HostCopies(pin_memory=self._on_cuda)
         self._stager = self._make_stager() if asynchronous else None
         self._copied: Future[None] | None = None
 
@@ -70,9 +83,10 @@ class Saver:
         self.fence()
         if self._stager is not None:
             self._stager.close()
+            self._host_copies.free()
 
     def _make_stager(self) -> DefaultStager:
-        return DefaultStager(
+        stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=self._on_cuda,
                 use_shared_memory=False,
@@ -80,6 +94,8 @@ class Saver:
                 use_non_blocking_copy=self._on_cuda,
             )
         )
+        stager._state_dict_stager = self._host_copies
+        return stager
 
     def _wait_for_device(self) -> None:
         """Synchronise: the copies are made on a separate stream, which waits for no other."""
