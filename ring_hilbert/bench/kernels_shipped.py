@@ -68,11 +68,12 @@ SHAPES = (
 )  # fmt: skip
 
 
-def document_ids(length: int, number: int) -> Tensor:
-    """`number` documents of lognormal lengths, int64 `[1, length]`."""
+def document_ids(length: int, number: int, order: rh.TokenOrder | None) -> Tensor:
+    """`number` documents of lognormal lengths, one after another in the text; ids by row of `order`, int64 `[1, length]`."""
     sizes = torch.randn(number, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64).mul(SIGMA).exp()
     ends = (sizes.cumsum(0) / sizes.sum() * length).round().long()
-    return torch.searchsorted(ends, torch.arange(length), right=True)[None]
+    tokens = torch.arange(length) if order is None else order.permutation(length)
+    return torch.searchsorted(ends, tokens, right=True)[None]
 
 
 def pairs_of(shape: Shape, seen: Visible, device: torch.device) -> int:
@@ -111,7 +112,7 @@ def rows(chosen: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
 def _measure(shape: Shape, repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
     problem = shape.problem(device)
     x = {name: value.detach() for name, value in problem.tensors().items()}
-    ids = None if shape.documents == 1 else document_ids(shape.length, shape.documents).to(device)
+    ids = None if shape.documents == 1 else document_ids(shape.length, shape.documents, shape.order).to(device)
     seen = Visible(shape.length, True, order=shape.order, documents=ids)
     shard = Shard((Chunk(0, shape.length, 0),), shape.length, shape.order)
     core = TritonCore(shape.pattern, shape.kv_heads, shard, seen.on(device), shape.head_dim, problem.dtype, device)

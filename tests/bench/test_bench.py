@@ -435,13 +435,16 @@ def test_shapes_of_the_kernels_are_those_of_the_configurations(name: str):
 
 def test_pairs_of_a_shape_are_those_of_the_plan_and_of_its_documents():
     pattern = rh.DilatedPattern((64, 256, None), (1, 4, 16), segment_shift=24)
-    shape = kernels_shipped.Shape("small", pattern, rh.TokenOrder("hilbert", block=8), 1000, 2, 1, 64)
+    order = rh.TokenOrder("hilbert", block=8)
+    shape = kernels_shipped.Shape("small", pattern, order, 1000, 2, 1, 64)
     cpu = torch.device("cpu")
     seen = Visible(shape.length, True, order=shape.order)
     plan = shape.problem(cpu).plan(pattern, shape.order)
     assert kernels_shipped.pairs_of(shape, seen, cpu) * 2 * 4 * 64 == plan.attention_flops(0)
-    documents = kernels_shipped.document_ids(shape.length, 20)
+    documents = kernels_shipped.document_ids(shape.length, 20, None)
     assert documents.unique().tolist() == list(range(20))
+    by_row = kernels_shipped.document_ids(shape.length, 20, order)
+    assert torch.equal(by_row[:, order.inverse(shape.length)], documents)
     seen = Visible(shape.length, True, order=None, documents=documents)
     dense = replace(shape, pattern=rh.DilatedPattern((None,), (1,)), order=None)
     sizes = documents[0].bincount()
