@@ -28,7 +28,7 @@ from ring_hilbert.training.batches import Batches
 from ring_hilbert.training.breakdown import PARTS
 from ring_hilbert.training.config import RunConfig, load_config
 from ring_hilbert.training.engine import Engine, make_engine
-from ring_hilbert.training.fitting import planned, settled
+from ring_hilbert.training.fitting import Fitted, planned, settled
 from ring_hilbert.training.model import build_skeleton, model_config
 from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops
 from ring_hilbert.training.step import accumulate
@@ -51,41 +51,64 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=3, metavar="N", help="that are timed, after two that warm up; default: 3"
     )
     parser.add_argument(
-        "--documents", type=int, default=1, metavar="N", help="in a sequence, other ones in each; default: 1"
+        "--documents",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="in a sequence, other ones in each; default: 1",
+    )
+    parser.add_argument(
+        "--padding", type=float, default=0.0, metavar="SHARE", help="of a sequence, at its end; default: 0"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory against tokens per rank: .png or .svg")
 
 
 def rows(chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:
-    """One record per vocabulary and length, from rank 0."""
+    """One record per vocabulary, length and number of documents, from rank 0."""
     ranks = 1 if group is None else dist.get_world_size(group)
     for vocab in chosen.vocab or [None]:
         for length in chosen.lengths:
             config = _config(chosen, length, vocab, ranks)
-            record: dict[str, Any] = {
-                "config": Path(chosen.config).stem, "settings": " ".join(chosen.set), "ranks": ranks, "tokens": length,
-                "tokens_per_rank": -(-length // ranks), "documents": chosen.documents, "vocab": model_config(config).vocab_size,
-                "parameters": None, "planned_gib": None, "peak_gib": None, "seconds": None, "tokens_per_second": None, "mfu": None,
-                "loss": None, "taken": None, "device_gib": None, "first_seconds": None, "second_seconds": None,
-                **dict.fromkeys(f"{part}_seconds" for part in PARTS),
-            }  # fmt: skip
             with open_world(config.parallel) as world:
                 with planned(config, world) as fitted:
                     fit = world.from_main(fitted)
-                if fit is not None:
-                    config = fit.settle(config)
-                    record |= {
-                        "parameters": fit.plan.model_parameters,
-                        "planned_gib": f"{fit.plan.allocated / 2**30:.3f}",
-                        "taken": " ".join(f"train.{key}={value}" for key, value in fit.train.items()),
-                    }
-                if fit is None or not fit.refusal:
-                    with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                        record |= _one(settled(config), world, device, chosen.steps, chosen.documents)
-            gc.collect()
-            torch.cuda.empty_cache()
-            if group is None or dist.get_rank(group) == 0:
-                yield record
+                for documents in chosen.documents:
+                    record = _measured(chosen, config, fit, documents, world, device)
+                    if world.is_main:
+                        yield record
+
+
+def _measured(
+    chosen: argparse.Namespace,
+    config: RunConfig,
+    fit: Fitted | None,
+    documents: int,
+    world: World,
+    device: torch.device,
+) -> dict[str, Any]:
+    tokens, vocab = config.data.seq_len, model_config(config).vocab_size
+    record: dict[str, Any] = {
+        "config": Path(chosen.config).stem, "settings": " ".join(chosen.set), "ranks": world.size, "tokens": tokens,
+        "tokens_per_rank": -(-tokens // world.size), "documents": documents, "padding": f"{chosen.padding:g}", "vocab": vocab,
+        "parameters": None, "planned_gib": None, "peak_gib": None, "seconds": None, "tokens_per_second": None, "mfu": None,
+        "loss": None, "taken": None, "device_gib": None, "first_seconds": None, "second_seconds": None,
+        **dict.fromkeys(f"{part}_seconds" for part in PARTS),
+    }  # fmt: skip
+    if fit is not None:
+        config = fit.settle(config)
+        record |= {
+            "parameters": fit.plan.model_parameters,
+            "planned_gib": f"{fit.plan.allocated / 2**30:.3f}",
+            "taken": " ".join(f"train.{key}={value}" for key, value in fit.train.items()),
+        }
+    if fit is None or not fit.refusal:
+        data = RandomSequences(config, vocab, documents, chosen.padding)
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            record |= _one(settled(config), world, device, chosen.steps, data)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return record
 
 
 def _config(chosen: argparse.Namespace, length: int, vocab: int | None, ranks: int) -> RunConfig:
@@ -100,7 +123,7 @@ def one_sequence(path: str, length: int, ranks: int, overrides: list[str]) -> Ru
     return load_config(path, [*sizes, *overrides])
 
 
-def _one(config: RunConfig, world: World, device: torch.device, steps: int, documents: int) -> dict[str, Any]:
+def _one(config: RunConfig, world: World, device: torch.device, steps: int, data: RandomSequences) -> dict[str, Any]:
     hf_config = model_config(config)
     engine: Engine | None = None
     loss, warm = 0.0, list[float]()
@@ -117,7 +140,6 @@ def _one(config: RunConfig, world: World, device: torch.device, steps: int, docu
         engine = make_engine(config, hf_config, world)
         warm.extend(timed(lambda number=number: step(number), device) for number in range(2))
 
-    data = RandomSequences(config, hf_config.vocab_size, documents)
     batches = Batches(data, config, order_of(hf_config), world)
     peak = world.gather(peak_bytes(warm_up, device)).max().item()
     seconds = statistics.median(timed(lambda number=number: step(number), device) for number in range(2, 2 + steps))
@@ -148,10 +170,11 @@ def _mfu(config: RunConfig, hf_config: Any, world: World, seconds: float) -> str
 
 
 class RandomSequences:
-    """Numbered sequences of random tokens, each of `documents` documents that end at random places."""
+    """Numbered sequences of random tokens, each of `documents` documents that end at random places, then a share of padding."""
 
-    def __init__(self, config: RunConfig, vocab: int, documents: int) -> None:
+    def __init__(self, config: RunConfig, vocab: int, documents: int, padding: float = 0.0) -> None:
         self.length, self.vocab, self.documents = config.data.seq_len, vocab, documents
+        self.filled = self.length - int(padding * self.length)
 
     def __len__(self) -> int:
         return 2**20
@@ -160,17 +183,21 @@ class RandomSequences:
         random = np.random.default_rng(number)
         ids, ends = (
             random.integers(3, self.vocab, self.length),
-            np.sort(random.integers(1, self.length, self.documents - 1)),
+            np.sort(random.integers(1, self.filled, self.documents - 1)),
         )
-        return {"input_ids": ids, "document_ids": np.searchsorted(ends, np.arange(self.length), side="right")}
+        document_ids = np.searchsorted(ends, np.arange(self.length), side="right")
+        document_ids[self.filled :] = -1
+        return {"input_ids": ids, "document_ids": document_ids}
 
 
 def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
     """Print the table, and draw the plot if requested."""
-    print(f"{'tokens per rank':>16}{'vocab':>9}{'planned GiB':>13}{'peak GiB':>10}{'tokens/s':>11}{'MFU':>8}")
+    print(
+        f"{'tokens per rank':>16}{'documents':>11}{'vocab':>9}{'planned GiB':>13}{'peak GiB':>10}{'tokens/s':>11}{'MFU':>8}"
+    )
     for r in records:
         print(
-            f"{r['tokens_per_rank']:>16,}{r['vocab']:>9,}{r['planned_gib']!s:>13}{r['peak_gib'] or 'no':>10}"
+            f"{r['tokens_per_rank']:>16,}{r['documents']:>11,}{r['vocab']:>9,}{r['planned_gib']!s:>13}{r['peak_gib'] or 'no':>10}"
             f"{r['tokens_per_second'] or '':>11}{r['mfu'] or '':>8}"
         )
         if r["seconds"]:

@@ -410,7 +410,8 @@ def test_training(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tiny_config(tmp_path, train__checkpoint_activations=True).model_dump(mode="json")))
     sizes = ["model.config.hidden_size=64", "model.config.intermediate_size=256", "log.peak_tflops=1"]
-    chosen = argparse.Namespace(config=path, set=sizes, lengths=[4096], vocab=[8000], documents=3, steps=1)
+    kinds = {"lengths": [4096], "vocab": [8000], "documents": [3], "padding": 0.25}
+    chosen = argparse.Namespace(config=path, set=sizes, steps=1, **kinds)
     (record,) = training.rows(chosen, CPU, None)
     assert float(record["peak_gib"]) == pytest.approx(float(record["planned_gib"]), rel=0.1)
     assert float(record["tokens_per_second"]) > 0 and 0 < float(record["mfu"]) < 1
