@@ -11,6 +11,7 @@ import triton.language as tl
 from ring_hilbert.kernels.steps import (
     VARIES,
     above,
+    at_head,
     load_rows,
     next_step,
     row_interval,
@@ -37,10 +38,8 @@ def delta_kernel(
     columns = tl.arange(0, BLOCK_D)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = rows < num_rows
-    o = load_rows(out + batch * out_strides[0] + head * out_strides[2], out_strides[1], rows, exists, columns, D, True)
-    do = load_rows(
-        dout + batch * dout_strides[0] + head * dout_strides[2], dout_strides[1], rows, exists, columns, D, True
-    )
+    o = load_rows(at_head(out, out_strides, batch, head, D), out_strides[1], rows, exists, columns, D, True)
+    do = load_rows(at_head(dout, dout_strides, batch, head, D), dout_strides[1], rows, exists, columns, D, True)
     at = batch * lse_strides[0] + head * lse_strides[2] + rows.to(tl.int64) * lse_strides[1]
     log = tl.load(lse + at, mask=exists, other=0.0)
     tl.store(delta + at, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), mask=exists)
@@ -95,10 +94,10 @@ def dq_kernel(
         return
     exists = outer >= 0
     columns = tl.arange(0, BLOCK_D)
-    q += batch * q_strides[0] + head * q_strides[2]
-    dout += batch * dout_strides[0] + head * dout_strides[2]
-    k += batch * k_strides[0] + kv_head * k_strides[2]
-    v += batch * v_strides[0] + kv_head * v_strides[2]
+    q = at_head(q, q_strides, batch, head, D)
+    dout = at_head(dout, dout_strides, batch, head, D)
+    k = at_head(k, k_strides, batch, kv_head, D)
+    v = at_head(v, v_strides, batch, kv_head, D)
     queries = load_rows(q, q_strides[1], outer, exists, columns, D, True)
     do = load_rows(dout, dout_strides[1], outer, exists, columns, D, True)
     wide = outer.to(tl.int64)
@@ -110,7 +109,7 @@ def dq_kernel(
         slots += batch * slot_strides[0] + kv_head * slot_strides[2]
         slot = tl.load(slots + wide * slot_strides[1], mask=exists, other=-1)
         in_slot = slot >= 0
-        s_values += batch * values_strides[0] + head * values_strides[2]
+        s_values = at_head(s_values, values_strides, batch, head, D)
     if STAGED >= 2:
         gradient = load_rows(s_values, values_strides[1], slot, in_slot, columns, D, True)
     else:
@@ -133,7 +132,7 @@ def dq_kernel(
         if STAGED == 3:
             return
         exists = exists & (slot < 0)
-    dq += batch * dq_strides[0] + head * dq_strides[2]
+    dq = at_head(dq, dq_strides, batch, head, D)
     store_rows(dq, dq_strides[1], outer, exists, columns, gradient * scale, D)
 
 
@@ -192,8 +191,8 @@ def dkdv_kernel(
         return
     exists = outer >= 0
     columns = tl.arange(0, BLOCK_D)
-    k += batch * k_strides[0] + kv_head * k_strides[2]
-    v += batch * v_strides[0] + kv_head * v_strides[2]
+    k = at_head(k, k_strides, batch, kv_head, D)
+    v = at_head(v, v_strides, batch, kv_head, D)
     keys = load_rows(k, k_strides[1], outer, exists, columns, D, True)
     vals = load_rows(v, v_strides[1], outer, exists, columns, D, True)
     own_key = row_key(key, batch, interval_strides[1], outer, exists)
@@ -202,8 +201,8 @@ def dkdv_kernel(
 
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        queries = q + batch * q_strides[0] + head * q_strides[2]
-        douts = dout + batch * dout_strides[0] + head * dout_strides[2]
+        queries = at_head(q, q_strides, batch, head, D)
+        douts = at_head(dout, dout_strides, batch, head, D)
         row = batch * lse_strides[0] + head * lse_strides[2]
         key_gradient, value_gradient, at = add_queries(
             key_gradient, value_gradient, keys, vals, queries, douts, lse2 + row, delta + row,
@@ -218,7 +217,7 @@ def dkdv_kernel(
             D, BLOCK_M, SEGMENTS, INDEXED, True, PRECISION,
         )  # fmt: skip
 
-    dk += batch * dk_strides[0] + kv_head * dk_strides[2]
-    dv += batch * dv_strides[0] + kv_head * dv_strides[2]
+    dk = at_head(dk, dk_strides, batch, kv_head, D)
+    dv = at_head(dv, dv_strides, batch, kv_head, D)
     store_rows(dk, dk_strides[1], outer, exists, columns, key_gradient * scale, D)
     store_rows(dv, dv_strides[1], outer, exists, columns, value_gradient, D)

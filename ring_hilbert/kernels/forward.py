@@ -10,6 +10,7 @@ import triton.language as tl
 from ring_hilbert.kernels.steps import (
     VARIES,
     above,
+    at_head,
     load_rows,
     next_step,
     row_interval,
@@ -85,9 +86,9 @@ def forward_kernel(
         return
     exists = outer >= 0
     columns = tl.arange(0, BLOCK_D)
-    q += batch * q_strides[0] + head * q_strides[2]
-    k += batch * k_strides[0] + kv_head * k_strides[2]
-    v += batch * v_strides[0] + kv_head * v_strides[2]
+    q = at_head(q, q_strides, batch, head, D)
+    k = at_head(k, k_strides, batch, kv_head, D)
+    v = at_head(v, v_strides, batch, kv_head, D)
     queries = load_rows(q, q_strides[1], outer, exists, columns, D, True)
 
     wide = outer.to(tl.int64)
@@ -96,7 +97,7 @@ def forward_kernel(
         slot = tl.load(slots + wide * slot_strides[1], mask=exists, other=-1)
         in_slot = slot >= 0
         s_row = batch * row_strides[0] + head * row_strides[2] + slot.to(tl.int64) * row_strides[1]
-        s_values += batch * values_strides[0] + head * values_strides[2]
+        s_values = at_head(s_values, values_strides, batch, head, D)
     if STAGED >= 2:
         maximum = tl.load(s_maximum + s_row, mask=in_slot, other=float("-inf"))
         total = tl.load(s_total + s_row, mask=in_slot, other=0.0)
@@ -127,7 +128,7 @@ def forward_kernel(
         exists = exists & (slot < 0)
     some = total > 0
     values = values / tl.where(some, total, 1.0)[:, None]
-    store_rows(out + batch * out_strides[0] + head * out_strides[2], out_strides[1], outer, exists, columns, values, D)
+    store_rows(at_head(out, out_strides, batch, head, D), out_strides[1], outer, exists, columns, values, D)
     row = batch * lse_strides[0] + head * lse_strides[2] + wide * lse_strides[1]
     ln2: tl.constexpr = 0.6931471805599453
     if LSE_ERROR:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernel launches on whole tensors. Imports Triton: import this module only where it is installed.
 
-Shapes: `B` batch, `S` outer or inner rows, `H` query heads, `Hkv` kv heads, `D` head dim. Rows may have any stride, even 0;
-`D` is contiguous. A schedule's outer rows are q's in forward and dQ, k's in dK and dV.
+Shapes: `B` batch, `S` outer or inner rows, `H` query heads, `Hkv` kv heads, `D` head dim, a multiple of 8. Strides
+are multiples of 8, even 0; `D` is contiguous. A schedule's outer rows are q's in forward and dQ, k's in dK and dV.
 """
 
 from __future__ import annotations
@@ -152,8 +152,7 @@ def row_terms(dout: Tensor, out: Tensor, lse: Tensor, lse_error: Tensor | None) 
         dout = dout.float() * factor.transpose(1, 2).unsqueeze(-1)
         delta = (dout * out.float()).sum(-1).transpose(1, 2).contiguous()
         return RowTerms(dout, lse2.masked_fill(lse == float("-inf"), float("inf")), delta)
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()
+    dout = _rows_of(dout)
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     batch, rows, heads, dim = out.shape
     _on(delta_kernel, (-(-rows // DELTA_ROWS), heads, batch))(
@@ -230,12 +229,12 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: Tile) -> tupl
     return (q, k, v, scale) if scale >= 0 else (-q, k, v, -scale)
 
 
-def _rows_of(x: Tensor, tile: Tile) -> Tensor:
-    """`x [B, S, H, D]` with contiguous rows, for 16-byte copies at 32-bit offsets also at multiples of 16 elements."""
-    whole = x.stride(-1) == 1 or x.shape[-1] == 1
-    if tile.gluon:
-        whole &= not any(stride % 16 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0
-        whole &= x.shape[1] * x.stride(1) < 8 * 2**32
+def _rows_of(x: Tensor, tile: Tile | None = None) -> Tensor:
+    """`x [B, S, H, D]` with contiguous rows for copies of 16 bytes; with Gluon, they are at 32-bit offsets in multiples of 16."""
+    gluon = tile is not None and tile.gluon
+    whole = x.stride(-1) == 1 and not any(stride % (16 if gluon else 8) for stride in x.stride()[:3])
+    if gluon:
+        whole &= x.data_ptr() % 16 == 0 and x.shape[1] * x.stride(1) < 8 * 2**32
     return x if whole else x.contiguous()
 
 

@@ -132,9 +132,27 @@ def above(scores, scale2, level):
 
 
 @triton.jit
+def at_head(tensor, strides, batch, head, D: tl.constexpr):
+    """`tensor` from a head of a batch entry on; `strides` over batch, row and head."""
+    offset = batch * strides[0] + head * strides[2]
+    if D % 16 != 0:  # strides are multiples of 8, of which the compiler is told by itself only if they are of 16
+        offset = tl.multiple_of(offset, 8)
+    return tensor + offset
+
+
+@triton.jit
+def row_offsets(rows, stride, D: tl.constexpr):
+    """Where rows begin, in elements."""
+    offsets = rows.to(tl.int64) * stride
+    if D % 16 != 0:
+        offsets = tl.multiple_of(offsets, [8])
+    return offsets
+
+
+@triton.jit
 def load_rows(pointer, stride, rows, exists, columns, D: tl.constexpr, MASKED: tl.constexpr):
     """Rows `[N, BLOCK_D]` of a tensor; 0 in columns from D on and, with MASKED, where not `exists [N]`."""
-    pointers = pointer + (rows.to(tl.int64) * stride)[:, None] + columns[None, :]
+    pointers = pointer + row_offsets(rows, stride, D)[:, None] + columns[None, :]
     if columns.shape[0] != D:
         if MASKED:
             block = tl.load(pointers, mask=exists[:, None] & (columns < D)[None, :], other=0.0)
@@ -151,5 +169,5 @@ def load_rows(pointer, stride, rows, exists, columns, D: tl.constexpr, MASKED: t
 def store_rows(pointer, stride, rows, exists, columns, values, D: tl.constexpr):
     """Write rows `[M, BLOCK_D]`, those that exist, in the dtype of the tensor."""
     cells = exists[:, None] & (columns < D)[None, :]
-    pointers = pointer + (rows.to(tl.int64) * stride)[:, None] + columns[None, :]
+    pointers = pointer + row_offsets(rows, stride, D)[:, None] + columns[None, :]
     tl.store(pointers, values.to(pointer.dtype.element_ty), mask=cells)

@@ -59,9 +59,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned)
 
 
-def answer(case: Case, dtype: torch.dtype, tile: Tile | None = None, strided: bool = False) -> dict[str, Tensor]:
+def answer(case: Case, dtype: torch.dtype, tile: Tile | None = None, beside: int | None = None) -> dict[str, Tensor]:
     """out, lse, dq, dk, dv of the operator on the kernels, with `tile` where the interpreter would choose its own."""
-    x = {name: _laid_out(value.to(DEVICE), strided) for name, value in case.tensors(dtype).items()}
+    x = {name: _laid_out(value.to(DEVICE), beside) for name, value in case.tensors(dtype).items()}
     q, k, v = (x[name].requires_grad_() for name in "qkv")
     facts = {name: None if value is None else value.to(DEVICE) for name, value in case.facts().items()}
     before, tiles.INTERPRETER = tiles.INTERPRETER, tile or tiles.INTERPRETER
@@ -78,12 +78,12 @@ def answer(case: Case, dtype: torch.dtype, tile: Tile | None = None, strided: bo
     }
 
 
-def _laid_out(x: Tensor, strided: bool) -> Tensor:
-    """With `strided`, the same rows within a larger tensor of NaN, `[B, H, S + 6, D]` in memory."""
-    if not strided:
+def _laid_out(x: Tensor, beside: int | None) -> Tensor:
+    """Unless `beside` is None, the same rows within a larger tensor of NaN, `[B, H, S + 6, D + beside]` in memory."""
+    if beside is None:
         return x
     batch, rows, heads, dim = x.shape
-    view = x.new_full((batch, heads, rows + 6, dim), float("nan")).transpose(1, 2)[:, 3 : rows + 3]
+    view = x.new_full((batch, heads, rows + 6, dim + beside), float("nan")).transpose(1, 2)[:, 3 : rows + 3, :, :dim]
     view.copy_(x)
     return view.detach()
 
@@ -159,9 +159,10 @@ def test_large_logits(dtype: torch.dtype):
     check(answer(case, dtype, Tile(64, 64, 1, 1)), case, dtype, floor=0.0)
 
 
-def test_rows_between_nan_and_at_strides():
+@pytest.mark.parametrize("beside", [0, 3])
+def test_rows_between_nan_and_at_strides(beside: int):
     case = Case(LADDER, 63, 2, 4, 2, 24)
-    check(answer(case, torch.float32, strided=True), case, torch.float32)
+    check(answer(case, torch.float32, beside=beside), case, torch.float32)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
