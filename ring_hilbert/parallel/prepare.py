@@ -98,7 +98,10 @@ def prepare_call(
 
     rows = Layout(tuple(r["local_len"] for r in records), layout)
     if process_group is not None:
-        facts = {name: rows.assemble(all_rows(x, rows.lengths, process_group)) for name, x in facts.items()}
+        facts = {
+            name: rows.assemble(all_rows(x, rows.lengths, process_group, f"the agreement on {name}"))
+            for name, x in facts.items()
+        }
     if order is not None:
         _check_order(order, rows)
         permutation = rows.assemble([rows.tokens(p, order) for p in range(rows.world_size)]) if facts else None

@@ -87,7 +87,9 @@ def shard_batch(
     packed = any(key in record for key in ("document_ids", "attention_mask", "position_ids"))
     if presharded and process_group is not None:
         pieces = [r["tokens"] for r in records]
-        record = {key: torch.cat(all_rows(x, pieces, process_group), dim=1) for key, x in record.items()}
+        record = {
+            key: torch.cat(all_rows(x, pieces, process_group, f"gathering {key}"), dim=1) for key, x in record.items()
+        }
     seq_len = record["input_ids"].shape[1]
     rows = Layout.even(seq_len, world, layout) if local_lengths is None else Layout(tuple(local_lengths), layout)
     if rows.world_size != world or rows.seq_len != seq_len or min(rows.lengths) < 0:
@@ -101,7 +103,7 @@ def shard_batch(
     sums = list[Tensor]()  # by rank and key; compared when the host reads from the device anyway
     if not presharded and process_group is not None:
         mine = torch.stack([_checksum(x) for x in record.values()])
-        sums.append(torch.stack(from_all(mine, process_group)))
+        sums.append(torch.stack(from_all(mine, process_group, "the agreement on the batch")))
     targets, places = _per_document(record.get("labels", record["input_ids"]), documents)
     tokens = _token_of_row(documents, order, all_real=one_document)
     prepared = _prepare(

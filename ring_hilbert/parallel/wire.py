@@ -100,22 +100,31 @@ def point_to_point(
     return Pending(buffer, payload, works, what)
 
 
-def all_rows(x: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """`x [B, L_p, ...]` of every rank on every rank, on its device; `lengths` are `L_0 ... L_{P-1}`.
+def all_rows(
+    x: Tensor, lengths: Sequence[int], group: dist.ProcessGroup, what: str = "gathering rows of all ranks"
+) -> list[Tensor]:
+    """`x [B, L_p, ...]` of every rank on every rank, on its device; `lengths` are `L_0 ... L_{P-1}`, `what` is for errors.
 
     All are padded to the longest in transit, because Gloo only sends equal sizes.
     """
     padded = x.new_zeros((x.shape[0], max(lengths), *x.shape[2:]))
     padded[:, : x.shape[1]] = x
-    return [piece[:, :length] for piece, length in zip(from_all(padded, group), lengths, strict=True)]
+    return [piece[:, :length] for piece, length in zip(from_all(padded, group, what), lengths, strict=True)]
 
 
-def from_all(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """`x` of every rank, of one shape on all, on every rank, on its device."""
+def from_all(x: Tensor, group: dist.ProcessGroup, what: str = "gathering values of all ranks") -> list[Tensor]:
+    """`x` of every rank, of one shape on all, on every rank, on its device.
+
+    Raises:
+        RuntimeError: if a rank died or did not arrive within the group's timeout; names this rank, and `what` it was doing.
+    """
     device, sends = x.device, [str(kind).split(":")[0] for kind in group._device_types]
     if sends and device.type not in sends:  # NCCL with rows on the host
         device = torch.device("cuda", torch.cuda.current_device())
     sent = x.to(device).contiguous()
     pieces = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(pieces, sent, group=communicator(group))
+    try:
+        dist.all_gather(pieces, sent, group=communicator(group))
+    except RuntimeError as failure:
+        raise RuntimeError(f"rank {dist.get_rank(group)}: {what} did not complete: {failure}") from failure
     return [piece.to(x.device) for piece in pieces]

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 import ring_hilbert as rh
+from tests.harness.ranks import run_ranks
 
 WORLD, ROWS, TIMEOUT = 3, 512, 5.0  # seconds that the group waits
 PATTERN = rh.DilatedPattern((256, None), (1, 4))
@@ -112,3 +113,21 @@ def test_a_rank_that_is_gone_is_an_error_on_all_others(tmp_path: Path, phase: st
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_gone_at_any_time(tmp_path: Path, number: signal.Signals, seed: int):
     check_strike(tmp_path, PHASES[seed % len(PHASES)], number, seed)
+
+
+def _lost(rank: int, world_size: int) -> str:
+    """What `prepare` says of a connection that is lost while documents are gathered."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", _reset)
+        with pytest.raises(RuntimeError) as caught:
+            rh.prepare(8, group=dist.group.WORLD, document_ids=torch.zeros(1, 8, dtype=torch.int64))
+    return str(caught.value)
+
+
+def _reset(*_: object, **__: object) -> None:
+    raise RuntimeError("connection reset by peer")
+
+
+def test_a_connection_lost_while_documents_are_gathered_is_named():
+    for rank, message in enumerate(run_ranks(_lost, 2)):
+        assert message == f"rank {rank}: the agreement on document_ids did not complete: connection reset by peer"
