@@ -50,15 +50,20 @@ def operand(rows, dim, dtype):
 
 @gluon.jit
 def tile_of(tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head):
-    """This program's tile: `(number of rows, place of the first, start of its walk, blocks without a mask, with one)`."""
+    """This program's tile: `(number of rows, place of the first, its first run, blocks without a mask, with one)`."""
     table = gl.load(tables + batch * table_strides[0] + kv_head).to(gl.int64)
     number = table + batch * table_strides[1]
     name = gl.load(order + number * num_tiles + gl.program_id(0))
     tile = tiles + (table * num_tiles + name) * tile_width
     run = runs + (number * num_runs + gl.load(tile + RUN)) * WIDTH
-    start = run, gl.load(run + FIRST), gl.load(run + STEP), gl.load(run + LEFT), gl.load(run + TIMES)
     steps += (number * num_tiles + name) * 2
-    return gl.load(tile + COUNT), gl.load(tile + PLACE), start, gl.load(steps), gl.load(steps + 1)
+    return gl.load(tile + COUNT), gl.load(tile + PLACE), run, gl.load(steps), gl.load(steps + 1)
+
+
+@gluon.jit
+def walk_from(run):
+    """The state of a walk at the start of a run: `(run, first row, stride, rows left, multiplicity)`."""
+    return run, gl.load(run + FIRST), gl.load(run + STEP), gl.load(run + LEFT), gl.load(run + TIMES)
 
 
 @gluon.jit
@@ -71,18 +76,13 @@ def outer_rows(outer, place, count, BLOCK: gl.constexpr, MEMBERS: gl.constexpr, 
 
 @gluon.jit
 def next_step(at, BLOCK: gl.constexpr):
-    """The state of a walk, `(run, first row, stride, rows left, multiplicity)`, after a step."""
+    """The state of a walk after a step."""
     run, first, step, left, times = at
     if left <= BLOCK:
-        run += WIDTH
-        first = gl.load(run + FIRST)
-        step = gl.load(run + STEP)
-        left = gl.load(run + LEFT)
-        times = gl.load(run + TIMES)
+        at = walk_from(run + WIDTH)
     else:
-        first += BLOCK * step
-        left -= BLOCK
-    return run, first, step, left, times
+        at = run, first + BLOCK * step, step, left - BLOCK, times
+    return at
 
 
 @gluon.jit
