@@ -24,17 +24,18 @@ from ring_hilbert.ops.walk import plan_rows
 CAPABILITIES = (80, 90, 100)
 # Most shared memory of a thread block, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-ROWS, HEADS, KV_HEADS = 2048, 8, 4
+ROWS, KV_HEADS = 2048, 4
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of walk: whether masks compare segments, and how rows are found."""
+    """A kind of walk: whether masks compare segments, and how rows are found; and the query heads per kv head."""
 
     segments: bool = False
     indexed: bool = False
     remote: bool = False
     passed_on: bool = False
+    group: int = 2
 
     def walk(self, tile: Tile) -> Walk:
         """A small walk of this kind."""
@@ -56,6 +57,8 @@ VARIANTS = {
     "rows in a list, short segments": Variant(segments=True, indexed=True),
     "received rows": Variant(indexed=True, remote=True),
     "rows of a hop": Variant(indexed=True, remote=True, passed_on=True),
+    "rows in a list, one head": Variant(indexed=True, group=1),
+    "rows of a hop, one head": Variant(indexed=True, remote=True, passed_on=True, group=1),
 }
 
 
@@ -96,10 +99,10 @@ def compiled(
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    Source = ASTSource
-    if tiles[0].gluon:
-        from triton.experimental.gluon._runtime import GluonASTSource as Source
     tile, walk = plan_tile(tiles, variant.walk)
+    Source = ASTSource
+    if tile.gluon:
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
     assert walk.segments == variant.segments and walk.indexed == variant.indexed
     kernel, arguments, options = _arguments(variant, pass_, tile, walk, head_dim, dtype)
     options = {name: value for name, value in options.items() if name not in ("grid", "warmup")}
@@ -111,7 +114,7 @@ def compiled(
     options = {"debug": False, **options}
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
     result = triton.compile(Source(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
-    registers, stack = _resources(result.asm["cubin"])
+    registers, stack, wgmma_waits = _resources(result.asm["cubin"])
     ptx = result.asm["ptx"]
     waits = [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)]
     return {
@@ -121,6 +124,7 @@ def compiled(
         "shared_bytes": result.metadata.shared,
         "shared_limit": SHARED_LIMITS[capability],
         "wgmma": ptx.count("wgmma.mma_async"),
+        "wgmma_waits_added": wgmma_waits - ptx.count("wgmma.wait_group"),
         "tcgen05": ptx.count("tcgen05.mma"),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "most_copies_in_flight": max(waits, default=0),
@@ -139,7 +143,7 @@ def _arguments(
     kernel = {"forward": forward.forward_kernel, "dq": backward.dq_kernel, "dkdv": backward.dkdv_kernel}[pass_]
     if not hasattr(kernel, "_pack_args"):
         raise ValueError("kernels are interpreted in this process; unset TRITON_INTERPRET")
-    q = torch.empty(2, ROWS, HEADS, head_dim, dtype=dtype)
+    q = torch.empty(2, ROWS, variant.group * KV_HEADS, head_dim, dtype=dtype)
     k = v = torch.empty(2, ROWS, KV_HEADS, head_dim, dtype=dtype)
     output = launch.Output.allocate(q, dtype == torch.float32)
     staging = None
@@ -168,18 +172,24 @@ def _arguments(
     return kernel, *found[0]
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of stack, which is where spilled registers go."""
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers per thread; bytes of stack, which is where spilled registers go; waits for matrix products in flight.
+
+    Where registers are too few, ptxas adds a wait after every such product.
+    """
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        text = subprocess.run([str(tool), "-res-usage", str(file)], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found, text
-    return int(found[1]), int(found[2])
+        usage, code = (
+            subprocess.run([str(tools / tool), option, str(file)], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2]), code.count("WARPGROUP.DEPBAR")
 
 
 __all__ = ["CAPABILITIES", "VARIANTS", "Variant", "compiled", "rows"]

@@ -11,11 +11,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ring_hilbert.kernels.hopper_forward import send_keys
 from ring_hilbert.kernels.hopper_steps import (
     AHEAD,
     FLAT,
     STAGES,
+    begin_keys,
     copied,
     in_order,
     next_step,
@@ -24,43 +24,43 @@ from ring_hilbert.kernels.hopper_steps import (
     outer_rows,
     products,
     row_cells,
+    seen,
     send,
+    send_keys,
     send_rows,
     step_rows,
     step_weight,
     tile_of,
     vectors,
+    walk_from,
+    walk_on,
 )
 from ring_hilbert.kernels.steps import VARIES
 
 
 @gluon.jit
 def add_keys(
-    dq, at, rows, flat, weights, step, queries, douts, k_ring, v_ring, key_ring, k, v, key, k_stride, v_stride,
-    index, columns, full, number, log, delta, low, high, scale2, BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
+    dq, walk, step, queries, douts, keys, index, full, number, log, delta, low, high, scale2,
+    BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Add to `dq [M, D]`, a product in flight, the contribution of `number` blocks of keys, without the scale."""
     M: gl.constexpr = queries.shape[0]
     SCORES: gl.constexpr = products(BLOCK_N, gl.num_warps())
-    ROWS: gl.constexpr = gl.SliceLayout(1, copied(queries.shape[1], gl.num_warps()))
+    k_ring, v_ring, key_ring = keys[1]
     zeros = gl.zeros([M, BLOCK_N], gl.float32, SCORES)
     for _ in range(number):
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
-        send_keys(k, v, key, k_stride, v_stride, rows, flat, columns, k_ring, v_ring, key_ring, step + AHEAD, full)
+        send_keys(keys, walk, step + AHEAD, full)
         here = step % STAGES
         scores = warpgroup_mma(queries, k_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
         dp = warpgroup_mma(douts, v_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        weight = weights[0]
-        weights = weights[1:] + (step_weight(at),)
-        at = next_step(at, BLOCK_N)
-        rows = step_rows(at, index, BLOCK_N, INDEXED, ROWS)
-        flat = step_rows(at, index, BLOCK_N, INDEXED, vectors(gl.num_warps()))
+        weight = walk[2][0]
+        walk = walk_on(walk, walk[2][1:], index, BLOCK_N, INDEXED)
         scores = warpgroup_mma_wait(1, [scores])
         p = gl.exp2(scores * scale2 - gl.expand_dims(log - weight, 1))
         if MASKED:
-            keys = gl.expand_dims(key_ring.index(here).load(gl.SliceLayout(0, SCORES)), 0)
-            p = gl.where((keys >= gl.expand_dims(low, 1)) & (keys <= gl.expand_dims(high, 1)), p, 0.0)
+            p = gl.where(seen(key_ring.index(here), low, high, SCORES), p, 0.0)
         dp = warpgroup_mma_wait(0, [dp])
         ds = (p * (dp - gl.expand_dims(delta, 1))).to(queries.dtype)
         ds = gl.convert_layout(
@@ -68,7 +68,7 @@ def add_keys(
         )
         dq = warpgroup_mma(ds, k_ring.index(here), dq, is_async=True)
         step += 1
-    return dq, at, rows, flat, weights, step
+    return dq, walk, step
 
 
 @gluon.jit(do_not_specialize=VARIES)
@@ -89,33 +89,20 @@ def dq_kernel(
     dtype: gl.constexpr = k.dtype.element_ty
     batch, head = gl.program_id(2).to(gl.int64), gl.program_id(1) * MEMBERS
     kv_head = head // GROUP
-    count, place, at, full, masked = tile_of(
+    count, place, run, full, masked = tile_of(
         tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head
     )
     if count == 0:
         return
-    k += batch * k_strides[0] + kv_head * k_strides[2]
-    v += batch * v_strides[0] + kv_head * v_strides[2]
-    key += batch * interval_strides[1]
-
     queries = gl.allocate_shared_memory(dtype, [M, D], operand(M, D, dtype))
     douts = gl.allocate_shared_memory(dtype, [M, D], operand(M, D, dtype))
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], operand(BLOCK_N, D, dtype))
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], operand(BLOCK_N, D, dtype))
-    key_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N], FLAT)
     columns = gl.arange(0, D, gl.SliceLayout(0, COPIED))
     own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))
     send(queries, outer_cells(q, q_strides, batch, head, own, members, columns), gl.expand_dims(own >= 0, 1))
     send(douts, outer_cells(dout, dout_strides, batch, head, own, members, columns), gl.expand_dims(own >= 0, 1))
-    weights = ()
-    for i in gl.static_range(AHEAD):
-        rows = step_rows(at, index, BLOCK_N, INDEXED, gl.SliceLayout(1, COPIED))
-        flat = step_rows(at, index, BLOCK_N, INDEXED, vectors(WARPS))
-        send_keys(k, v, key, k_strides[1], v_strides[1], rows, flat, columns, k_ring, v_ring, key_ring, i, full)
-        weights = weights + (step_weight(at),)
-        at = next_step(at, BLOCK_N)
-    rows = step_rows(at, index, BLOCK_N, INDEXED, gl.SliceLayout(1, COPIED))
-    flat = step_rows(at, index, BLOCK_N, INDEXED, vectors(WARPS))
+    keys, walk = begin_keys(
+        k, v, key, k_strides, v_strides, interval_strides, batch, kv_head, columns, run, index, full, BLOCK_N, INDEXED
+    )
 
     row, member = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, SCORES))
     exists = row >= 0
@@ -133,19 +120,20 @@ def dq_kernel(
     gradient = warpgroup_mma_init(gradient)
     step = 0
     nowhere = gl.zeros([M], gl.int32, gl.SliceLayout(1, SCORES))
-    gradient, at, rows, flat, weights, step = add_keys(
-        gradient, at, rows, flat, weights, step, queries, douts, k_ring, v_ring, key_ring, k, v, key,
-        k_strides[1], v_strides[1], index, columns, full, full, log, shift, nowhere, nowhere, scale2[0], BLOCK_N, INDEXED, False,
+    gradient, walk, step = add_keys(
+        gradient, walk, step, queries, douts, keys, index, full, full, log, shift, nowhere, nowhere, scale2[0],
+        BLOCK_N, INDEXED, False,
     )  # fmt: skip
     first = gl.load(low + batch * interval_strides[0] + row, mask=exists, other=0)
     last = gl.load(high + batch * interval_strides[0] + row, mask=exists, other=0)
-    gradient, at, rows, flat, weights, step = add_keys(
-        gradient, at, rows, flat, weights, step, queries, douts, k_ring, v_ring, key_ring, k, v, key,
-        k_strides[1], v_strides[1], index, columns, full, masked, log, shift, first, last, scale2[0], BLOCK_N, INDEXED, True,
+    gradient, walk, step = add_keys(
+        gradient, walk, step, queries, douts, keys, index, full, masked, log, shift, first, last, scale2[0],
+        BLOCK_N, INDEXED, True,
     )  # fmt: skip
     gradient = warpgroup_mma_wait(0, [gradient])
     async_copy.wait_group(0)
 
+    place = in_order(place)
     own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))  # as in forward
     if STAGED == 1 or STAGED == 3:
         slot = gl.load(slots + own.to(gl.int64) * slot_strides[1], mask=own >= 0, other=-1)
@@ -180,11 +168,11 @@ def send_queries(
 
 
 @gluon.jit
-def next_of_group(at, start, left, member, number, BLOCK: gl.constexpr, GROUP: gl.constexpr):
+def next_of_group(at, run, left, member, number, BLOCK: gl.constexpr, GROUP: gl.constexpr):
     """The next state of a walk that each head of the group repeats in `number` steps; after the last, the first step again."""
     left -= 1
     if left == 0:
-        at = start
+        at = walk_from(run)
         left = number
         member = (member + 1) % GROUP
     else:
@@ -195,7 +183,7 @@ def next_of_group(at, start, left, member, number, BLOCK: gl.constexpr, GROUP: g
 @gluon.jit
 def add_queries(
     dk, dv, ds, at, left, member, rows, flat, weights, step, keys, values, q_ring, dout_ring, terms, bounds,
-    q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, index, columns, start, full, masked, key, scale2,
+    q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, index, columns, run, full, masked, key, scale2,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Add to `dk, dv [N, D]` what one head's blocks of queries contribute; `dv` is in flight, `dk` lacks the last one's `ds`."""
@@ -218,7 +206,7 @@ def add_queries(
         dk = warpgroup_mma(ds, q_ring.index(gl.maximum(step - 1, 0) % STAGES), dk, is_async=True)
         weight = weights[0]
         weights = weights[1:] + (step_weight(at),)
-        at, left, member = next_of_group(at, start, left, member, full + masked, BLOCK_M, GROUP)
+        at, left, member = next_of_group(at, run, left, member, full + masked, BLOCK_M, GROUP)
         rows = step_rows(at, index, BLOCK_M, INDEXED, ROWS)
         flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(gl.num_warps()))
         log = terms.index(2 * here).load(COLUMN)
@@ -255,7 +243,7 @@ def dkdv_kernel(
     COPIED: gl.constexpr = copied(D, WARPS)
     dtype: gl.constexpr = k.dtype.element_ty
     batch, kv_head = gl.program_id(2).to(gl.int64), gl.program_id(1)
-    count, place, start, full, masked = tile_of(
+    count, place, run, full, masked = tile_of(
         tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head
     )
     if count == 0:
@@ -279,7 +267,7 @@ def dkdv_kernel(
     exists = gl.expand_dims(own >= 0, 1)
     send(keys, outer_cells(k, k_strides, batch, kv_head, own, none, columns), exists)
     send(values, outer_cells(v, v_strides, batch, kv_head, own, none, columns), exists)
-    at, left = start, full + masked
+    at, left = walk_from(run), full + masked
     member = full * 0  # a run-time value, not a constant
     weights = ()
     for i in gl.static_range(AHEAD):
@@ -290,7 +278,7 @@ def dkdv_kernel(
             q_ring, dout_ring, terms, bounds, i, left <= masked,
         )  # fmt: skip
         weights = weights + (step_weight(at),)
-        at, left, member = next_of_group(at, start, left, member, full + masked, BLOCK_M, GROUP)
+        at, left, member = next_of_group(at, run, left, member, full + masked, BLOCK_M, GROUP)
     rows = step_rows(at, index, BLOCK_M, INDEXED, gl.SliceLayout(1, COPIED))
     flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(WARPS))
 
@@ -304,13 +292,13 @@ def dkdv_kernel(
         key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step = add_queries(
             key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step,
             keys, values, q_ring, dout_ring, terms, bounds, q, dout, lse2, delta, low, high,
-            q_strides, dout_strides, lse_strides, index, columns, start, full, masked, own_key, scale2[0],
+            q_strides, dout_strides, lse_strides, index, columns, run, full, masked, own_key, scale2[0],
             GROUP, BLOCK_M, INDEXED, False,
         )  # fmt: skip
         key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step = add_queries(
             key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step,
             keys, values, q_ring, dout_ring, terms, bounds, q, dout, lse2, delta, low, high,
-            q_strides, dout_strides, lse_strides, index, columns, start, full, masked, own_key, scale2[0],
+            q_strides, dout_strides, lse_strides, index, columns, run, full, masked, own_key, scale2[0],
             GROUP, BLOCK_M, INDEXED, True,
         )  # fmt: skip
     async_copy.wait_group(0)

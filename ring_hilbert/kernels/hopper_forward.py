@@ -16,22 +16,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ring_hilbert.kernels.hopper_steps import (
     AHEAD,
-    FLAT,
     STAGES,
+    begin_keys,
     copied,
     in_order,
-    next_step,
     operand,
     outer_cells,
     outer_rows,
     products,
     row_cells,
+    seen,
     send,
-    send_rows,
-    step_rows,
-    step_weight,
+    send_keys,
     tile_of,
-    vectors,
+    walk_on,
 )
 from ring_hilbert.kernels.steps import VARIES
 
@@ -44,47 +42,31 @@ def summed(x):
 
 
 @gluon.jit
-def send_keys(k, v, key, k_stride, v_stride, rows, flat, columns, k_ring, v_ring, key_ring, step, full):
-    """Start copying the keys and values of a step and, from step `full` on, the `key` numbers that decide visibility."""
-    to = step % STAGES
-    send_rows(k_ring.index(to), k, rows, k_stride, columns)
-    send_rows(v_ring.index(to), v, rows, v_stride, columns)
-    if step >= full:
-        send(key_ring.index(to), key + flat, flat >= 0)
-    async_copy.commit_group()
-
-
-@gluon.jit
 def attend(
-    values, maximum, total, p, at, rows, flat, weights, step, queries, k_ring, v_ring, key_ring, k, v, key, k_stride, v_stride,
-    index, columns, full, number, low, high, scale2, BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
+    values, maximum, total, p, walk, step, queries, keys, index, full, number, low, high, scale2,
+    BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Merge `number` blocks of keys into the running softmax; the last one's `p` is not in `values` yet.
 
-    `at`, with `rows` and `flat`, is the state of the walk that prefetches rows, `AHEAD` of `step`.
+    `walk`, of `begin_keys`, is `AHEAD` of `step`.
     """
     M: gl.constexpr = queries.shape[0]
     SCORES: gl.constexpr = products(BLOCK_N, gl.num_warps())
     VALUES: gl.constexpr = products(queries.shape[1], gl.num_warps())
-    ROWS: gl.constexpr = gl.SliceLayout(1, copied(queries.shape[1], gl.num_warps()))
+    k_ring, v_ring, key_ring = keys[1]
     zeros = gl.zeros([M, BLOCK_N], gl.float32, SCORES)
     for _ in range(number):
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
-        send_keys(k, v, key, k_stride, v_stride, rows, flat, columns, k_ring, v_ring, key_ring, step + AHEAD, full)
+        send_keys(keys, walk, step + AHEAD, full)
         here = step % STAGES
         scores = warpgroup_mma(queries, k_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
         values = warpgroup_mma(p, v_ring.index(gl.maximum(step - 1, 0) % STAGES), values, is_async=True)
-        weight = weights[0]
-        weights = weights[1:] + (step_weight(at),)
-        at = next_step(at, BLOCK_N)
-        rows = step_rows(at, index, BLOCK_N, INDEXED, ROWS)
-        flat = step_rows(at, index, BLOCK_N, INDEXED, vectors(gl.num_warps()))
+        weight = walk[2][0]
+        walk = walk_on(walk, walk[2][1:], index, BLOCK_N, INDEXED)
         scores = warpgroup_mma_wait(1, [scores])
         if MASKED:
-            keys = gl.expand_dims(key_ring.index(here).load(gl.SliceLayout(0, SCORES)), 0)
-            visible = (keys >= gl.expand_dims(low, 1)) & (keys <= gl.expand_dims(high, 1))
-            scores = gl.where(visible, scores, float("-inf"))
+            scores = gl.where(seen(key_ring.index(here), low, high, SCORES), scores, float("-inf"))
         higher = gl.maximum(maximum, gl.max(scores, 1) * scale2)
         finite = higher
         if MASKED:
@@ -100,7 +82,7 @@ def attend(
         values, p = warpgroup_mma_wait(0, [values, exact])
         values = values * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, VALUES), assert_trivial=True), 1)
         step += 1
-    return values, maximum, total, p, at, rows, flat, weights, step
+    return values, maximum, total, p, walk, step
 
 
 @gluon.jit
@@ -128,31 +110,18 @@ def forward_kernel(
     dtype: gl.constexpr = k.dtype.element_ty
     batch, head = gl.program_id(2).to(gl.int64), gl.program_id(1) * MEMBERS
     kv_head = head // GROUP
-    count, place, at, full, masked = tile_of(
+    count, place, run, full, masked = tile_of(
         tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head
     )
     if count == 0:
         return
-    k += batch * k_strides[0] + kv_head * k_strides[2]
-    v += batch * v_strides[0] + kv_head * v_strides[2]
-    key += batch * interval_strides[1]
-
     queries = gl.allocate_shared_memory(dtype, [M, D], operand(M, D, dtype))
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], operand(BLOCK_N, D, dtype))
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], operand(BLOCK_N, D, dtype))
-    key_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N], FLAT)
     columns = gl.arange(0, D, gl.SliceLayout(0, COPIED))
     own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))
     send(queries, outer_cells(q, q_strides, batch, head, own, members, columns), gl.expand_dims(own >= 0, 1))
-    weights = ()
-    for i in gl.static_range(AHEAD):
-        rows = step_rows(at, index, BLOCK_N, INDEXED, gl.SliceLayout(1, COPIED))
-        flat = step_rows(at, index, BLOCK_N, INDEXED, vectors(WARPS))
-        send_keys(k, v, key, k_strides[1], v_strides[1], rows, flat, columns, k_ring, v_ring, key_ring, i, full)
-        weights = weights + (step_weight(at),)
-        at = next_step(at, BLOCK_N)
-    rows = step_rows(at, index, BLOCK_N, INDEXED, gl.SliceLayout(1, COPIED))
-    flat = step_rows(at, index, BLOCK_N, INDEXED, vectors(WARPS))
+    keys, walk = begin_keys(
+        k, v, key, k_strides, v_strides, interval_strides, batch, kv_head, columns, run, index, full, BLOCK_N, INDEXED
+    )
 
     row, member = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, SCORES))
     zeros = gl.zeros([M, BLOCK_N], gl.float32, SCORES)
@@ -176,21 +145,23 @@ def forward_kernel(
 
     step = 0
     nowhere = gl.zeros([M], gl.int32, gl.SliceLayout(1, SCORES))
-    values, maximum, total, p, at, rows, flat, weights, step = attend(
-        values, maximum, total, p, at, rows, flat, weights, step, queries, k_ring, v_ring, key_ring, k, v, key,
-        k_strides[1], v_strides[1], index, columns, full, full, nowhere, nowhere, scale2[0], BLOCK_N, INDEXED, False,
+    values, maximum, total, p, walk, step = attend(
+        values, maximum, total, p, walk, step, queries, keys, index, full, full, nowhere, nowhere, scale2[0],
+        BLOCK_N, INDEXED, False,
     )  # fmt: skip
     first = gl.load(low + batch * interval_strides[0] + row, mask=row >= 0, other=0)
     last = gl.load(high + batch * interval_strides[0] + row, mask=row >= 0, other=0)
-    values, maximum, total, p, at, rows, flat, weights, step = attend(
-        values, maximum, total, p, at, rows, flat, weights, step, queries, k_ring, v_ring, key_ring, k, v, key,
-        k_strides[1], v_strides[1], index, columns, full, masked, first, last, scale2[0], BLOCK_N, INDEXED, True,
+    values, maximum, total, p, walk, step = attend(
+        values, maximum, total, p, walk, step, queries, keys, index, full, masked, first, last, scale2[0],
+        BLOCK_N, INDEXED, True,
     )  # fmt: skip
     async_copy.wait_group(0)
     fence_async_shared()
+    _, v_ring, _ = keys[1]
     values = warpgroup_mma(p, v_ring.index(gl.maximum(step - 1, 0) % STAGES), values)
 
-    # Loaded again, so as not to occupy registers during the loops.
+    # Computed again, so as not to occupy registers during the loops.
+    place = in_order(place)
     own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))
     row, member = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, SCORES))
     exists = row >= 0

@@ -50,15 +50,20 @@ def operand(rows, dim, dtype):
 
 @gluon.jit
 def tile_of(tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head):
-    """This program's tile: `(number of rows, place of the first, start of its walk, blocks without a mask, with one)`."""
+    """This program's tile: `(number of rows, place of the first, its first run, blocks without a mask, with one)`."""
     table = gl.load(tables + batch * table_strides[0] + kv_head).to(gl.int64)
     number = table + batch * table_strides[1]
     name = gl.load(order + number * num_tiles + gl.program_id(0))
     tile = tiles + (table * num_tiles + name) * tile_width
     run = runs + (number * num_runs + gl.load(tile + RUN)) * WIDTH
-    start = run, gl.load(run + FIRST), gl.load(run + STEP), gl.load(run + LEFT), gl.load(run + TIMES)
     steps += (number * num_tiles + name) * 2
-    return gl.load(tile + COUNT), gl.load(tile + PLACE), start, gl.load(steps), gl.load(steps + 1)
+    return gl.load(tile + COUNT), gl.load(tile + PLACE), run, gl.load(steps), gl.load(steps + 1)
+
+
+@gluon.jit
+def walk_from(run):
+    """The state of a walk at the start of a run: `(run, first row, stride, rows left, multiplicity)`."""
+    return run, gl.load(run + FIRST), gl.load(run + STEP), gl.load(run + LEFT), gl.load(run + TIMES)
 
 
 @gluon.jit
@@ -71,18 +76,13 @@ def outer_rows(outer, place, count, BLOCK: gl.constexpr, MEMBERS: gl.constexpr, 
 
 @gluon.jit
 def next_step(at, BLOCK: gl.constexpr):
-    """The state of a walk, `(run, first row, stride, rows left, multiplicity)`, after a step."""
+    """The state of a walk after a step."""
     run, first, step, left, times = at
     if left <= BLOCK:
-        run += WIDTH
-        first = gl.load(run + FIRST)
-        step = gl.load(run + STEP)
-        left = gl.load(run + LEFT)
-        times = gl.load(run + TIMES)
+        at = walk_from(run + WIDTH)
     else:
-        first += BLOCK * step
-        left -= BLOCK
-    return run, first, step, left, times
+        at = run, first + BLOCK * step, step, left - BLOCK, times
+    return at
 
 
 @gluon.jit
@@ -95,6 +95,13 @@ def step_rows(at, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr, LAYOUT: gl.
     else:
         rows = first + places * step
     return gl.where((places < left) & (left < NOTHING), rows, -1)
+
+
+@gluon.jit
+def seen(place, low, high, SCORES: gl.constexpr):
+    """Which of a step's keys, whose `key` numbers lie at `place`, each query sees."""
+    keys = gl.expand_dims(place.load(gl.SliceLayout(0, SCORES)), 0)
+    return (keys >= gl.expand_dims(low, 1)) & (keys <= gl.expand_dims(high, 1))
 
 
 @gluon.jit
@@ -115,6 +122,54 @@ def inner_cells(pointer, rows, stride, columns):
 def send_rows(place, pointer, rows, stride, columns):
     """Start copying rows of a tensor; 0 where a row is -1."""
     send(place, inner_cells(pointer, rows, stride, columns), gl.expand_dims(rows >= 0, 1))
+
+
+@gluon.jit
+def begin_keys(
+    k, v, key, k_strides, v_strides, interval_strides, batch, kv_head, columns, run, index, full,
+    BLOCK: gl.constexpr, INDEXED: gl.constexpr,
+):  # fmt: skip
+    """What `send_keys` needs: tensors and their rings; and the state of a walk, `AHEAD` of the steps whose keys it has sent.
+
+    The state is where the walk stands, its rows there, and the weights of the steps sent.
+    """
+    D: gl.constexpr = columns.shape[0]
+    dtype: gl.constexpr = k.dtype.element_ty
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], operand(BLOCK, D, dtype))
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], operand(BLOCK, D, dtype))
+    key_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK], FLAT)
+    k += batch * k_strides[0] + kv_head * k_strides[2]
+    v += batch * v_strides[0] + kv_head * v_strides[2]
+    keys = (k, v, key + batch * interval_strides[1], k_strides[1], v_strides[1], columns), (k_ring, v_ring, key_ring)
+    at = walk_from(run)
+    walk = at, step_rows(at, index, BLOCK, INDEXED, gl.SliceLayout(1, copied(D, gl.num_warps()))), ()
+    for i in gl.static_range(AHEAD):
+        send_keys(keys, walk, i, full)
+        walk = walk_on(walk, walk[2], index, BLOCK, INDEXED)
+    return keys, walk
+
+
+@gluon.jit
+def walk_on(walk, weights, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
+    """The state of a walk after a step, whose weight is appended to `weights`."""
+    LAYOUT: gl.constexpr = walk[1].type.layout
+    weights = weights + (step_weight(walk[0]),)
+    at = next_step(walk[0], BLOCK)
+    return at, step_rows(at, index, BLOCK, INDEXED, LAYOUT), weights
+
+
+@gluon.jit
+def send_keys(keys, walk, step, full):
+    """Start copying the keys and values of a step and, from step `full` on, the `key` numbers that decide visibility."""
+    k, v, key, k_stride, v_stride, columns = keys[0]
+    k_ring, v_ring, key_ring = keys[1]
+    rows = walk[1]
+    to = step % STAGES
+    send_rows(k_ring.index(to), k, rows, k_stride, columns)
+    send_rows(v_ring.index(to), v, rows, v_stride, columns)
+    if step >= full:
+        send(key_ring.index(to), key + rows, rows >= 0)
+    async_copy.commit_group()
 
 
 @gluon.jit

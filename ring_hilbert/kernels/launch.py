@@ -257,8 +257,8 @@ def _grid(schedule: Schedule, q: Tensor, heads: int, members: int = 1) -> tuple[
 def _options(
     q: Tensor, k: Tensor, schedule: Schedule, tile: Tile, precision: str, members: int | None = None
 ) -> dict[str, Any]:
-    walk = schedule.walk
-    limit = {"maxnreg": tile.registers} if tile.registers and torch.version.hip is None else {}
+    walk, alone = schedule.walk, tile.gluon and members == 1
+    limit = {"maxnreg": tile.registers} if tile.registers and torch.version.hip is None and not alone else {}
     assert (tile.block_outer, tile.block_inner) == (walk.block_outer, schedule.block_inner)
     shared = {"GROUP": q.shape[2] // k.shape[2], "D": q.shape[3], "INDEXED": walk.indexed}
     if tile.gluon:

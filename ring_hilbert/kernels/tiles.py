@@ -20,7 +20,8 @@ class Tile(NamedTuple):
     """Rows of a tile (queries in forward and dQ, keys in dK and dV), rows of a step, warps, pipeline stages.
 
     `registers`: limit per thread, where a few more would reduce the tiles resident at once; 0: no limit.
-    `gluon`: use the kernels for compute capability 9.0, whose pipeline length is fixed; `warps` are per head.
+    `gluon`: use the kernels for compute capability 9.0, whose pipeline length is fixed; `warps` are per head, and `registers`
+    for two heads (of a single one, shared memory limits the tiles resident).
     """
 
     block_outer: int
@@ -37,16 +38,20 @@ class Tile(NamedTuple):
 
 
 # (least compute capability, largest padded head dim, bytes of an element): tiles of forward, dQ, dK and dV. A pass may have up
-# to three, for walks of increasing register demand (`demand`). The first row that fits a call is used, so rows go from the
+# to four, for walks of increasing register demand (`demand`). The first row that fits a call is used, so rows go from the
 # newest generation to the oldest. `ring-hilbert bench kernels --tune` and `--aot` measure what a change is worth.
 TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
     (100, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
     (100, 128, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 2),)),
-    (90, 64, 2): ((Tile(64, 64, 4, 3, 168),), (Tile(64, 64, 4, 3, 168),), (Tile(64, 32, 4, 3),)),
+    (90, 64, 2): (
+        (*(Tile(64, 64, 4, 3, 168),) * 2, Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
+        (*(Tile(64, 64, 4, 3, 168),) * 2, Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
+        (*(Tile(64, 32, 4, 3),) * 3, Tile(64, 16, 4, 3)),
+    ),
     (90, 128, 2): (
-        (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
-        (Tile(128, 64, 8, 3),),
-        (Tile(128, 32, 8, 2), Tile(128, 16, 8, 3)),
+        (Tile(128, 128, 8, 3), *(Tile(128, 64, 8, 3),) * 2, Tile(128, 32, 8, 2)),
+        (*(Tile(128, 64, 8, 3),) * 2, Tile(128, 32, 8, 3)),
+        (Tile(128, 32, 8, 2), *(Tile(128, 16, 8, 3),) * 2, Tile(64, 16, 8, 3)),
     ),
     (90, 256, 2): ((Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 1),), (Tile(32, 32, 4, 1),)),
     (0, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
@@ -56,18 +61,11 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
     (0, 128, 4): ((Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),)),
     (0, 256, 4): ((Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),)),
 }  # fmt: skip
-# For compute capability 9.0 and exactly this head dim. Walks whose masks compare segments use the Triton kernels.
-HOPPER: dict[tuple[int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
-    (64, 2): (
-        (*(Tile(64, 64, 4, 4, 128, gluon=True),) * 2, Tile(64, 64, 4, 3, 168)),
-        (*(Tile(64, 64, 4, 4, 128, gluon=True),) * 2, Tile(64, 64, 4, 3, 168)),
-        (*(Tile(64, 64, 4, 4, gluon=True),) * 2, Tile(64, 32, 4, 3)),
-    ),
-    (128, 2): (
-        (*(Tile(64, 64, 4, 4, gluon=True),) * 2, Tile(128, 64, 8, 3)),
-        (*(Tile(64, 64, 4, 4, gluon=True),) * 2, Tile(128, 64, 8, 3)),
-        (*(Tile(64, 32, 4, 4, gluon=True),) * 2, Tile(128, 16, 8, 3)),
-    ),
+# For compute capability 9.0 and exactly this head dim, in place of the tiles above for walks whose masks do not compare segments.
+# With more keys or queries per step, registers run out, and the assembler waits for each matrix product before the next.
+HOPPER: dict[tuple[int, int], tuple[Tile, Tile, Tile]] = {
+    (64, 2): (Tile(64, 64, 4, 4, 128, gluon=True), Tile(64, 32, 4, 4, 128, gluon=True), Tile(64, 64, 4, 4, gluon=True)),
+    (128, 2): (Tile(64, 64, 4, 4, gluon=True), Tile(64, 64, 4, 4, gluon=True), Tile(128, 32, 8, 4, gluon=True)),
 }
 INTERPRETER = Tile(32, 32, 1, 1)  # wherever there is no GPU
 
@@ -87,17 +85,18 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def demand(walk: Walk) -> int:
-    """How many extra registers a walk's rows and masks take: level 0, 1 or 2, found by compiling."""
-    return 2 if walk.segments else int(walk.indexed)
+    """How many extra registers a walk's rows and masks take: level 0, 1, 2 or 3, found by compiling."""
+    return 2 * walk.segments + walk.indexed
 
 
 def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The tiles, by demand, of a pass at a compute capability (90: 9.0); ValueError if the table has none."""
-    if capability // 10 == 9 and (head_dim, dtype.itemsize) in HOPPER and has_gluon():
-        return HOPPER[head_dim, dtype.itemsize][PASSES.index(pass_)]
-    for (least, dim, size), tiles in TILES.items():
+    for (least, dim, size), passes in TILES.items():
         if capability >= least and padded_head_dim(head_dim) <= dim and dtype.itemsize == size:
-            return tiles[PASSES.index(pass_)]
+            tiles = passes[PASSES.index(pass_)]
+            if capability // 10 == 9 and (head_dim, size) in HOPPER and has_gluon():
+                return (*(HOPPER[head_dim, size][PASSES.index(pass_)],) * 2, *tiles[2:])
+            return tiles
     raise ValueError(
         f"the Triton kernels have no tiles for head dim {head_dim} in {dtype}; at most 256, fp16, bf16 or fp32"
     )
