@@ -41,7 +41,7 @@ from ring_hilbert.kernels.steps import VARIES
 @gluon.jit
 def add_keys(
     dq, walk, step, queries, douts, keys, index, full, number, log, delta, low, high, scale2,
-    BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Add to `dq [M, D]`, a product in flight, the contribution of `number` blocks of keys, without the scale."""
     M: gl.constexpr = queries.shape[0]
@@ -51,7 +51,7 @@ def add_keys(
     for _ in range(number):
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
-        send_keys(keys, walk, step + AHEAD, full)
+        send_keys(keys, walk, step + AHEAD, full, D)
         here = step % STAGES
         scores = warpgroup_mma(queries, k_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
         dp = warpgroup_mma(douts, v_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -77,15 +77,15 @@ def dq_kernel(
     q_strides, k_strides, v_strides, dout_strides, lse_strides, dq_strides, slot_strides, values_strides,
     tables, order, tiles, steps, runs, outer, index, low, high, key,
     table_strides, num_tiles, tile_width, num_runs, interval_strides, scale, scale2,
-    GROUP: gl.constexpr, MEMBERS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    INDEXED: gl.constexpr, STAGED: gl.constexpr,
+    GROUP: gl.constexpr, MEMBERS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles, H / MEMBERS, B)`: the outer rows are queries, of MEMBERS heads, one after the other."""
     M: gl.constexpr = BLOCK_M * MEMBERS
     WARPS: gl.constexpr = gl.num_warps()
     SCORES: gl.constexpr = products(BLOCK_N, WARPS)
-    VALUES: gl.constexpr = products(D, WARPS)
-    COPIED: gl.constexpr = copied(D, WARPS)
+    VALUES: gl.constexpr = products(BLOCK_D, WARPS)
+    COPIED: gl.constexpr = copied(BLOCK_D, WARPS)
     dtype: gl.constexpr = k.dtype.element_ty
     batch, head = gl.program_id(2).to(gl.int64), gl.program_id(1) * MEMBERS
     kv_head = head // GROUP
@@ -94,41 +94,41 @@ def dq_kernel(
     )
     if count == 0:
         return
-    queries = gl.allocate_shared_memory(dtype, [M, D], operand(M, D, dtype))
-    douts = gl.allocate_shared_memory(dtype, [M, D], operand(M, D, dtype))
-    columns = gl.arange(0, D, gl.SliceLayout(0, COPIED))
+    queries = gl.allocate_shared_memory(dtype, [M, BLOCK_D], operand(M, BLOCK_D, dtype))
+    douts = gl.allocate_shared_memory(dtype, [M, BLOCK_D], operand(M, BLOCK_D, dtype))
+    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPIED))
     own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))
-    send(queries, outer_cells(q, q_strides, batch, head, own, members, columns), gl.expand_dims(own >= 0, 1))
-    send(douts, outer_cells(dout, dout_strides, batch, head, own, members, columns), gl.expand_dims(own >= 0, 1))
+    send(queries, *outer_cells(q, q_strides, batch, head, own, members, columns, D))
+    send(douts, *outer_cells(dout, dout_strides, batch, head, own, members, columns, D))
     keys, walk = begin_keys(
-        k, v, key, k_strides, v_strides, interval_strides, batch, kv_head, columns, run, index, full, BLOCK_N, INDEXED
-    )
+        k, v, key, k_strides, v_strides, interval_strides, batch, kv_head, columns, run, index, full, D, BLOCK_N, INDEXED,
+    )  # fmt: skip
 
     row, member = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, SCORES))
     exists = row >= 0
     cells = row_cells(lse_strides, batch, head, row, member)
     log = gl.load(lse2 + cells, mask=exists, other=float("inf"))
     shift = gl.load(delta + cells, mask=exists, other=0.0)
-    gradient = gl.zeros([M, D], gl.float32, VALUES)
+    gradient = gl.zeros([M, BLOCK_D], gl.float32, VALUES)
     if STAGED:
         slots += batch * slot_strides[0] + kv_head * slot_strides[2]
     if STAGED >= 2:
         slot = gl.load(slots + own.to(gl.int64) * slot_strides[1], mask=own >= 0, other=-1)
-        s_cells = outer_cells(s_values, values_strides, batch, head, slot, members, columns)
-        gradient = gl.convert_layout(gl.load(s_cells, mask=gl.expand_dims(slot >= 0, 1), other=0.0), VALUES)
+        s_cells, staged = outer_cells(s_values, values_strides, batch, head, slot, members, columns, D)
+        gradient = gl.convert_layout(gl.load(s_cells, mask=staged, other=0.0), VALUES)
 
     gradient = warpgroup_mma_init(gradient)
     step = 0
     nowhere = gl.zeros([M], gl.int32, gl.SliceLayout(1, SCORES))
     gradient, walk, step = add_keys(
         gradient, walk, step, queries, douts, keys, index, full, full, log, shift, nowhere, nowhere, scale2[0],
-        BLOCK_N, INDEXED, False,
+        D, BLOCK_N, INDEXED, False,
     )  # fmt: skip
     first = gl.load(low + batch * interval_strides[0] + row, mask=exists, other=0)
     last = gl.load(high + batch * interval_strides[0] + row, mask=exists, other=0)
     gradient, walk, step = add_keys(
         gradient, walk, step, queries, douts, keys, index, full, masked, log, shift, first, last, scale2[0],
-        BLOCK_N, INDEXED, True,
+        D, BLOCK_N, INDEXED, True,
     )  # fmt: skip
     gradient = warpgroup_mma_wait(0, [gradient])
     async_copy.wait_group(0)
@@ -137,27 +137,26 @@ def dq_kernel(
     own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))  # as in forward
     if STAGED == 1 or STAGED == 3:
         slot = gl.load(slots + own.to(gl.int64) * slot_strides[1], mask=own >= 0, other=-1)
-        s_cells = outer_cells(s_values, values_strides, batch, head, slot, members, columns)
-        gl.store(s_cells, gl.convert_layout(gradient, COPIED), mask=gl.expand_dims(slot >= 0, 1))
+        s_cells, staged = outer_cells(s_values, values_strides, batch, head, slot, members, columns, D)
+        gl.store(s_cells, gl.convert_layout(gradient, COPIED), mask=staged)
         if STAGED == 3:
             return
         own = gl.where(slot < 0, own, -1)
     gradient = gl.convert_layout((gradient * scale).to(dq.dtype.element_ty), COPIED)
-    gl.store(
-        outer_cells(dq, dq_strides, batch, head, own, members, columns), gradient, mask=gl.expand_dims(own >= 0, 1)
-    )
+    cells, own_cells = outer_cells(dq, dq_strides, batch, head, own, members, columns, D)
+    gl.store(cells, gradient, mask=own_cells)
 
 
 @gluon.jit
 def send_queries(
     q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, member, rows, flat, columns,
-    q_ring, dout_ring, terms, bounds, step, is_masked,
+    q_ring, dout_ring, terms, bounds, step, is_masked, D: gl.constexpr,
 ):  # fmt: skip
     """Start copying the queries of a step, for one head of the group, and their row terms."""
     to = step % STAGES
     head = member.to(gl.int64)
-    send_rows(q_ring.index(to), q + head * q_strides[2], rows, q_strides[1], columns)
-    send_rows(dout_ring.index(to), dout + head * dout_strides[2], rows, dout_strides[1], columns)
+    send_rows(q_ring.index(to), q + head * q_strides[2], rows, q_strides[1], columns, D)
+    send_rows(dout_ring.index(to), dout + head * dout_strides[2], rows, dout_strides[1], columns, D)
     cells = flat * lse_strides[1] + head * lse_strides[2]
     send(terms.index(2 * to), lse2 + cells, flat >= 0)
     send(terms.index(2 * to + 1), delta + cells, flat >= 0)
@@ -184,7 +183,7 @@ def next_of_group(at, run, left, member, number, BLOCK: gl.constexpr, GROUP: gl.
 def add_queries(
     dk, dv, ds, at, left, member, rows, flat, weights, step, keys, values, q_ring, dout_ring, terms, bounds,
     q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, index, columns, run, full, masked, key, scale2,
-    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Add to `dk, dv [N, D]` what one head's blocks of queries contribute; `dv` is in flight, `dk` lacks the last one's `ds`."""
     N: gl.constexpr = keys.shape[0]
@@ -198,7 +197,7 @@ def add_queries(
         fence_async_shared()
         send_queries(
             q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, member, rows, flat, columns,
-            q_ring, dout_ring, terms, bounds, step + AHEAD, left <= masked,
+            q_ring, dout_ring, terms, bounds, step + AHEAD, left <= masked, D,
         )  # fmt: skip
         here = step % STAGES
         scores = warpgroup_mma(keys, q_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -234,13 +233,14 @@ def dkdv_kernel(
     q_strides, k_strides, v_strides, dout_strides, lse_strides, dk_strides, dv_strides,
     tables, order, tiles, steps, runs, outer, index, low, high, key,
     table_strides, num_tiles, tile_width, num_runs, interval_strides, scale, scale2,
-    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, INDEXED: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
+    INDEXED: gl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles, Hkv, B)`: the outer rows are keys. The heads of a group take turns."""
     WARPS: gl.constexpr = gl.num_warps()
     SCORES: gl.constexpr = products(BLOCK_M, WARPS)
-    VALUES: gl.constexpr = products(D, WARPS)
-    COPIED: gl.constexpr = copied(D, WARPS)
+    VALUES: gl.constexpr = products(BLOCK_D, WARPS)
+    COPIED: gl.constexpr = copied(BLOCK_D, WARPS)
     dtype: gl.constexpr = k.dtype.element_ty
     batch, kv_head = gl.program_id(2).to(gl.int64), gl.program_id(1)
     count, place, run, full, masked = tile_of(
@@ -256,17 +256,16 @@ def dkdv_kernel(
     low += batch * interval_strides[0]
     high += batch * interval_strides[0]
 
-    keys = gl.allocate_shared_memory(dtype, [BLOCK_N, D], operand(BLOCK_N, D, dtype))
-    values = gl.allocate_shared_memory(dtype, [BLOCK_N, D], operand(BLOCK_N, D, dtype))
-    q_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], operand(BLOCK_M, D, dtype))
-    dout_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], operand(BLOCK_M, D, dtype))
+    keys = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_D], operand(BLOCK_N, BLOCK_D, dtype))
+    values = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_D], operand(BLOCK_N, BLOCK_D, dtype))
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], operand(BLOCK_M, BLOCK_D, dtype))
+    dout_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], operand(BLOCK_M, BLOCK_D, dtype))
     terms = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], FLAT)
     bounds = gl.allocate_shared_memory(gl.int32, [2 * STAGES, BLOCK_M], FLAT)
-    columns = gl.arange(0, D, gl.SliceLayout(0, COPIED))
+    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPIED))
     own, none = outer_rows(outer, place, count, BLOCK_N, 1, gl.SliceLayout(1, COPIED))
-    exists = gl.expand_dims(own >= 0, 1)
-    send(keys, outer_cells(k, k_strides, batch, kv_head, own, none, columns), exists)
-    send(values, outer_cells(v, v_strides, batch, kv_head, own, none, columns), exists)
+    send(keys, *outer_cells(k, k_strides, batch, kv_head, own, none, columns, D))
+    send(values, *outer_cells(v, v_strides, batch, kv_head, own, none, columns, D))
     at, left = walk_from(run), full + masked
     member = full * 0  # a run-time value, not a constant
     weights = ()
@@ -275,7 +274,7 @@ def dkdv_kernel(
         flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(WARPS))
         send_queries(
             q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, member, rows, flat, columns,
-            q_ring, dout_ring, terms, bounds, i, left <= masked,
+            q_ring, dout_ring, terms, bounds, i, left <= masked, D,
         )  # fmt: skip
         weights = weights + (step_weight(at),)
         at, left, member = next_of_group(at, run, left, member, full + masked, BLOCK_M, GROUP)
@@ -285,7 +284,7 @@ def dkdv_kernel(
     row, _ = outer_rows(outer, place, count, BLOCK_N, 1, gl.SliceLayout(1, SCORES))
     own_key = gl.load(key + batch * interval_strides[1] + row, mask=row >= 0, other=0)
     ds = gl.zeros([BLOCK_N, BLOCK_M], dtype, gl.DotOperandLayout(0, VALUES, 2))
-    key_gradient = gl.zeros([BLOCK_N, D], gl.float32, VALUES)
+    key_gradient = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, VALUES)
     value_gradient = warpgroup_mma_init(key_gradient)
     step = 0
     for _ in range(GROUP):
@@ -293,13 +292,13 @@ def dkdv_kernel(
             key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step,
             keys, values, q_ring, dout_ring, terms, bounds, q, dout, lse2, delta, low, high,
             q_strides, dout_strides, lse_strides, index, columns, run, full, masked, own_key, scale2[0],
-            GROUP, BLOCK_M, INDEXED, False,
+            GROUP, D, BLOCK_M, INDEXED, False,
         )  # fmt: skip
         key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step = add_queries(
             key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step,
             keys, values, q_ring, dout_ring, terms, bounds, q, dout, lse2, delta, low, high,
             q_strides, dout_strides, lse_strides, index, columns, run, full, masked, own_key, scale2[0],
-            GROUP, BLOCK_M, INDEXED, True,
+            GROUP, D, BLOCK_M, INDEXED, True,
         )  # fmt: skip
     async_copy.wait_group(0)
     fence_async_shared()
@@ -307,8 +306,9 @@ def dkdv_kernel(
     key_gradient, value_gradient = warpgroup_mma_wait(0, [key_gradient, value_gradient])
 
     own, none = outer_rows(outer, place, count, BLOCK_N, 1, gl.SliceLayout(1, COPIED))  # as in forward
-    exists = gl.expand_dims(own >= 0, 1)
     key_gradient = gl.convert_layout((key_gradient * scale).to(dk.dtype.element_ty), COPIED)
-    gl.store(outer_cells(dk, dk_strides, batch, kv_head, own, none, columns), key_gradient, mask=exists)
+    cells, exists = outer_cells(dk, dk_strides, batch, kv_head, own, none, columns, D)
+    gl.store(cells, key_gradient, mask=exists)
     value_gradient = gl.convert_layout(value_gradient.to(dv.dtype.element_ty), COPIED)
-    gl.store(outer_cells(dv, dv_strides, batch, kv_head, own, none, columns), value_gradient, mask=exists)
+    cells, exists = outer_cells(dv, dv_strides, batch, kv_head, own, none, columns, D)
+    gl.store(cells, value_gradient, mask=exists)

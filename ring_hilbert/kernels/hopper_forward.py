@@ -44,7 +44,7 @@ def summed(x):
 @gluon.jit
 def attend(
     values, maximum, total, p, walk, step, queries, keys, index, full, number, low, high, scale2,
-    BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Merge `number` blocks of keys into the running softmax; the last one's `p` is not in `values` yet.
 
@@ -58,7 +58,7 @@ def attend(
     for _ in range(number):
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
-        send_keys(keys, walk, step + AHEAD, full)
+        send_keys(keys, walk, step + AHEAD, full, D)
         here = step % STAGES
         scores = warpgroup_mma(queries, k_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
         values = warpgroup_mma(p, v_ring.index(gl.maximum(step - 1, 0) % STAGES), values, is_async=True)
@@ -98,15 +98,15 @@ def forward_kernel(
     q_strides, k_strides, v_strides, out_strides, lse_strides, slot_strides, row_strides, values_strides,
     tables, order, tiles, steps, runs, outer, index, low, high, key,
     table_strides, num_tiles, tile_width, num_runs, interval_strides, scale2,
-    GROUP: gl.constexpr, MEMBERS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    INDEXED: gl.constexpr, STAGED: gl.constexpr,
+    GROUP: gl.constexpr, MEMBERS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """As the Triton kernel, but with grid `(tiles, H / MEMBERS, B)`. A program has its rows for MEMBERS heads, head by head."""
     M: gl.constexpr = BLOCK_M * MEMBERS
     WARPS: gl.constexpr = gl.num_warps()
     SCORES: gl.constexpr = products(BLOCK_N, WARPS)
-    VALUES: gl.constexpr = products(D, WARPS)
-    COPIED: gl.constexpr = copied(D, WARPS)
+    VALUES: gl.constexpr = products(BLOCK_D, WARPS)
+    COPIED: gl.constexpr = copied(BLOCK_D, WARPS)
     dtype: gl.constexpr = k.dtype.element_ty
     batch, head = gl.program_id(2).to(gl.int64), gl.program_id(1) * MEMBERS
     kv_head = head // GROUP
@@ -115,20 +115,20 @@ def forward_kernel(
     )
     if count == 0:
         return
-    queries = gl.allocate_shared_memory(dtype, [M, D], operand(M, D, dtype))
-    columns = gl.arange(0, D, gl.SliceLayout(0, COPIED))
+    queries = gl.allocate_shared_memory(dtype, [M, BLOCK_D], operand(M, BLOCK_D, dtype))
+    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPIED))
     own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))
-    send(queries, outer_cells(q, q_strides, batch, head, own, members, columns), gl.expand_dims(own >= 0, 1))
+    send(queries, *outer_cells(q, q_strides, batch, head, own, members, columns, D))
     keys, walk = begin_keys(
-        k, v, key, k_strides, v_strides, interval_strides, batch, kv_head, columns, run, index, full, BLOCK_N, INDEXED
-    )
+        k, v, key, k_strides, v_strides, interval_strides, batch, kv_head, columns, run, index, full, D, BLOCK_N, INDEXED,
+    )  # fmt: skip
 
     row, member = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, SCORES))
     zeros = gl.zeros([M, BLOCK_N], gl.float32, SCORES)
     p = gl.convert_layout(zeros.to(dtype), gl.DotOperandLayout(0, VALUES, 2))
     maximum = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     total = summed(zeros)
-    values = gl.zeros([M, D], gl.float32, VALUES)
+    values = gl.zeros([M, BLOCK_D], gl.float32, VALUES)
     if STAGED:
         slots += batch * slot_strides[0] + kv_head * slot_strides[2]
     if STAGED >= 2:
@@ -140,20 +140,20 @@ def forward_kernel(
         first = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, total.type.layout)), 0) == 0
         total = gl.where(first, gl.expand_dims(before, 1), total)
         slot = gl.convert_layout(slot, gl.SliceLayout(1, COPIED))
-        s_cells = outer_cells(s_values, values_strides, batch, head, slot, members, columns)
-        values = gl.convert_layout(gl.load(s_cells, mask=gl.expand_dims(slot >= 0, 1), other=0.0), VALUES)
+        s_cells, staged = outer_cells(s_values, values_strides, batch, head, slot, members, columns, D)
+        values = gl.convert_layout(gl.load(s_cells, mask=staged, other=0.0), VALUES)
 
     step = 0
     nowhere = gl.zeros([M], gl.int32, gl.SliceLayout(1, SCORES))
     values, maximum, total, p, walk, step = attend(
         values, maximum, total, p, walk, step, queries, keys, index, full, full, nowhere, nowhere, scale2[0],
-        BLOCK_N, INDEXED, False,
+        D, BLOCK_N, INDEXED, False,
     )  # fmt: skip
     first = gl.load(low + batch * interval_strides[0] + row, mask=row >= 0, other=0)
     last = gl.load(high + batch * interval_strides[0] + row, mask=row >= 0, other=0)
     values, maximum, total, p, walk, step = attend(
         values, maximum, total, p, walk, step, queries, keys, index, full, masked, first, last, scale2[0],
-        BLOCK_N, INDEXED, True,
+        D, BLOCK_N, INDEXED, True,
     )  # fmt: skip
     async_copy.wait_group(0)
     fence_async_shared()
@@ -171,8 +171,8 @@ def forward_kernel(
         gl.store(s_maximum + s_row, maximum, mask=slot >= 0)
         gl.store(s_total + s_row, total, mask=slot >= 0)
         own_slot = gl.convert_layout(slot, gl.SliceLayout(1, COPIED))
-        s_cells = outer_cells(s_values, values_strides, batch, head, own_slot, members, columns)
-        gl.store(s_cells, gl.convert_layout(values, COPIED), mask=gl.expand_dims(own_slot >= 0, 1))
+        s_cells, staged = outer_cells(s_values, values_strides, batch, head, own_slot, members, columns, D)
+        gl.store(s_cells, gl.convert_layout(values, COPIED), mask=staged)
         if STAGED == 3:  # all rows of the tile have a slot
             return
         exists = exists & (slot < 0)
@@ -181,9 +181,8 @@ def forward_kernel(
     total = gl.where(some, total, 1.0)
     values = values / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, VALUES)), 1)
     values = gl.convert_layout(values.to(out.dtype.element_ty), COPIED)
-    gl.store(
-        outer_cells(out, out_strides, batch, head, own, members, columns), values, mask=gl.expand_dims(own >= 0, 1)
-    )
+    cells, own_cells = outer_cells(out, out_strides, batch, head, own, members, columns, D)
+    gl.store(cells, values, mask=own_cells)
     rounded = (maximum + gl.log2(total)) * 0.6931471805599453
     cells = row_cells(lse_strides, batch, head, row, member)
     gl.store(lse + cells, gl.where(some, rounded, float("-inf")), mask=exists)

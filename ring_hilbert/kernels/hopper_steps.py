@@ -119,32 +119,41 @@ def inner_cells(pointer, rows, stride, columns):
 
 
 @gluon.jit
-def send_rows(place, pointer, rows, stride, columns):
-    """Start copying rows of a tensor; 0 where a row is -1."""
-    send(place, inner_cells(pointer, rows, stride, columns), gl.expand_dims(rows >= 0, 1))
+def there(rows, columns, D: gl.constexpr):
+    """Which cells exist: those of rows that are not -1, in columns below D."""
+    cells = gl.expand_dims(rows >= 0, 1)
+    if columns.shape[0] != D:
+        cells = cells & gl.expand_dims(columns < D, 0)
+    return cells
+
+
+@gluon.jit
+def send_rows(place, pointer, rows, stride, columns, D: gl.constexpr):
+    """Start copying rows of a tensor; 0 where a row is -1, and from column D on."""
+    send(place, inner_cells(pointer, rows, stride, columns), there(rows, columns, D))
 
 
 @gluon.jit
 def begin_keys(
     k, v, key, k_strides, v_strides, interval_strides, batch, kv_head, columns, run, index, full,
-    BLOCK: gl.constexpr, INDEXED: gl.constexpr,
+    D: gl.constexpr, BLOCK: gl.constexpr, INDEXED: gl.constexpr,
 ):  # fmt: skip
     """What `send_keys` needs: tensors and their rings; and the state of a walk, `AHEAD` of the steps whose keys it has sent.
 
     The state is where the walk stands, its rows there, and the weights of the steps sent.
     """
-    D: gl.constexpr = columns.shape[0]
+    BLOCK_D: gl.constexpr = columns.shape[0]
     dtype: gl.constexpr = k.dtype.element_ty
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], operand(BLOCK, D, dtype))
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], operand(BLOCK, D, dtype))
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, BLOCK_D], operand(BLOCK, BLOCK_D, dtype))
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, BLOCK_D], operand(BLOCK, BLOCK_D, dtype))
     key_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK], FLAT)
     k += batch * k_strides[0] + kv_head * k_strides[2]
     v += batch * v_strides[0] + kv_head * v_strides[2]
     keys = (k, v, key + batch * interval_strides[1], k_strides[1], v_strides[1], columns), (k_ring, v_ring, key_ring)
     at = walk_from(run)
-    walk = at, step_rows(at, index, BLOCK, INDEXED, gl.SliceLayout(1, copied(D, gl.num_warps()))), ()
+    walk = at, step_rows(at, index, BLOCK, INDEXED, gl.SliceLayout(1, copied(BLOCK_D, gl.num_warps()))), ()
     for i in gl.static_range(AHEAD):
-        send_keys(keys, walk, i, full)
+        send_keys(keys, walk, i, full, D)
         walk = walk_on(walk, walk[2], index, BLOCK, INDEXED)
     return keys, walk
 
@@ -159,24 +168,24 @@ def walk_on(walk, weights, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
 
 
 @gluon.jit
-def send_keys(keys, walk, step, full):
+def send_keys(keys, walk, step, full, D: gl.constexpr):
     """Start copying the keys and values of a step and, from step `full` on, the `key` numbers that decide visibility."""
     k, v, key, k_stride, v_stride, columns = keys[0]
     k_ring, v_ring, key_ring = keys[1]
     rows = walk[1]
     to = step % STAGES
-    send_rows(k_ring.index(to), k, rows, k_stride, columns)
-    send_rows(v_ring.index(to), v, rows, v_stride, columns)
+    send_rows(k_ring.index(to), k, rows, k_stride, columns, D)
+    send_rows(v_ring.index(to), v, rows, v_stride, columns, D)
     if step >= full:
         send(key_ring.index(to), key + rows, rows >= 0)
     async_copy.commit_group()
 
 
 @gluon.jit
-def outer_cells(pointer, strides, batch, head, rows, members, columns):
-    """Pointers to the outer rows of several heads."""
+def outer_cells(pointer, strides, batch, head, rows, members, columns, D: gl.constexpr):
+    """Pointers to the outer rows of several heads, and which of these cells exist."""
     offsets = batch * strides[0] + rows.to(gl.int64) * strides[1] + (head + members).to(gl.int64) * strides[2]
-    return pointer + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
+    return pointer + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0), there(rows, columns, D)
 
 
 @gluon.jit

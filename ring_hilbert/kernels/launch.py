@@ -260,13 +260,14 @@ def _options(
     walk, alone = schedule.walk, tile.gluon and members == 1
     limit = {"maxnreg": tile.registers} if tile.registers and torch.version.hip is None and not alone else {}
     assert (tile.block_outer, tile.block_inner) == (walk.block_outer, schedule.block_inner)
-    shared = {"GROUP": q.shape[2] // k.shape[2], "D": q.shape[3], "INDEXED": walk.indexed}
+    dim = q.shape[3]
+    shared = {"GROUP": q.shape[2] // k.shape[2], "D": dim, "BLOCK_D": padded_head_dim(dim), "INDEXED": walk.indexed}
     if tile.gluon:
         assert not walk.segments
         more = {} if members is None else {"MEMBERS": members}
         return {**shared, **more, "num_warps": tile.warps * (members or 1), **limit}
     return {
-        **shared, "BLOCK_D": padded_head_dim(q.shape[3]), "SEGMENTS": walk.segments, "PRECISION": precision,
+        **shared, "SEGMENTS": walk.segments, "PRECISION": precision,
         "num_warps": tile.warps, "num_stages": tile.stages, **limit,
     }  # fmt: skip
 

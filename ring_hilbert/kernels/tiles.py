@@ -61,7 +61,8 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
     (0, 128, 4): ((Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),)),
     (0, 256, 4): ((Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),)),
 }  # fmt: skip
-# For compute capability 9.0 and exactly this head dim, in place of the tiles above for walks whose masks do not compare segments.
+# For compute capability 9.0 and head dims that are multiples of 16: padded head dim and bytes of an element. They replace those
+# above for walks whose masks do not compare segments.
 # With more keys or queries per step, registers run out, and the assembler waits for each matrix product before the next.
 HOPPER: dict[tuple[int, int], tuple[Tile, Tile, Tile]] = {
     (64, 2): (Tile(64, 64, 4, 4, 128, gluon=True), Tile(64, 32, 4, 4, 128, gluon=True), Tile(64, 64, 4, 4, gluon=True)),
@@ -94,8 +95,9 @@ def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype) -
     for (least, dim, size), passes in TILES.items():
         if capability >= least and padded_head_dim(head_dim) <= dim and dtype.itemsize == size:
             tiles = passes[PASSES.index(pass_)]
-            if capability // 10 == 9 and (head_dim, size) in HOPPER and has_gluon():
-                return (*(HOPPER[head_dim, size][PASSES.index(pass_)],) * 2, *tiles[2:])
+            kind = padded_head_dim(head_dim), size
+            if capability // 10 == 9 and head_dim % 16 == 0 and kind in HOPPER and has_gluon():
+                return (*(HOPPER[kind][PASSES.index(pass_)],) * 2, *tiles[2:])
             return tiles
     raise ValueError(
         f"the Triton kernels have no tiles for head dim {head_dim} in {dtype}; at most 256, fp16, bf16 or fp32"

@@ -148,7 +148,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 64)])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [*((torch.bfloat16, dim) for dim in (24, 48, 64, 96, 128)), (torch.float16, 64)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_are_as_good_as_eager(kind: str, dtype: torch.dtype, head_dim: int, causal: bool):
     """Max error at most 2x, mean at most 1.5x that of eager autograd, and a bit of the dtype; rows lie within a larger tensor."""
@@ -179,7 +181,7 @@ def test_a_hundred_runs_are_equal_to_the_bit(order: rh.TokenOrder | None, head_d
         assert all(map(torch.equal, first, attend(x, prepared)))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [48, 64, 128])
 @pytest.mark.parametrize("order", [None, HILBERT])
 def test_staged_rows_continue(order: rh.TokenOrder | None, head_dim: int):
     """Rows that a launch leaves, one passes on and one finishes are those of three times the keys; the others of one pass."""
