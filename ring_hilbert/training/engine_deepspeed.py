@@ -26,7 +26,7 @@ from ring_hilbert.training.storage.tensors import INDEX, Reader, not_finite
 from ring_hilbert.training.storage.zero import TAG
 from ring_hilbert.training.weights import Weights
 from ring_hilbert.training.world import World
-from ring_hilbert.training.zero_fill import base_optimizer, fill
+from ring_hilbert.training.zero_fill import Part, base_optimizer, fill
 
 OURS = "train.micro_batch, train.global_batch_tokens, train.precision and optim"  # what the JSON must not set
 
@@ -66,18 +66,16 @@ class DeepSpeedEngine:
             if name in buffers:
                 buffer.data = buffers[name].to(buffer.device)
         self.model = self.engine
-        if config.train.precision == "bf16" and self.stage < 3:
+        if config.train.precision == "bf16" and not self.swaps:
             self._unround(weights)
 
     def _unround(self, weights: Weights) -> None:
         """Restore the float32 weights' values: DeepSpeed takes them from the model, which it has cast to bfloat16."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         named = {name: p for name, p in self.engine.module.model.named_parameters() if p.requires_grad}
         for part in weights:
             for name, value in part.items():
                 if name in named:  # otherwise a buffer
-                    safe_set_full_fp32_param(named[name], value)
+                    Part(named[name], self.engine).copy("weight", value)
 
     def backward(self, loss: torch.Tensor) -> None:
         """See `Engine`."""

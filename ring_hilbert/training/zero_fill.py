@@ -15,7 +15,7 @@ from ring_hilbert.training.storage.tensors import KINDS, MOMENTS, Reader
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The optimizer with which an engine of any stage updates."""
-    return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def fill(engine: Any, reader: Reader) -> None:
@@ -38,34 +38,41 @@ def fill(engine: Any, reader: Reader) -> None:
     base = base_optimizer(engine)
     for name, parameter in named.items():
         whole = {kind: reader[f"{kind}.{name}"] for kind in KINDS}
-        place = _place_of(parameter, engine)
-        if place is not None:
-            flat, at, first, count = place
-            state = state_of(flat, base)
-            for kind, target in (("weight", flat), *((kind, state[kind]) for kind in MOMENTS)):
-                target.detach().view(-1)[at : at + count].copy_(whole[kind].view(-1)[first : first + count])
-            # DeepSpeed's own AdamW has integer step counts.
-            base.state[flat]["step"] = whole["step"] if isinstance(base, torch.optim.AdamW) else int(whole["step"])
+        part = Part(parameter, engine)
+        for kind in ("weight", *MOMENTS):
+            part.copy(kind, whole[kind])
+        if part.flat is not None:  # DeepSpeed's own AdamW has integer step counts.
+            base.state[part.flat]["step"] = whole["step"] if isinstance(base, torch.optim.AdamW) else int(whole["step"])
         _refresh(parameter, whole["weight"])
     for key, buffer in buffers.items():
         buffer.copy_(reader[key])
 
 
-def _place_of(parameter: Any, engine: Any) -> tuple[Tensor, int, int, int] | None:
-    """The flat float32 tensor with this rank's part of a parameter, the offset in it, the part's first element, and its size."""
-    stage, zero = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 0:
-        return parameter, 0, 0, parameter.numel()
-    if stage == 3:
-        group, at, size = zero.grad_position[zero.get_param_id(parameter)]
-        first = dist.get_rank() * size  # the last ranks' parts are padded
-        count = max(0, min(size, parameter.ds_numel - first))
-        return zero.fp32_partitioned_groups_flat[group], int(at), first, count
-    part = parameter._hp_mapping
-    if part is None:
-        return None
-    there, here = part.lp_fragment_address, part.hp_fragment_address
-    return zero.single_partition_of_fp32_groups[part.param_group_index], here.start, there.start, there.numel
+class Part:
+    """This rank's part of a parameter, if it has any: `count` elements from `first` on, which lie in `flat` from `at` on."""
+
+    def __init__(self, parameter: Any, engine: Any) -> None:
+        zero, mapping = engine.optimizer, getattr(parameter, "_hp_mapping", None)
+        self.engine, self.flat = engine, None
+        if engine.zero_optimization_stage() == 3:
+            group, at, size = zero.grad_position[zero.get_param_id(parameter)]
+            self.first = dist.get_rank() * size  # the last ranks' parts are padded
+            self.count = max(0, min(size, parameter.ds_numel - self.first))
+            self.flat, self.at = zero.fp32_partitioned_groups_flat[group], int(at)
+        elif mapping is not None:
+            groups = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
+            there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+            self.flat = groups[mapping.param_group_index]
+            self.at, self.first, self.count = here.start, there.start, there.numel
+        elif not hasattr(parameter, "_hp_mapping"):  # there is no other copy
+            self.flat, self.at, self.first, self.count = parameter, 0, 0, parameter.numel()
+
+    def copy(self, kind: str, whole: Tensor) -> None:
+        """Set the weight or a moment to this part of `whole`."""
+        if self.flat is not None:
+            target = self.flat if kind == "weight" else state_of(self.flat, base_optimizer(self.engine))[kind]
+            mine = whole.view(-1)[self.first : self.first + self.count]
+            target.detach().view(-1)[self.at : self.at + self.count].copy_(mine)
 
 
 def _refresh(parameter: Any, whole: Tensor) -> None:
