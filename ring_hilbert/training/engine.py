@@ -106,14 +106,16 @@ def _is_common(folder: Path) -> bool:
     return bool(found) and read_run(found[-1])["engine"]["name"] == COMMON
 
 
-def make_engine(config: RunConfig, hf_config: PretrainedConfig, world: World) -> Engine:
+def make_engine(config: RunConfig, hf_config: PretrainedConfig, world: World, *, to_load: bool = False) -> Engine:
     """The engine of a validated configuration, with its model in the initial state.
+
+    `to_load`: `load` follows, so that engine torch leaves its parameters unset, rather than drawing or reading them for nothing.
 
     Raises:
         ValueError: if the model cannot be made or loaded.
     """
     with world.together():
-        weights = initial_weights(config, hf_config)
+        weights = initial_weights(config, hf_config, only_buffers=to_load and config.engine == "torch")
         skeleton = build_skeleton(config, hf_config, world.device)
     kind = DeepSpeedEngine if config.engine == "deepspeed" else TorchEngine
     engine = kind(skeleton, weights, config, world)

@@ -88,7 +88,11 @@ def pretrain(config: RunConfig) -> Summary:
                 raise RankError(fit.refusal)
             plan = _said(config, fit)
             config = settled(config) if fit is None else fit.settle(config)
-            with out_of_memory(config, fit), closing(make_engine(config, hf_config, world)) as engine:
+            to_load = found is not None or initial is not None
+            with (
+                out_of_memory(config, fit),
+                closing(make_engine(config, hf_config, world, to_load=to_load)) as engine,
+            ):
                 seed_rank(config, world, 0)
                 run = Run(config, world, engine, checkpoints, train_set, eval_set, hf_config)
                 if found is not None:

@@ -240,14 +240,14 @@ def make_model(hf_config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     return model
 
 
-def initial_weights(config: RunConfig, hf_config: PretrainedConfig) -> Weights:
-    """The initial parameters: drawn from train.seed, or those of model.path.
+def initial_weights(config: RunConfig, hf_config: PretrainedConfig, *, only_buffers: bool = False) -> Weights:
+    """The initial parameters, drawn from train.seed or those of model.path, and buffers.
 
     Raises:
         ValueError: if the folder has no safetensors files.
     """
     folder = None if config.model.path is None else Path(config.model.path)
-    return Weights(build_skeleton(config, hf_config), config.train.seed, folder)
+    return Weights(build_skeleton(config, hf_config), config.train.seed, folder, only_buffers=only_buffers)
 
 
 class LossModel(torch.nn.Module):

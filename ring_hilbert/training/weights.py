@@ -30,13 +30,17 @@ class Weights:
         skeleton: the model on the meta device; it stays there.
         seed: for drawn values.
         folder: a Transformers model folder with safetensors files, or None to draw all parameters.
+        only_buffers: leave parameters out.
 
     Raises:
         ValueError: if the folder has no such files.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, seed: int, folder: Path | None) -> None:
+    def __init__(
+        self, skeleton: PreTrainedModel, seed: int, folder: Path | None, *, only_buffers: bool = False
+    ) -> None:
         self.skeleton = skeleton
+        self.only_buffers = only_buffers
         self.seed = seed
         self.files = None if folder is None else _Files(folder)
 
@@ -50,7 +54,7 @@ class Weights:
         """
         seen: set[int] = set()
         for name, module in _parts(self.skeleton):
-            parameters = {key: p for key, p in module.named_parameters() if id(p) not in seen}
+            parameters = {key: p for key, p in module.named_parameters() if id(p) not in seen and not self.only_buffers}
             seen |= {id(p) for p in parameters.values()}
             buffers = dict(module.named_buffers())
             if not parameters and not buffers:

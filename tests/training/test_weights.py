@@ -53,6 +53,15 @@ def test_drawn(model_type: str, tied: bool) -> None:
     assert not torch.equal(draws[0], dict(model.named_parameters())["model.layers.0.mlp.down_proj.weight"])
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma"])
+def test_only_buffers(model_type: str) -> None:
+    """A model that is loaded next gets its buffers, those that no checkpoint holds too, and no parameter is drawn."""
+    model, theirs = (filled(Weights(skeleton(model_type), 3, None, only_buffers=only)) for only in (True, False))
+    buffers = dict(theirs.named_buffers())
+    assert buffers and all(torch.equal(x, buffers[name]) for name, x in model.named_buffers())
+    assert all(p.isnan().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shards", ["1GB", "20KB"])
 def test_from_a_folder(tmp_path: Path, tied: bool, shards: str) -> None:
