@@ -53,7 +53,7 @@ class Saver:
         """Allocate the host memory now, rather than at the first save: locking its pages takes seconds."""
         if self._stager is not None and self._on_cuda:
             self._wait_for_device()
-            copied = self._stager.stage(tensors)
+            copied = self._stager.stage(_by_kind(tensors))
             assert isinstance(copied, Future)
             copied.result()
 
@@ -67,7 +67,9 @@ class Saver:
                 done.set_exception(error)
             return done
         self._wait_for_device()
-        begun = async_save(tensors, storage_writer=writer, async_stager=self._stager, process_group=self._group)
+        begun = async_save(
+            _by_kind(tensors), storage_writer=writer, async_stager=self._stager, process_group=self._group
+        )
         assert isinstance(begun, AsyncSaveResponse)
         self._copied = begun.staging_completion
         return begun.upload_completion
@@ -101,6 +103,15 @@ class Saver:
         """Synchronise: the copies are made on a separate stream, which waits for no other."""
         if self._on_cuda:
             torch.cuda.current_stream().synchronize()
+
+
+def _by_kind(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors `<kind>.<parameter>` by kind and parameter, which are saved by the same names: each outer key costs 0.1 ms."""
+    nested: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, name = key.split(".", 1)
+        nested.setdefault(kind, {})[name] = tensor
+    return nested
 
 
 def first_failure(error: CheckpointException) -> tuple[int, BaseException]:

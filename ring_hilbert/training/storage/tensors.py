@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
+from torch.nn.utils import get_total_norm
 
 from ring_hilbert.training.storage.manifest import FileSum, Manifest, SummedFile, write_json
 
@@ -226,13 +227,11 @@ class Reader(StorageReader, Mapping[str, Tensor]):
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors that hold an infinity or NaN; synchronises with the device once."""
-    looked_at = {key: x for key, x in tensors.items() if x.is_floating_point() and x.numel()}
-    if not looked_at:
+    """The names of tensors that hold an infinity or NaN; synchronises with the device once if none does."""
+    looked_at = {key: x.detach() for key, x in tensors.items() if x.is_floating_point() and x.numel()}
+    if not looked_at or get_total_norm(looked_at.values(), math.inf).isfinite():
         return []
-    largest = [torch.linalg.vector_norm(x.detach(), math.inf).double() for x in looked_at.values()]
-    finite = torch.stack([x.to(largest[0].device) for x in largest]).isfinite().tolist()
-    return [key for key, good in zip(looked_at, finite, strict=True) if not good]
+    return [key for key, x in looked_at.items() if not x.isfinite().all()]
 
 
 def write_safetensors(
