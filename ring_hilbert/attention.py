@@ -14,9 +14,9 @@ from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern, LayerPattern
 from ring_hilbert.ops.triton_core import choose
 from ring_hilbert.parallel.agreement import Group, resolve_group
-from ring_hilbert.parallel.layout import check_layout
+from ring_hilbert.parallel.arguments import check_choices, kv_heads_of, metadata
 from ring_hilbert.parallel.node import Call, agreed_fields, attend
-from ring_hilbert.parallel.plan import Shapes, check_strategy
+from ring_hilbert.parallel.plan import Shapes
 from ring_hilbert.parallel.prepare import prepare_call
 from ring_hilbert.parallel.prepared import Prepared
 
@@ -105,6 +105,7 @@ def dilated_attention(
         number = int(pattern.layer)
         pattern, name = pattern.rule.of(number), name or f"layer {number}"
     chosen = {"causal": causal, "order": order, "layout": layout, "strategy": strategy, "save_remote": save_remote}
+    layout, strategy = "contiguous" if layout is None else layout, "auto" if strategy is None else strategy
     facts = {"positions": positions, "document_ids": document_ids}
     error, shapes, factor = None, None, scale
     try:
@@ -118,7 +119,10 @@ def dilated_attention(
         if not math.isfinite(factor):
             raise ValueError(f"scale must be a finite number, got {scale!r}")
         if prepared is None:
-            _check_facts(q, order, layout, strategy, facts)
+            check_choices(order=order, layout=layout, strategy=strategy)
+            for key, value in facts.items():
+                if value is not None and not torch.compiler.is_compiling():  # compiled code takes none
+                    metadata(key, value, q.shape[1], len(q))
         else:
             _check_prepared(prepared, group, chosen, facts)
     except ValueError as problem:
@@ -135,7 +139,7 @@ def dilated_attention(
             )
         prepared = prepare_call(
             q.shape[1] if q.ndim == 4 else 0, agreed, error, group=group, causal=causal, order=order,
-            layout=layout or "contiguous", strategy=strategy or "auto", save_remote=bool(save_remote), **facts,
+            layout=layout, strategy=strategy, save_remote=bool(save_remote), **facts,
         )  # fmt: skip
     elif error:
         if isinstance(prepared, Prepared) and not torch.compiler.is_compiling():
@@ -196,23 +200,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> Shapes:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"k and v must have the same number of heads, got {k.shape[2]} and {v.shape[2]}")
-    if k.shape[2] < 1 or heads % k.shape[2]:
-        raise ValueError(f"H={heads} heads of q must be a multiple of the Hkv={k.shape[2]} heads of k and v")
+    kv_heads = kv_heads_of(heads, k.shape[2], ("the heads of q, H=", "those of k and v, Hkv="))
     if q.dtype not in DTYPES:
         raise ValueError(f"q, k, v must be float16, bfloat16, float32 or float64, got {q.dtype}")
-    return Shapes(batch, heads, k.shape[2], dim, q.dtype)
-
-
-def _check_facts(
-    q: Tensor, order: TokenOrder | None, layout: str | None, strategy: str | None, facts: dict[str, Tensor | None]
-) -> None:
-    if order is not None and not isinstance(order, TokenOrder):
-        raise ValueError(f"order must be a TokenOrder, got {type(order).__name__}")
-    check_layout("contiguous" if layout is None else layout)
-    check_strategy("auto" if strategy is None else strategy)
-    for name, value in facts.items():
-        if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] not in (1, q.shape[0]):
-            raise ValueError(f"{name} must be [S] or [B={q.shape[0]}, S={q.shape[1]}], got {list(value.shape)}")
+    return Shapes(batch, heads, kv_heads, dim, q.dtype)
 
 
 def _check_prepared(prepared: Prepared, group: Group, chosen: dict[str, Any], facts: dict[str, Tensor | None]) -> None:

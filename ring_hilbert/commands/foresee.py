@@ -80,7 +80,8 @@ def _question(chosen: argparse.Namespace) -> Any:
 
     import ring_hilbert as rh
     from ring_hilbert.bench.planning import Question
-    from ring_hilbert.parallel.plan import Shapes, check_strategy
+    from ring_hilbert.parallel.arguments import check_choices, kv_heads_of
+    from ring_hilbert.parallel.plan import Shapes
 
     flags = {
         "--length": chosen.length,
@@ -94,16 +95,15 @@ def _question(chosen: argparse.Namespace) -> Any:
         raise ValueError(f"--config FILE is not given; {what}")
     if min(chosen.length, chosen.ranks, chosen.heads, chosen.head_dim, chosen.batch) < 1:
         raise ValueError("--length, --ranks, --heads, --head-dim and --batch must be at least 1")
-    kv_heads = chosen.heads if chosen.kv_heads is None else chosen.kv_heads
-    if kv_heads < 1 or chosen.heads % kv_heads:
-        raise ValueError(f"--heads {chosen.heads} must be a multiple of --kv-heads {kv_heads}")
+    kv_heads = kv_heads_of(chosen.heads, chosen.kv_heads, ("--heads ", "--kv-heads "))
+    check_choices(layout=chosen.layout, strategy=chosen.strategy)
     order = None
     if chosen.curve is not None or chosen.block is not None:
         order = rh.TokenOrder(chosen.curve or "hilbert", block=chosen.block)
     return Question(
         rh.DilatedPattern(tuple(chosen.segment_lengths), tuple(chosen.dilation_rates)), chosen.length, chosen.ranks,
         Shapes(chosen.batch, chosen.heads, kv_heads, chosen.head_dim, getattr(torch, chosen.dtype)), order,
-        not chosen.full, chosen.layout, check_strategy(chosen.strategy),
+        not chosen.full, chosen.layout, chosen.strategy,
     )  # fmt: skip
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.visible import Visible
 from ring_hilbert.parallel.agreement import Group, gather, note_agreement, raise_disagreement, resolve_group
-from ring_hilbert.parallel.layout import Layout, check_layout
-from ring_hilbert.parallel.plan import check_strategy
+from ring_hilbert.parallel.arguments import check_choices, check_least_document, metadata
+from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.parallel.wire import all_rows
 
@@ -74,14 +73,13 @@ def prepare_call(
     """`prepare` combined with `agree` on the fields of a call, or on the `error` already found by this rank."""
     process_group, rank, _ = resolve_group(group)
     local = {"positions": positions, "document_ids": document_ids}
-    facts: dict[str, Tensor] = {}
+    facts = dict[str, Tensor]()
     try:
         if error is None:
-            check_layout(layout)
-            strategy = check_strategy(strategy)
+            check_choices(order=order, layout=layout, strategy=strategy)
             if isinstance(local_len, bool) or not isinstance(local_len, int) or local_len < 0:
                 raise ValueError(f"local_len must be an integer >= 0, got {local_len!r}")
-            facts = {name: _fact(name, value, local_len) for name, value in local.items() if value is not None}
+            facts = {name: metadata(name, value, local_len) for name, value in local.items() if value is not None}
     except ValueError as problem:
         error = str(problem)
     fields = call_fields | {"layout": layout, "order": order, "causal": causal, "strategy": strategy}
@@ -111,28 +109,8 @@ def prepare_call(
     )  # read together with what must be read anyway
     least = [documents.amin()] if documents is not None and late else []
     for (lowest,) in prepared.find_travel(None, *least):
-        if lowest < -1:
-            raise ValueError(f"document_ids must be >= 0, or -1 for padding rows, got {lowest}")
+        check_least_document(lowest)
     return prepared
-
-
-def _fact(name: str, value: Tensor, local_len: int) -> Tensor:
-    """Validated positions or document ids as int64 `[B or 1, S_local]`."""
-    if (
-        not isinstance(value, Tensor)
-        or value.dtype.is_floating_point
-        or value.dtype.is_complex
-        or value.dtype == torch.bool
-    ):
-        got = f"{value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__}"
-        raise ValueError(f"{name} must be a tensor of integers, got {got}")
-    if value.ndim not in (1, 2) or value.shape[-1] != local_len:
-        raise ValueError(
-            f"{name} must be [{local_len}] or [B, {local_len}] (the rows of this rank), got {list(value.shape)}"
-        )
-    if name == "document_ids" and value.device.type == "cpu" and value.numel() and value.min() < -1:
-        raise ValueError(f"document_ids must be >= 0, or -1 for padding rows, got {value.min()}")
-    return torch.atleast_2d(value.detach()).to(torch.int64)
 
 
 def _check_order(order: TokenOrder, layout: Layout) -> None:

@@ -230,9 +230,12 @@ def test_a_block_that_breaks_nothing_is_not_warned_of(pattern: rh.DilatedPattern
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_kv_heads": 3}, "multiple of num_kv_heads=3"),
+        ({"num_kv_heads": 3}, "multiple of num_kv_heads=3; the nearest that fits is 2"),
         ({"local_lengths": [30, 30]}, "2 lengths >= 0 with sum 64"),
-        ({"document_ids": torch.zeros(63)}, r"document_ids must be \[64\]"),
+        ({"document_ids": torch.zeros(63, dtype=torch.int64)}, r"document_ids must be \[64\] or \[1, 64\]"),
+        ({"document_ids": torch.zeros(64)}, "must be a tensor of integers"),
+        ({"document_ids": torch.full((64,), -2)}, "-1 for padding"),
+        ({"order": "hilbert"}, "order must be a TokenOrder or None, got str"),
         ({"strategy": "carrier pigeon"}, "is not supported"),
     ],
 )

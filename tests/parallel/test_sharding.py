@@ -179,6 +179,17 @@ def test_mistakes_are_named(batch: dict, message: str):
         rh.shard_batch(batch)
 
 
+def test_an_order_by_name_alone_is_refused() -> None:
+    for made in (
+        lambda order: rh.prepare(13, order=order),
+        lambda order: rh.shard_batch({"input_ids": IDS}, order=order),
+    ):
+        with pytest.raises(ValueError, match="order must be a TokenOrder or None, got str"):
+            made("hilbert")
+    with pytest.raises(ValueError, match=r"local_lengths=\[12\] must be 1 lengths >= 0 with sum 13, got sum 12"):
+        rh.shard_batch({"input_ids": IDS}, local_lengths=[12])
+
+
 def test_tensors_go_where_they_are_wanted() -> None:
     """`position_ids` too, by which the model's attention knows the batch."""
     batch = rh.shard_batch({"input_ids": IDS}, device="meta")
