@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils._triton import has_triton_package
 from transformers import PretrainedConfig
 
-from ring_hilbert.integrations.transformers_config import order_of, pattern_of
+from ring_hilbert.integrations.transformers_config import heads_of, order_of, pattern_of
 from ring_hilbert.kernels.tables import Walk
 from ring_hilbert.kernels.tiles import PASSES, Tile, plan_tile, tiles_for
 from ring_hilbert.ops.core import Shard
@@ -293,7 +293,8 @@ def _attention(config_json: str, cuda: bool) -> tuple[int, tuple[int, int]]:
     """
     config = RunConfig.model_validate_json(config_json)
     text, ranks = model_config(config).get_text_config(decoder=True), config.parallel.sp
-    heads, kv_heads, dim, dtype = _attention_sizes(config, text)
+    heads, kv_heads, dim = heads_of(text)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     triton = cuda and config.attention.backend != "torch" and unsupported(torch.device("cuda"), dtype, dim) is None
     walks, forward, backward, alike = 0, 0, 0, dict[Any, tuple[int, int]]()
     for pattern in {pattern_of(text, layer) for layer in range(text.num_hidden_layers)}:
@@ -354,11 +355,3 @@ def _sums(made: Plan, rank: int) -> int:
     batch, heads, kv_heads, dim, _ = made.shapes
     wide = 2 * kv_heads * dim if made.layout.world_size > 1 else 0
     return 4 * batch * made.layout.lengths[rank] * (2 * heads + wide)
-
-
-def _attention_sizes(config: RunConfig, text: PretrainedConfig) -> tuple[int, int, int, torch.dtype]:
-    """H, Hkv, D and the dtype of q."""
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return heads, kv_heads, dim, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
