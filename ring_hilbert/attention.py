@@ -65,9 +65,9 @@ def dilated_attention(
     softmax; both equal the one-device result at every world size up to rounding. Differentiable once with respect to
     q, k and v.
 
-    Two forms: `dilated_attention(q, k, v, pattern, causal=..., group=..., ...)` for a call on its own, whose arguments from
-    `causal` to `layout`, `strategy` and `save_remote` describe the batch as in `prepare`; and, for the layers of a model,
-    `dilated_attention(q, k, v, pattern, prepared=...)`, where `prepare` or `shard_batch` has been told all of these once per batch.
+    Two forms: `dilated_attention(q, k, v, pattern, causal=..., group=..., ...)` for a call on its own, which describes the batch
+    as `prepare` is told of it; and, for the layers of a model, `dilated_attention(q, k, v, pattern, prepared=...)`, where
+    `prepare` or `shard_batch` has been told all of it once per batch.
 
     Under `torch.autocast` q, k and v are cast to its dtype, float64 excepted, as `scaled_dot_product_attention` does.
 
@@ -76,19 +76,10 @@ def dilated_attention(
         k, v: `[B, S, Hkv, D]`, `H % Hkv == 0`; query head `h` reads kv head `h // (H / Hkv)`.
         pattern: segment lengths and dilation rates, in rows of the whole sequence; a `LayerPattern` for layers that are to share
             one compiled graph.
-        causal: mask keys with a larger position. Default True (or what `prepared` says).
-        order: the token order on which the pattern acts; q, k, v, positions, document ids and results stay in natural
-            token order. Without it the pattern acts on the rows as given.
-        positions: integers `[S]` or `[B, S]`; default the row index (with `order`, the token index).
-        document_ids: integers `[S]` or `[B, S]`; documents do not see each other; -1 marks padding rows.
-        group: process group or 1-D DeviceMesh over which the sequence is sharded; None is one device, never the world.
-        layout: "contiguous" (default) or "zigzag", as in `prepare`.
-        strategy: "exchange", "ring", "ulysses" or "auto" (default), as in `prepare`.
+        causal, order, positions, document_ids, group, layout, strategy, save_remote: as in `prepare`, with its defaults.
         backend: "triton", "torch" or "auto" (default): Triton on CUDA devices where it is installed, for fp16, bf16 and fp32.
         scale: factor on the scores; default `D ** -0.5`.
-        save_remote: keep the rows received from other ranks for backward (default: fetch them again, overlapped with local work).
-        prepared: this batch's metadata from `prepare` or `shard_batch`; it then fixes causal, order, positions, document_ids,
-            group, layout, strategy and save_remote, and contradicting it here is an error.
+        prepared: this batch's metadata from `prepare` or `shard_batch`, in place of these eight; contradicting it here is an error.
         return_lse: also return `lse`.
         name: this layer's name in error messages.
 

@@ -30,7 +30,7 @@ class MultiheadDilatedAttention(nn.Module):
         head_dim: D; default `embed_dim / num_heads`.
         order: the order in which the pattern cuts the tokens of a call without `prepared`; input and output stay in
             natural order. None cuts them as given.
-        causal: mask keys with a larger position.
+        causal: as in `prepare`.
         bias: whether the projections have one.
         device, dtype: of the parameters; float16, bfloat16, float32 or float64.
 

@@ -73,12 +73,9 @@ def plan(
         seq_len: rows of the whole sequence, `S`.
         world_size: ranks, `P`.
         num_heads, num_kv_heads, head_dim, dtype, batch_size: of `q [B, S, H, D]` and `k, v [B, S, Hkv, D]`.
-        causal: mask keys with a larger position; positions are token indices.
-        layout: "contiguous" or "zigzag".
-        local_lengths: rows of each rank; default `seq_len // world_size`, the remainder over the first ranks.
-        order: the order of the rows.
-        document_ids: `[S]` or `[B, S]` integers in natural token order, -1 for padding.
-        strategy: "exchange", "ring", "ulysses", or "auto": the one expected to be fastest.
+        causal, layout, strategy: as in `prepare`; positions are token indices.
+        local_lengths, order: as in `shard_batch`, all of whose tokens are real.
+        document_ids: integers `[S]` or `[B, S]` in natural token order, as in `prepare`.
 
     Returns:
         A `Plan`: `received_bytes(rank, pass_)`, `attention_flops(rank)`, `imbalance`, `summary()`.

@@ -30,19 +30,22 @@ def prepare(
 ) -> Prepared:
     """Agree on one batch's metadata with all ranks of `group`: one gather, which raises any rank's mistake on all.
 
+    What these arguments mean is said here for the operator, `shard_batch` and `plan` as well.
+
     Args:
         local_len: rows of this rank, `S_local`; may differ between ranks and be 0.
-        group: process group or 1-D DeviceMesh; None is one device.
+        group: process group or 1-D DeviceMesh over which the sequence is sharded; None is one device, never the world.
         layout: "contiguous": group rank p holds rows `[sum L_<p, + L_p)`. "zigzag": of 2P equal chunks rank p holds chunk p,
             then chunk 2P-1-p, which balances dense causal attention.
-        order: for callers whose tensors are in natural token order; its `block` must divide every rank boundary.
+        order: the token order on which the pattern acts, for callers whose q, k, v, positions, document ids and results are in
+            natural token order; its `block` must divide every rank boundary. None: the pattern acts on the rows as given.
         positions: integers `[S_local]` or `[B, S_local]` for causality; default the row index (with `order`, token index).
-        document_ids: integers `[S_local]` or `[B, S_local]`; -1 marks padding rows.
+        document_ids: integers `[S_local]` or `[B, S_local]`; documents do not see each other; -1 marks padding rows.
         causal: mask keys with a larger position.
         strategy: "exchange" (one collective brings all rows), "ring" (the same rows in hops, from one rank at a time, for
             patterns that read more of other ranks than fits), "ulysses" (every rank gets all rows for some of the heads), or
             "auto": chosen by the plans, once per job.
-        save_remote: keep the received rows for backward instead of fetching them again.
+        save_remote: keep the received rows for backward instead of fetching them again, overlapped with local work.
 
     Returns:
         A `Prepared`, for `dilated_attention(..., prepared=...)`.

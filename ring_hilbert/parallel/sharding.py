@@ -43,12 +43,10 @@ def shard_batch(
             (0 for padding, else 1), `position_ids` (default: restart per document). As in Transformers, position ids without
             a mask mark where packed documents start: wherever they jump. With `document_ids` as well, a document's position
             ids must count its tokens, starting anywhere.
-        group: process group or 1-D DeviceMesh; None is one device.
+        group, layout, causal, strategy, save_remote: as in `prepare`; layout "zigzag" needs `S % 2P == 0`.
         order: order of the rows; only the real tokens are ordered, padding rows follow them.
-        layout: "contiguous" or "zigzag", as in `prepare`; zigzag needs `S % 2P == 0`.
         local_lengths: rows of each rank; default `S // P`, the first `S % P` ranks one extra.
         presharded: the batch holds only this rank's tokens, a contiguous piece `[B, S_local]` of the natural order.
-        causal, strategy, save_remote: as in `prepare`.
         device: where the tensors go; default: that of `input_ids`. A batch still on the host is read there and sent without
             waiting for the device's pending work.
 
