@@ -7,8 +7,13 @@ import argparse
 from typing import Any
 
 from ring_hilbert.commands.mistakes import over_ranks
+from ring_hilbert.commands.parser import add_command, add_overrides
 
-PRETRAIN_EXAMPLES = """\
+PRETRAIN = """\
+train a language model, alone or under torchrun
+
+Pretrain a Transformers causal language model with dilated attention, as a YAML file says.
+
 examples:
   ring-hilbert pretrain --config configs/quickstart.yaml parallel.sp=1 train.steps=20
   torchrun --nproc-per-node 2 -m ring_hilbert.cli pretrain --config configs/quickstart.yaml
@@ -20,26 +25,14 @@ A run goes on from the newest checkpoint in checkpoint.dir, if there is one. Ran
 
 def add_pretrain(commands: Any) -> None:
     """`ring-hilbert pretrain`: train a Transformers model from a YAML file."""
-    parser = commands.add_parser(
-        "pretrain",
-        help="train a language model, alone or under torchrun",
-        description="Pretrain a Transformers causal language model with dilated attention, as a YAML file says.",
-        epilog=PRETRAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "pretrain", PRETRAIN, _pretrain)
     parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the run; see configs/")
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="train nothing: say, from one process and for all ranks of the run, what would travel and what a rank would hold",
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.sub=value",
-        help="replaces a value of the file, e.g. train.steps=20 optim.lr=1e-3",
-    )
-    parser.set_defaults(run=_pretrain)
+    add_overrides(parser)
 
 
 @over_ranks
