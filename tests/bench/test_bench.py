@@ -368,8 +368,8 @@ def test_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config=path, set=["data.eval.every=5"], variants=["train.seed=0", "train.precision=bf16"]
     )
     records = list(curves.rows(chosen, CPU, None))
-    chosen.plot = tmp_path / "curves.png"
     curves.report(records, chosen)
+    curves.draw(tmp_path / "curves.png", records)
     first, second = (r["largest_difference"] for r in records)
     assert first == "0.00e+00" != second
     assert all(float(r["mean_difference"]) < 0.01 and len(r["losses"].split()) == 10 for r in records)
