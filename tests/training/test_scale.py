@@ -212,7 +212,7 @@ def test_a_signal_on_one_rank_ends_the_run_after_a_checkpoint(tmp_path: Path, te
 
 def test_where_time_goes(tmp_path: Path, texts: Path) -> None:
     """MFU, seconds by part and their spread in the metrics; loss by position; a trace of the steps asked for."""
-    look = {"log__breakdown_every": 2, "log__profile": [3, 3], "log__peak_tflops": 0.1, "log__memory_plan": True}
+    look = {"log__breakdown_every": 2, "log__profile": [3, 3], "log__peak_tflops": 0.1}
     pretrain(tiny_config(texts, **places(tmp_path), train__steps=4, **look))
     lines = read_metrics(tmp_path / "logs" / "metrics.jsonl")
     train = [line for line in lines if line["kind"] == "train"]
