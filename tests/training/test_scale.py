@@ -95,21 +95,21 @@ def test_the_memory_decides_what_is_recomputed(tmp_path: Path) -> None:
     sizes = {**DEEP, "train__fused": "none"}  # whose MLP is most of what is held
     config = tiny_config(tmp_path, **sizes)
 
-    def total(**train: Any) -> int:
-        return plan_memory(config.model_copy(update={"train": config.train.model_copy(update=train)}), cuda=True).total
+    def total(recompute: str) -> int:
+        return fit(tiny_config(tmp_path, **sizes, train__recompute=recompute), None, cuda=True).plan.total
 
     def taken(room: float, **changes: Any) -> tuple[Any, ...]:
         fitted = fit(tiny_config(tmp_path, **sizes, **changes), int(room), cuda=True)
         assert fitted.refusal is None and fitted.plan.total <= room
         return tuple(fitted.train.values())
 
-    everything, selective, least = total(recompute="none"), total(recompute="selective"), total(recompute="all")
+    everything, selective, least = total("none"), total("selective"), total("all")
     assert least < selective < everything
     assert taken(everything / 0.85 + 1) == ("none", 0, 1)
     kind, layers, tiles = taken((least + selective) / 1.7)
     assert kind == "selective" and 1 <= layers <= 3 and tiles == 1
     assert taken(least / 0.95 + 1) == ("all", 0, 1)
-    assert taken(0.9 * least, log__memory_plan=True)[2] > 1
+    assert taken(0.9 * least)[2] > 1
     assert taken(everything / 0.95 + 1, train__recompute="all", train__mlp_tiles=2) == ("all", 0, 2)
     assert taken(2 * everything, train__memory_gib=(least / 0.95 + 1) / GIB) == ("all", 0, 1)
     refused = fit(tiny_config(tmp_path, **sizes, train__mlp_tiles=1), least - 1, cuda=True).refusal
@@ -165,7 +165,7 @@ def _llama_1b(folder: Path) -> Path:
 def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     """Of 64 ranks, from one process."""
     tiny = ["model.config.vocab_size=1000", "model.config.num_hidden_layers=2", "data.seq_len=65536"]
-    tiny += ["train.global_batch_tokens=65536", "parallel.sp=64", "train.mlp_tiles=1"]
+    tiny += ["train.global_batch_tokens=65536", "parallel.sp=64", "train.mlp_tiles=1", "attention.order.block=1024"]
     assert main(["pretrain", "--dry-run", "--config", str(CONFIGS / "llama_1b_1m.yaml"), *tiny]) == 0
     printed = capsys.readouterr().out
     assert "64 ranks, dp_replicate 1 * dp_shard 1 * sp 64; a step is 1 sequences of 65,536 tokens" in printed
