@@ -505,7 +505,7 @@ def test_data(what: str, tmp_path: Path) -> None:
 
 
 def test_saving(tmp_path: Path) -> None:
-    """A save touches steps from the one it is begun after on, at most to the one that begins the next and waits for it."""
+    """A save affects the steps after the one it began after, at most until the one that begins the next save and waits for it."""
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tiny_config(tmp_path).model_dump(mode="json")))
     chosen = argparse.Namespace(config=path, set=[], length=256, every=4, saves=2, folder=tmp_path)

@@ -52,7 +52,7 @@ def test_bytes_of_the_ladder_of_ring_and_of_ulysses():
 
 
 def costs(worlds: list[int], causal: bool) -> Iterator[list[dict[str, float]]]:
-    """The most that a rank does, by `bench scale`, at 1024 rows each: a list for each ladder."""
+    """The work of the busiest rank, by `bench scale`, at 1024 rows each: a list for each ladder."""
     found = list(scale.rows(argparse.Namespace(ranks=worlds, local_length=1024, causal=causal)))
     for name in scale.LADDERS:
         yield [{key: float(r[key]) for key in r if key.endswith("_max")} for r in found if r["ladder"] == name]
@@ -61,7 +61,7 @@ def costs(worlds: list[int], causal: bool) -> Iterator[list[dict[str, float]]]:
 @pytest.mark.parametrize("causal", [False, True])
 def test_cost_at_equal_rows_per_rank(causal: bool):
     fixed, steep, doubling = costs([4, 16, 64, 256], causal)
-    assert all(cost == fixed[0] for cost in fixed)  # from as many ranks on as the longest segment has
+    assert all(cost == fixed[0] for cost in fixed)  # from as many ranks on as the longest segment spans
     for key in steep[0]:
         assert steep[-1][key] <= 1.1 * steep[1][key], key
     grown = [cost["forward_mib_max"] for cost in doubling]

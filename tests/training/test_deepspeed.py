@@ -76,7 +76,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def halves(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """By engine, on two ranks: the losses of twenty steps, and the folder of a run that has made ten of them."""
+    """By engine, on two ranks: the losses of twenty steps, and the folder of a run that has done ten of them."""
     made: dict[str, tuple[list[float], Path]] = {}
 
     def of(engine: str) -> tuple[list[float], Path]:
