@@ -62,7 +62,8 @@ def _dry_run(chosen: argparse.Namespace) -> None:
             (f"stage {name}: " if name else "")
             + f"{parallel.world_size} ranks, dp_replicate {parallel.dp_replicate} * dp_shard {parallel.dp_shard} * "
             f"sp {parallel.sp}; "
-            f"a step is {config.sequences_per_step} sequences of {length:,} tokens in {micro_steps} micro-steps, "
+            f"a step is {_counted(config.sequences_per_step, 'sequence')} of {length:,} tokens in "
+            f"{_counted(micro_steps, 'micro-step')}, "
             f"{-(-length // parallel.sp):,} rows per rank and sequence\n"
         )
         question, speeds = planning.question_of(config), Speeds(300e12, 50e9)
@@ -71,3 +72,7 @@ def _dry_run(chosen: argparse.Namespace) -> None:
         if fitted.refusal:
             raise ValueError(fitted.refusal)
         print(f"\nmemory: {fitted.taken(config)}\n")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

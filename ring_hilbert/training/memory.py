@@ -8,7 +8,6 @@ share of driver and NCCL from measurements.
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -179,7 +178,7 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig, cuda: bool) -> Mem
         width = hf_config.get_text_config(decoder=True).hidden_size * (2 if config.train.precision == "bf16" else 4)
         size = config.train.micro_batch * rows * width
         activations -= max(0, layers - 2) * size
-        offloaded += layers * 2 ** math.ceil(math.log2(size))  # PyTorch pins powers of two
+        offloaded += layers << (size - 1).bit_length()  # PyTorch pins powers of two
     allocated = sum(states) + activations + temporary + exchange + walks
     contexts = CONTEXT + communicators(config.parallel) if cuda else 0
     slack = int(SLACK * allocated) if cuda else 0

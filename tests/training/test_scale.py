@@ -168,7 +168,10 @@ def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     tiny += ["train.global_batch_tokens=65536", "parallel.sp=64", "train.mlp_tiles=1", "attention.order.block=1024"]
     assert main(["pretrain", "--dry-run", "--config", str(CONFIGS / "llama_1b_1m.yaml"), *tiny]) == 0
     printed = capsys.readouterr().out
-    assert "64 ranks, dp_replicate 1 * dp_shard 1 * sp 64; a step is 1 sequences of 65,536 tokens" in printed
+    assert (
+        "64 ranks, dp_replicate 1 * dp_shard 1 * sp 64; a step is 1 sequence of 65,536 tokens in 1 micro-step, "
+        in printed
+    )
     assert "auto takes exchange" in printed
     assert "GiB per rank at the peak of a step (parameters" in printed
 
