@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # Make the virtual environment and install the package into it, once, then activate it. Source it from the repository
-# root with the wanted extras of pyproject.toml:
+# root with the extras of pyproject.toml that you want:
 #
 #     . launch/environment.sh train,dev
 #
-# It installs anew only when pyproject.toml, launch/constraints.txt or the repository's place changed. What it heeds:
+# It installs again only if pyproject.toml, launch/constraints.txt or the repository's location has changed. It honours:
 #   RING_HILBERT_VENV    the environment's folder (default .venv)
-#   PYTHON               the interpreter to make it with (default: the first fitting one of python3, python3.13, ...)
-#   PIP_*                pip's own settings. On Linux, PyPI's torch carries the CUDA libraries, some gigabytes; on a machine
-#                        without a GPU, PyTorch's own index of CPU builds avoids them:
+#   PYTHON               the interpreter to make it with (default: the first suitable one of python3, python3.13, ...)
+#   PIP_*                pip's own settings. On Linux, PyPI's torch brings the CUDA libraries, several gigabytes; on a machine
+#                        without a GPU, avoid them with PyTorch's own index of CPU builds:
 #                        PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-#   GLIBC_TUNABLES       if unset, set so that large CPU tensors come back from the heap instead of from the system, whose
-#                        pages fault at every step (Linux with glibc; nothing elsewhere)
+#   GLIBC_TUNABLES       if unset, set so that the memory of large CPU tensors is reused instead of returned to the system,
+#                        whose fresh pages would fault in every step (Linux with glibc; no effect elsewhere)
 
 ring_hilbert_find_python() {
     local candidates=${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10} candidate

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# One host's part of a run over several: the same command on every host, in any order, from folders that are alike.
+# One host's part of a run over several: start the same command on every host, in any order, from identical folders.
 #
 #     bash launch/multinode.sh --head 10.0.0.1 --hosts 2 pretrain --config configs/llama_1b_1m.yaml parallel.sp=16
 #     bash launch/multinode.sh --head 10.0.0.1 --hosts 2 check
 #
-#   --head NAME|ADDRESS  the host where the others meet; it must run this command too
+#   --head NAME|ADDRESS  the host where all of them meet; it must run this command too
 #   --hosts N            how many hosts run it
 #   --ranks N            ranks on this host; default: its CUDA devices, or 1
 #   --port N             on the head, free and open to the others; default: 29400
-#   --interface NAME     of this host, for Gloo and NCCL; default: for Gloo that which leads to the head, NCCL chooses
-#   --id NAME            tells runs that meet on one port apart; default: ring_hilbert
-#   --restarts N         how often all ranks are started again, from the last checkpoint, when one fails; default: 0
+#   --interface NAME     of this host, for Gloo and NCCL; default: for Gloo the one that leads to the head, NCCL chooses
+#   --id NAME            tells runs on the same port apart; default: ring_hilbert
+#   --restarts N         how often all ranks are restarted from the last checkpoint when one fails; default: 0
 #
-# On SIGTERM, SIGUSR1 and Ctrl-C the ranks write a checkpoint and leave; the status is then 75, and the same command goes on from
-# there. The Python is that of RING_HILBERT_VENV (default .venv, made by `. launch/environment.sh train`), or else the one at hand.
-# docs/hosts.md has the rest.
+# On SIGTERM, SIGUSR1 and Ctrl-C the ranks write a checkpoint and exit; the status is then 75, and the same command resumes from it.
+# The Python is that of RING_HILBERT_VENV (default .venv, made by `. launch/environment.sh train`), or else the one on PATH.
+# More in docs/hosts.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -52,7 +52,7 @@ ranks=${ranks:-$((devices > 0 ? devices : 1))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > ranks ? $(nproc) / ranks : 1))}
 
 answers() { timeout 5 bash -c ': <>"/dev/tcp/$0/$1"' "$head" "$port" 2>/dev/null; }
-if [ "$is_head" = 0 ]; then # torchrun would wait too, but as long for every answer of a head that is gone
+if [ "$is_head" = 0 ]; then # torchrun would wait too, but then as long for every answer from a head that is gone
     until answers; do
         [ $((SECONDS % 30)) -ne 0 ] || echo "waiting for $head:$port" >&2
         [ "$SECONDS" -lt 1800 ] || usage "nothing answers at $head:$port; see that this command runs there, and that the port is open"
@@ -60,10 +60,10 @@ if [ "$is_head" = 0 ]; then # torchrun would wait too, but as long for every ans
     done
 fi
 
-# A rank's store has the life of one attempt; torchrun's own would give the ranks that start again addresses of those before them.
+# Every attempt gets a store of its own: torchrun's outlives a restart and would give the new ranks the addresses of the old.
 [ "$restarts" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# A session of its own: a scheduler signals whole process groups, and torchrun is to hear of it once. It passes SIGTERM on, and gives
-# the ranks so many seconds to leave.
+# In a session of its own, because schedulers signal whole process groups and torchrun should get a signal once. It passes SIGTERM on
+# and gives the ranks this many seconds to exit.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 setsid "$python" -m torch.distributed.run --nnodes "$hosts" --nproc-per-node "$ranks" --max-restarts "$restarts" --local-addr "$address" \
     --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$id" --rdzv-conf "is_host=$is_head,read_timeout=20" \
@@ -71,7 +71,7 @@ setsid "$python" -m torch.distributed.run --nnodes "$hosts" --nproc-per-node "$r
 agent=$! told='' lost=''
 trap 'told=yes; kill -TERM "$agent" 2>/dev/null || true' TERM USR1 INT
 
-working() { # whether a rank is there; those that have ended stay zombies where torchrun does not look
+working() { # whether a rank is alive; ranks that have ended stay zombies until torchrun looks at them
     local child
     for child in $(cat "/proc/$agent/task/"*/children 2>/dev/null || echo "$agent"); do
         grep -q '^State:[[:space:]]*Z' "/proc/$child/status" 2>/dev/null || return 0
@@ -79,15 +79,15 @@ working() { # whether a rank is there; those that have ended stay zombies where 
     return 1
 }
 
-# Cut off from the head, torchrun waits for one answer as long as TCP tries, a quarter of an hour and more, whatever its time limits
-# are, and hears no signal. Without ranks and without the head it has nothing left to wait for.
+# Cut off from the head, torchrun waits for a single answer as long as TCP retries, a quarter of an hour or more, whatever its own time
+# limits, and handles no signal meanwhile. Without ranks and without the head it has nothing left to wait for.
 alone=$SECONDS
 while kill -0 "$agent" 2>/dev/null; do
     sleep 1 || true
     if [ "$is_head" = 1 ] || working || answers; then
         alone=$SECONDS
     elif [ $((SECONDS - alone)) -gt 20 ]; then
-        echo "multinode.sh: $head:$port has not answered for $((SECONDS - alone)) s, and no rank is left here: torchrun is ended" >&2
+        echo "multinode.sh: $head:$port has not answered for $((SECONDS - alone)) s, and no rank is left here: ending torchrun" >&2
         lost=yes
         kill -KILL "$agent" 2>/dev/null || true
     fi

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # The main job on this machine, set-up included: pretrain a small byte-level language model on the source files of
 # Python's standard library, with sequence-parallel dilated attention in Hilbert order. It uses every CUDA device (NCCL)
-# if there is one, else two processes on the CPU (Gloo). A few minutes on two cores. Run again, it goes on from its last
-# checkpoint; delete runs/quickstart to begin anew.
+# if there is one, else two processes on the CPU (Gloo). It takes a few minutes on two cores. Run again, it resumes from its last
+# checkpoint; delete runs/quickstart to start over.
 #
 #     bash launch/quickstart.sh [key.sub=value ...]        e.g. train.steps=20 log.dir=/tmp/try
 set -euo pipefail

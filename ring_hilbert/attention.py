@@ -14,9 +14,9 @@ from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern, LayerPattern
 from ring_hilbert.ops.triton_core import choose
 from ring_hilbert.parallel.agreement import Group, resolve_group
-from ring_hilbert.parallel.layout import check_layout
+from ring_hilbert.parallel.arguments import check_choices, kv_heads_of, metadata
 from ring_hilbert.parallel.node import Call, agreed_fields, attend
-from ring_hilbert.parallel.plan import Shapes, check_strategy
+from ring_hilbert.parallel.plan import Shapes
 from ring_hilbert.parallel.prepare import prepare_call
 from ring_hilbert.parallel.prepared import Prepared
 
@@ -65,9 +65,9 @@ def dilated_attention(
     softmax; both equal the one-device result at every world size up to rounding. Differentiable once with respect to
     q, k and v.
 
-    Two forms: `dilated_attention(q, k, v, pattern, causal=..., group=..., ...)` for a call on its own, whose arguments from
-    `causal` to `layout`, `strategy` and `save_remote` describe the batch as in `prepare`; and, for the layers of a model,
-    `dilated_attention(q, k, v, pattern, prepared=...)`, where `prepare` or `shard_batch` has been told all of these once per batch.
+    Two forms: `dilated_attention(q, k, v, pattern, causal=..., group=..., ...)` for a call on its own, which describes the batch
+    as `prepare` is told of it; and, for the layers of a model, `dilated_attention(q, k, v, pattern, prepared=...)`, where
+    `prepare` or `shard_batch` has been told all of it once per batch.
 
     Under `torch.autocast` q, k and v are cast to its dtype, float64 excepted, as `scaled_dot_product_attention` does.
 
@@ -76,19 +76,10 @@ def dilated_attention(
         k, v: `[B, S, Hkv, D]`, `H % Hkv == 0`; query head `h` reads kv head `h // (H / Hkv)`.
         pattern: segment lengths and dilation rates, in rows of the whole sequence; a `LayerPattern` for layers that are to share
             one compiled graph.
-        causal: mask keys with a larger position. Default True (or what `prepared` says).
-        order: the token order on which the pattern acts; q, k, v, positions, document ids and results stay in natural
-            token order. Without it the pattern acts on the rows as given.
-        positions: integers `[S]` or `[B, S]`; default the row index (with `order`, the token index).
-        document_ids: integers `[S]` or `[B, S]`; documents do not see each other; -1 marks padding rows.
-        group: process group or 1-D DeviceMesh over which the sequence is sharded; None is one device, never the world.
-        layout: "contiguous" (default) or "zigzag", as in `prepare`.
-        strategy: "exchange", "ring", "ulysses" or "auto" (default), as in `prepare`.
+        causal, order, positions, document_ids, group, layout, strategy, save_remote: as in `prepare`, with its defaults.
         backend: "triton", "torch" or "auto" (default): Triton on CUDA devices where it is installed, for fp16, bf16 and fp32.
         scale: factor on the scores; default `D ** -0.5`.
-        save_remote: keep the rows received from other ranks for backward (default: fetch them again, overlapped with local work).
-        prepared: this batch's metadata from `prepare` or `shard_batch`; it then fixes causal, order, positions, document_ids,
-            group, layout, strategy and save_remote, and contradicting it here is an error.
+        prepared: this batch's metadata from `prepare` or `shard_batch`, in place of these eight; contradicting it here is an error.
         return_lse: also return `lse`.
         name: this layer's name in error messages.
 
@@ -105,6 +96,7 @@ def dilated_attention(
         number = int(pattern.layer)
         pattern, name = pattern.rule.of(number), name or f"layer {number}"
     chosen = {"causal": causal, "order": order, "layout": layout, "strategy": strategy, "save_remote": save_remote}
+    layout, strategy = "contiguous" if layout is None else layout, "auto" if strategy is None else strategy
     facts = {"positions": positions, "document_ids": document_ids}
     error, shapes, factor = None, None, scale
     try:
@@ -118,7 +110,10 @@ def dilated_attention(
         if not math.isfinite(factor):
             raise ValueError(f"scale must be a finite number, got {scale!r}")
         if prepared is None:
-            _check_facts(q, order, layout, strategy, facts)
+            check_choices(order=order, layout=layout, strategy=strategy)
+            for key, value in facts.items():
+                if value is not None and not torch.compiler.is_compiling():  # compiled code takes none
+                    metadata(key, value, q.shape[1], len(q))
         else:
             _check_prepared(prepared, group, chosen, facts)
     except ValueError as problem:
@@ -135,7 +130,7 @@ def dilated_attention(
             )
         prepared = prepare_call(
             q.shape[1] if q.ndim == 4 else 0, agreed, error, group=group, causal=causal, order=order,
-            layout=layout or "contiguous", strategy=strategy or "auto", save_remote=bool(save_remote), **facts,
+            layout=layout, strategy=strategy, save_remote=bool(save_remote), **facts,
         )  # fmt: skip
     elif error:
         if isinstance(prepared, Prepared) and not torch.compiler.is_compiling():
@@ -196,23 +191,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> Shapes:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"k and v must have the same number of heads, got {k.shape[2]} and {v.shape[2]}")
-    if k.shape[2] < 1 or heads % k.shape[2]:
-        raise ValueError(f"H={heads} heads of q must be a multiple of the Hkv={k.shape[2]} heads of k and v")
+    kv_heads = kv_heads_of(heads, k.shape[2], ("the heads of q, H=", "those of k and v, Hkv="))
     if q.dtype not in DTYPES:
         raise ValueError(f"q, k, v must be float16, bfloat16, float32 or float64, got {q.dtype}")
-    return Shapes(batch, heads, k.shape[2], dim, q.dtype)
-
-
-def _check_facts(
-    q: Tensor, order: TokenOrder | None, layout: str | None, strategy: str | None, facts: dict[str, Tensor | None]
-) -> None:
-    if order is not None and not isinstance(order, TokenOrder):
-        raise ValueError(f"order must be a TokenOrder, got {type(order).__name__}")
-    check_layout("contiguous" if layout is None else layout)
-    check_strategy("auto" if strategy is None else strategy)
-    for name, value in facts.items():
-        if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] not in (1, q.shape[0]):
-            raise ValueError(f"{name} must be [S] or [B={q.shape[0]}, S={q.shape[1]}], got {list(value.shape)}")
+    return Shapes(batch, heads, kv_heads, dim, q.dtype)
 
 
 def _check_prepared(prepared: Prepared, group: Group, chosen: dict[str, Any], facts: dict[str, Tensor | None]) -> None:

@@ -340,8 +340,7 @@ class CreatedMultiheadAttention(MultiheadDilatedAttention):
         pattern: the branches.
         whole: cut the whole sequence in Hilbert order, `TokenOrder("hilbert", block=N)` with N from each call.
         order: or cut it in this order; over ranks its `block` must divide every rank's first row. None: as given.
-        group: process group or 1-D DeviceMesh over which the sequence is sharded; None is one device.
-        strategy: how rows reach other ranks, as in `rh.dilated_attention`.
+        group, strategy: as in `rh.prepare`.
         dropout: on the output.
         bias: whether the four projections have one.
         device, dtype: of the parameters.

@@ -10,6 +10,7 @@ from ring_hilbert.attention import dilated_attention
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
 from ring_hilbert.parallel.agreement import Group, resolve_group
+from ring_hilbert.parallel.arguments import check_choices, kv_heads_of
 from ring_hilbert.parallel.heads import head_shares
 from ring_hilbert.parallel.prepared import Prepared
 
@@ -29,7 +30,7 @@ class MultiheadDilatedAttention(nn.Module):
         head_dim: D; default `embed_dim / num_heads`.
         order: the order in which the pattern cuts the tokens of a call without `prepared`; input and output stay in
             natural order. None cuts them as given.
-        causal: mask keys with a larger position.
+        causal: as in `prepare`.
         bias: whether the projections have one.
         device, dtype: of the parameters; float16, bfloat16, float32 or float64.
 
@@ -51,7 +52,6 @@ class MultiheadDilatedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         for name, size in sizes.items():
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -60,12 +60,10 @@ class MultiheadDilatedAttention(nn.Module):
             raise ValueError(
                 f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}, or head_dim must be given"
             )
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
+        num_kv_heads = kv_heads_of(num_heads, num_kv_heads)
+        check_choices(order=order)
         if not isinstance(pattern, DilatedPattern):
             raise ValueError(f"pattern must be a DilatedPattern, got {type(pattern).__name__}")
-        if order is not None and not isinstance(order, TokenOrder):
-            raise ValueError(f"order must be a TokenOrder or None, got {type(order).__name__}")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         self.pattern, self.order, self.causal = pattern, order, causal
@@ -153,9 +151,7 @@ class UlyssesAttention(nn.Module):
         batch_dim: int = 0,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
+        num_kv_heads = kv_heads_of(num_heads, num_kv_heads)
         if batch_dim not in (0, 1):
             raise ValueError(f"batch_dim must be 0 or 1, got {batch_dim!r}")
         _, rank, world = resolve_group(group)

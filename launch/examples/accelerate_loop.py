@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training loop of one's own with Accelerate: every sequence is shared by all ranks. Resumes from `folder`, saves in it.
 
-ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 launch/examples/accelerate_loop.py [folder]  # on GPUs without ACCELERATE_USE_CPU
+ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 launch/examples/accelerate_loop.py [folder]  # on GPUs, without ACCELERATE_USE_CPU
 """
 
 import sys

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training loop of one's own with DeepSpeed, ZeRO 2: every sequence is shared by all ranks. Resumes from `folder`, saves in it.
 
-DS_ACCELERATOR=cpu torchrun --nproc-per-node 2 launch/examples/deepspeed_loop.py [folder]  # on GPUs without DS_ACCELERATOR
+DS_ACCELERATOR=cpu torchrun --nproc-per-node 2 launch/examples/deepspeed_loop.py [folder]  # on GPUs, without DS_ACCELERATOR
 """
 
 import sys

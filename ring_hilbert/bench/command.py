@@ -46,14 +46,6 @@ def print_rows(records: list[Record], _chosen: argparse.Namespace) -> None:
         print("  ".join(f"{value}" for value in record.values()))
 
 
-def report_attention(records: list[Record], chosen: argparse.Namespace) -> None:
-    """Print the table, and draw the plot if requested."""
-    print(attention_report.table(records))
-    if chosen.plot is not None:
-        attention_report.draw(chosen.plot, records)
-        print(f"drawn: {chosen.plot}")
-
-
 @dataclass(frozen=True)
 class Measurement:
     """One thing to measure.
@@ -64,6 +56,7 @@ class Measurement:
         rows: yields the records, from the parsed flags, the device and the group of all ranks (None: one process).
         add_options: declares additional flags, besides --output and, if `on_device`, --device.
         report: prints what was measured.
+        draw: draws it into a file, for --plot.
         file: the default name of the CSV, without suffix.
         on_device: whether it computes, rather than plans.
         over_ranks: whether it may run under torchrun.
@@ -74,6 +67,7 @@ class Measurement:
     rows: Rows
     add_options: Callable[[argparse.ArgumentParser], None] = no_options
     report: Callable[[list[Record], argparse.Namespace], None] = print_rows
+    draw: Callable[[Path, list[Record]], None] | None = None
     file: Callable[[argparse.Namespace], str] = lambda chosen: chosen.measurement
     on_device: bool = True
     over_ranks: bool = False
@@ -98,6 +92,7 @@ MEASUREMENTS = {
         lambda chosen, *_: scale.rows(chosen),
         scale.add_options,
         scale.report,
+        scale.draw,
         on_device=False,
     ),
     "attention": Measurement(
@@ -105,7 +100,8 @@ MEASUREMENTS = {
         attention.__doc__,
         lambda chosen, device, _: attention.rows(chosen, device),
         attention.add_options,
-        report_attention,
+        lambda records, _: print(attention_report.table(records)),
+        attention_report.draw,
     ),
     "overlap": Measurement(
         "how much of the rows' travel is hidden behind attention, on a link made slow, under torchrun",
@@ -129,6 +125,7 @@ MEASUREMENTS = {
         training.rows,
         training.add_options,
         training.report,
+        training.draw,
         over_ranks=True,
     ),
     "saving": Measurement(
@@ -145,6 +142,7 @@ MEASUREMENTS = {
         curves.rows,
         curves.add_options,
         curves.report,
+        curves.draw,
         over_ranks=True,
     ),
     "geometry": Measurement(
@@ -181,6 +179,7 @@ MEASUREMENTS = {
         kernels.rows,
         kernels.add_options,
         kernels.report,
+        kernels.draw,
         kernels.file,
     ),
 }
@@ -226,6 +225,9 @@ def run(chosen: argparse.Namespace) -> None:
         records = list(_kept(measurement.rows(chosen, device, group), output, device))
         if group is None or dist.get_rank(group) == 0:
             measurement.report(records, chosen)
+            if measurement.draw is not None and chosen.plot is not None:
+                measurement.draw(chosen.plot, records)
+                print(f"drawn: {chosen.plot}")
             print(f"{len(records)} rows appended to {output}")
     finally:
         if group is not None:

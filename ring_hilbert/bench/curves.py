@@ -78,8 +78,8 @@ def _compared(chosen: argparse.Namespace, folder: Path, is_main: bool) -> Iterat
         }  # fmt: skip
 
 
-def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
-    """Print the table, and draw the plot if requested."""
+def report(records: list[dict[str, Any]], _chosen: argparse.Namespace) -> None:
+    """Print the table."""
     print(
         f"{'variant':32}{'last loss':>11}{'held out':>11}{'largest':>10}{'mean':>10}{'held out':>10}  relative to the first"
     )
@@ -89,9 +89,6 @@ def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
             f"{r['variant']:48}{r['last_loss']:>11}{held_out:>11}{r['largest_difference']:>10}"
             f"{r['largest_difference_of_means'] or '':>10}{r['mean_difference']:>10}{r['held_out_difference'] or '':>10}"
         )
-    if chosen.plot is not None:
-        draw(chosen.plot, records)
-        print(f"drawn: {chosen.plot}")
 
 
 def draw(path: Path, records: list[dict[str, Any]]) -> None:

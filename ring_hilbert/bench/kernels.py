@@ -131,12 +131,10 @@ def rows(chosen: argparse.Namespace, device: torch.device, _group: object = None
     return (row for problem, name in problems for row in (_tune if chosen.tune else _measure)(problem, name, chosen))
 
 
-def report(records: list[Record], chosen: argparse.Namespace) -> None:
-    """Print a line for each record, and draw the plot if requested."""
+def report(records: list[Record], _chosen: argparse.Namespace) -> None:
+    """Print a line for each record."""
     for record in records:
         print("  ".join(f"{name} {value}" for name, value in record.items()))
-    if chosen.plot is not None:
-        draw(chosen.plot, records)
 
 
 def patterns(length: int) -> Iterator[tuple[str, rh.DilatedPattern]]:

@@ -63,12 +63,12 @@ def from_config(path: Path, overrides: Sequence[str]) -> Question:
 
 def question_of(config: RunConfig) -> Question:
     """The first dilated layer of a run."""
+    from ring_hilbert.integrations.transformers_config import heads_of
     from ring_hilbert.training.model import model_config
 
     model = model_config(config).get_text_config(decoder=True)
     attention, train = config.attention, config.train
-    heads = model.num_attention_heads
-    dim = getattr(model, "head_dim", None) or model.hidden_size // heads
+    heads, kv_heads, dim = heads_of(model)
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     shift = 0 if attention.head_shift == "auto" else attention.head_shift
     pattern = rh.DilatedPattern(
@@ -79,7 +79,7 @@ def question_of(config: RunConfig) -> Question:
         attention.segment_shift,
     )
     order = None if attention.order is None else rh.TokenOrder(**attention.order.model_dump(exclude_none=True))
-    shapes = Shapes(train.micro_batch, heads, getattr(model, "num_key_value_heads", None) or heads, dim, dtype)
+    shapes = Shapes(train.micro_batch, heads, kv_heads, dim, dtype)
     return Question(
         pattern, config.data.seq_len, config.parallel.sp, shapes, order, True, attention.layout, attention.strategy,
         attention.head_shift == "auto",

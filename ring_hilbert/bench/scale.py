@@ -69,8 +69,8 @@ def rows(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
-    """Print the table, and draw the plot if requested."""
+def report(records: list[dict[str, Any]], _chosen: argparse.Namespace) -> None:
+    """Print the table."""
     print(f"{'ladder':32} causal   ranks  forward MiB mean, max   backward MiB mean, max  forward TFLOP mean, max")
     for r in records:
         print(
@@ -78,9 +78,6 @@ def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
             f"{r['backward_mib_mean']:>10} {r['backward_mib_max']:>10}   {r['forward_tflop_mean']:>10} "
             f"{r['forward_tflop_max']:>10}"
         )
-    if chosen.plot is not None:
-        draw(chosen.plot, records)
-        print(f"drawn: {chosen.plot}")
 
 
 def draw(path: Path, records: list[dict[str, Any]]) -> None:

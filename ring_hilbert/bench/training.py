@@ -190,8 +190,8 @@ class RandomSequences:
         return {"input_ids": ids, "document_ids": document_ids}
 
 
-def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
-    """Print the table, and draw the plot if requested."""
+def report(records: list[dict[str, Any]], _chosen: argparse.Namespace) -> None:
+    """Print the table."""
     print(
         f"{'tokens per rank':>16}{'documents':>11}{'vocab':>9}{'planned GiB':>13}{'peak GiB':>10}{'tokens/s':>11}{'MFU':>8}"
     )
@@ -204,9 +204,6 @@ def report(records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
             parts = ", ".join(f"{part.replace('_', ' ')} {r[f'{part}_seconds']}" for part in PARTS)
             steps = f"first step {r['first_seconds']}, second {r['second_seconds']}, median {r['seconds']}"
             print(f"{'':>16} seconds: {steps}; {parts}")
-    if chosen.plot is not None:
-        draw(chosen.plot, records)
-        print(f"drawn: {chosen.plot}")
 
 
 def draw(path: Path, records: list[dict[str, Any]]) -> None:

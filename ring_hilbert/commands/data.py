@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ring_hilbert.commands.mistakes import in_one_line
-from ring_hilbert.commands.parser import add_config_or_flags
+from ring_hilbert.commands.parser import add_command, add_config_or_flags
 
-PREPARE_EXAMPLES = """\
+PREPARE = """\
+tokenise on all cores into a folder that runs read, wherever they are
+
+Tokenise the documents of a run into a folder of memory-mapped files: data.prepared of runs that read it.
+
 examples:
   ring-hilbert prepare-data --config configs/llama_1b_1m.yaml data.tokenizer=/my/tokenizer data.prepared=/data/tokens
   ring-hilbert prepare-data --sources /my/texts /my/rows.jsonl.gz --tokenizer /my/tokenizer --output /data/tokens
@@ -23,13 +27,7 @@ Interrupted, the same command goes on from where it was. The folder may be copie
 
 def add_prepare_data(commands: Any) -> None:
     """`ring-hilbert prepare-data`: tokenise once, for runs anywhere."""
-    parser = commands.add_parser(
-        "prepare-data",
-        help="tokenise on all cores into a folder that runs read, wherever they are",
-        description="Tokenise the documents of a run into a folder of memory-mapped files: data.prepared of runs that read it.",
-        epilog=PREPARE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "prepare-data", PREPARE, _prepare_data)
     asked = add_config_or_flags(parser)
     asked.add_argument("--sources", nargs="+", metavar="PATH", help="files, folders or globs, each a source of its own")
     asked.add_argument("--eval", nargs="+", metavar="PATH", help="files, folders or globs that are held out")
@@ -39,7 +37,6 @@ def add_prepare_data(commands: Any) -> None:
     )
     parser.add_argument("--output", metavar="FOLDER", help="the folder to write; default: data.prepared")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; default: one per core")
-    parser.set_defaults(run=_prepare_data)
 
 
 @in_one_line
@@ -63,15 +60,19 @@ def _prepare_data(chosen: argparse.Namespace) -> None:
         prepare(data.model_copy(update={key: value for key, value in flags.items() if value is not None}), print)
 
 
+INFO = """\
+what is in a folder of prepared data: documents by length, tokens by source, packing, a sample
+
+Show what is in a folder that prepare-data wrote, after checking that it is in order.
+
+example:
+  ring-hilbert data-info /data/tokens --seq-len 8192 131072 --verify
+"""
+
+
 def add_data_info(commands: Any) -> None:
     """`ring-hilbert data-info`: what is in a folder of prepared data."""
-    parser = commands.add_parser(
-        "data-info",
-        help="what is in a folder of prepared data: documents by length, tokens by source, packing, a sample",
-        description="Show what is in a folder that prepare-data wrote, after checking that it is in order.",
-        epilog="example:\n  ring-hilbert data-info /data/tokens --seq-len 8192 131072 --verify",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "data-info", INFO, _data_info)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument(
         "--seq-len", type=int, nargs="+", default=[8192, 131072], metavar="S",
@@ -79,7 +80,6 @@ def add_data_info(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--sample", type=int, default=200, metavar="N", help="tokens that are decoded; default: 200")
     parser.add_argument("--verify", action="store_true", help="compare all tokens with their checksum, not some")
-    parser.set_defaults(run=_data_info)
 
 
 @in_one_line

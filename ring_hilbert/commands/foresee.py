@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ring_hilbert.commands.mistakes import in_one_line
-from ring_hilbert.commands.parser import add_config_or_flags
+from ring_hilbert.commands.parser import add_command, add_config_or_flags
 
-PLAN_EXAMPLES = """\
+PLAN = """\
+what every strategy sends, computes and holds, and which one auto takes
+
+Bytes, FLOPs, balance, memory and seconds of every strategy, for the configuration of a run or for flags.
+
 examples:
   ring-hilbert plan --config configs/quickstart.yaml parallel.sp=4
   ring-hilbert plan --length 1048576 --ranks 64 --heads 32 --head-dim 128 \\
@@ -21,13 +25,7 @@ examples:
 
 def add_plan(commands: Any) -> None:
     """`ring-hilbert plan`: what every strategy costs, before anything runs."""
-    parser = commands.add_parser(
-        "plan",
-        help="what every strategy sends, computes and holds, and which one auto takes",
-        description="Bytes, FLOPs, balance, memory and seconds of every strategy, for the configuration of a run or for flags.",
-        epilog=PLAN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "plan", PLAN, _plan)
     asked = add_config_or_flags(parser)
     asked.add_argument("--length", type=int, metavar="S", help="rows of the sequence")
     asked.add_argument("--ranks", type=int, metavar="P", help="ranks of the sequence-parallel group")
@@ -52,7 +50,6 @@ def add_plan(commands: Any) -> None:
     parser.add_argument("--ranks-per-host", type=int, metavar="N", help="say what crosses hosts of so many ranks")
     parser.add_argument("--tflops", type=float, default=300.0, metavar="X", help="of attention on a rank; default: 300")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw who needs whose rows: .png or .svg")
-    parser.set_defaults(run=_plan)
 
 
 @in_one_line
@@ -80,7 +77,8 @@ def _question(chosen: argparse.Namespace) -> Any:
 
     import ring_hilbert as rh
     from ring_hilbert.bench.planning import Question
-    from ring_hilbert.parallel.plan import Shapes, check_strategy
+    from ring_hilbert.parallel.arguments import check_choices, kv_heads_of
+    from ring_hilbert.parallel.plan import Shapes
 
     flags = {
         "--length": chosen.length,
@@ -94,20 +92,23 @@ def _question(chosen: argparse.Namespace) -> Any:
         raise ValueError(f"--config FILE is not given; {what}")
     if min(chosen.length, chosen.ranks, chosen.heads, chosen.head_dim, chosen.batch) < 1:
         raise ValueError("--length, --ranks, --heads, --head-dim and --batch must be at least 1")
-    kv_heads = chosen.heads if chosen.kv_heads is None else chosen.kv_heads
-    if kv_heads < 1 or chosen.heads % kv_heads:
-        raise ValueError(f"--heads {chosen.heads} must be a multiple of --kv-heads {kv_heads}")
+    kv_heads = kv_heads_of(chosen.heads, chosen.kv_heads, ("--heads ", "--kv-heads "))
+    check_choices(layout=chosen.layout, strategy=chosen.strategy)
     order = None
     if chosen.curve is not None or chosen.block is not None:
         order = rh.TokenOrder(chosen.curve or "hilbert", block=chosen.block)
     return Question(
         rh.DilatedPattern(tuple(chosen.segment_lengths), tuple(chosen.dilation_rates)), chosen.length, chosen.ranks,
         Shapes(chosen.batch, chosen.heads, kv_heads, chosen.head_dim, getattr(torch, chosen.dtype)), order,
-        not chosen.full, chosen.layout, check_strategy(chosen.strategy),
+        not chosen.full, chosen.layout, chosen.strategy,
     )  # fmt: skip
 
 
-PLOT_EXAMPLES = """\
+PLOT = """\
+draw a pattern, its token order, what it covers and its shards
+
+Draw what a pattern does, as PNG or SVG by the ending of FILE.
+
 pictures (--what):
   overview   the mask of a row, the curve, and who reads whose rows: the picture of the README
   mask       how often each key counts for each query: by row, and by natural token
@@ -124,13 +125,7 @@ examples:
 
 def add_plot(commands: Any) -> None:
     """`ring-hilbert plot`: draw a pattern, its order, what it covers and its shards."""
-    parser = commands.add_parser(
-        "plot",
-        help="draw a pattern, its token order, what it covers and its shards",
-        description="Draw what a pattern does, as PNG or SVG by the ending of FILE.",
-        epilog=PLOT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "plot", PLOT, _plot)
     parser.add_argument("output", type=Path, metavar="FILE", help="a .png or .svg file")
     parser.add_argument("--what", default="overview", metavar="PICTURE", help="default: overview")
     parser.add_argument(
@@ -152,7 +147,6 @@ def add_plot(commands: Any) -> None:
     parser.add_argument("--block", type=int, metavar="N", help="tokens that the curve orders at a time; default: 256")
     parser.add_argument("--grid", type=int, nargs="+", metavar="N", help="instead of --block: sides H W of a picture")
     parser.add_argument("--full", action="store_true", help="not causal")
-    parser.set_defaults(run=_plot)
 
 
 @in_one_line

@@ -8,17 +8,28 @@ import sys
 from typing import Any
 
 from ring_hilbert.commands.mistakes import in_one_line
+from ring_hilbert.commands.parser import add_command
+
+BENCH = """\
+measure, and append rows to a CSV file
+
+Measure, print, and append a row per figure to a CSV file, with date, commit, device and versions.
+"""
+
+CHECK = """\
+equality with one rank, link bandwidth and versions on these ranks: OK, or what to do
+
+Check the operator on the ranks at hand: every strategy against one rank, the links, the versions.
+
+example:
+  torchrun --nproc-per-node 8 -m ring_hilbert.cli check
+"""
 
 
 def add_bench(commands: Any) -> None:
     """`ring-hilbert bench <measurement>`: measure and keep the rows; each measurement declares its own flags."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure, and append rows to a CSV file",
-        description="Measure, print, and append a row per figure to a CSV file, with date, commit, device and versions.",
-    )
+    parser = add_command(commands, "bench", BENCH, _bench)
     parser.declare = _measurements
-    parser.set_defaults(run=_bench)
 
 
 def _measurements(parser: argparse.ArgumentParser) -> None:
@@ -36,17 +47,10 @@ def _bench(chosen: argparse.Namespace) -> None:
 
 def add_check(commands: Any) -> None:
     """`ring-hilbert check`: whether these ranks compute the right thing, and how fast they are joined."""
-    parser = commands.add_parser(
-        "check",
-        help="equality with one rank, link bandwidth and versions on these ranks: OK, or what to do",
-        description="Check the operator on the ranks at hand: every strategy against one rank, the links, the versions.",
-        epilog="example:\n  torchrun --nproc-per-node 8 -m ring_hilbert.cli check",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "check", CHECK, _check)
     parser.add_argument(
         "--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for another rank; default: 60"
     )
-    parser.set_defaults(run=_check)
 
 
 def _check(chosen: argparse.Namespace) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A parser that declares flags when they are asked for, as those of `bench` need an extra; and flags that commands share."""
+"""A parser that declares flags when they are asked for, as those of `bench` need an extra; and what commands share of theirs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,21 @@ from pathlib import Path
 from typing import Any
 
 
+def add_command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], Any]) -> Any:
+    """The parser of a command, carried out by `run`. Paragraphs of `text`: its line in the list, its description, examples."""
+    listed, description, *examples = text.split("\n\n", 2)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(
+        name, help=listed, description=description, epilog="".join(examples), formatter_class=plain
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """What comes behind the flags of a command that reads a run's file."""
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a value of the file")
+    example = "replaces a value of the file, e.g. data.seq_len=8192"
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=example)
 
 
 def add_config_or_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -7,8 +7,13 @@ import argparse
 from typing import Any
 
 from ring_hilbert.commands.mistakes import over_ranks
+from ring_hilbert.commands.parser import add_command, add_overrides
 
-PRETRAIN_EXAMPLES = """\
+PRETRAIN = """\
+train a language model, alone or under torchrun
+
+Pretrain a Transformers causal language model with dilated attention, as a YAML file says.
+
 examples:
   ring-hilbert pretrain --config configs/quickstart.yaml parallel.sp=1 train.steps=20
   torchrun --nproc-per-node 2 -m ring_hilbert.cli pretrain --config configs/quickstart.yaml
@@ -20,26 +25,14 @@ A run goes on from the newest checkpoint in checkpoint.dir, if there is one. Ran
 
 def add_pretrain(commands: Any) -> None:
     """`ring-hilbert pretrain`: train a Transformers model from a YAML file."""
-    parser = commands.add_parser(
-        "pretrain",
-        help="train a language model, alone or under torchrun",
-        description="Pretrain a Transformers causal language model with dilated attention, as a YAML file says.",
-        epilog=PRETRAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "pretrain", PRETRAIN, _pretrain)
     parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the run; see configs/")
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="train nothing: say, from one process and for all ranks of the run, what would travel and what a rank would hold",
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.sub=value",
-        help="replaces a value of the file, e.g. train.steps=20 optim.lr=1e-3",
-    )
-    parser.set_defaults(run=_pretrain)
+    add_overrides(parser)
 
 
 @over_ranks
@@ -69,7 +62,8 @@ def _dry_run(chosen: argparse.Namespace) -> None:
             (f"stage {name}: " if name else "")
             + f"{parallel.world_size} ranks, dp_replicate {parallel.dp_replicate} * dp_shard {parallel.dp_shard} * "
             f"sp {parallel.sp}; "
-            f"a step is {config.sequences_per_step} sequences of {length:,} tokens in {micro_steps} micro-steps, "
+            f"a step is {_counted(config.sequences_per_step, 'sequence')} of {length:,} tokens in "
+            f"{_counted(micro_steps, 'micro-step')}, "
             f"{-(-length // parallel.sp):,} rows per rank and sequence\n"
         )
         question, speeds = planning.question_of(config), Speeds(300e12, 50e9)
@@ -78,3 +72,7 @@ def _dry_run(chosen: argparse.Namespace) -> None:
         if fitted.refusal:
             raise ValueError(fitted.refusal)
         print(f"\nmemory: {fitted.taken(config)}\n")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

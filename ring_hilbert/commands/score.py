@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ring_hilbert.commands.mistakes import over_ranks
+from ring_hilbert.commands.parser import add_command
 
-SCORE_EXAMPLES = """\
+SCORE = """\
+loss of a saved model on documents, by position, alone or under torchrun; likelihood tasks of lm-eval
+
+Score documents with a saved model: mean loss in nats per token, and by position. Nothing is generated.
+
 examples:
   ring-hilbert score --model runs/quickstart/checkpoints/final --data /my/held_out --json score.json
   torchrun --nproc-per-node 8 -m ring_hilbert.cli score --model /my/model --data /my/rows.jsonl --seq-len 1048576
@@ -21,13 +26,7 @@ Ranks share every sequence; each holds the whole model. A folder without ring_hi
 
 def add_score(commands: Any) -> None:
     """`ring-hilbert score`: the loss of a saved model on documents, by position."""
-    parser = commands.add_parser(
-        "score",
-        help="loss of a saved model on documents, by position, alone or under torchrun; likelihood tasks of lm-eval",
-        description="Score documents with a saved model: mean loss in nats per token, and by position. Nothing is generated.",
-        epilog=SCORE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "score", SCORE, _score)
     parser.add_argument("--model", required=True, type=Path, metavar="FOLDER", help="a model saved for Transformers")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="files, folders or globs of documents to score")
     parser.add_argument(
@@ -46,7 +45,6 @@ def add_score(commands: Any) -> None:
     tasks.add_argument("--tasks", nargs="+", metavar="TASK", help="likelihood tasks: multiple choice, perplexity")
     tasks.add_argument("--include-path", metavar="FOLDER", help="where tasks of your own are")
     tasks.add_argument("--limit", type=int, metavar="N", help="examples of a task; default: all")
-    parser.set_defaults(run=_score)
 
 
 @over_ranks

@@ -67,8 +67,7 @@ def layer_rule(config: Any) -> LayerRule:
     layers, head_shift = settings.get("layers", {}), fields.get("head_shift", 0)
     rotates, step = head_shift == "auto", 0
     if rotates or any(own.get("head_shift") == "auto" for own in layers.values()):
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        step = kv_heads if fields.get("offset_rule", "modulo") == "modulo" else 0
+        step = heads_of(config)[1] if fields.get("offset_rule", "modulo") == "modulo" else 0
     given: dict[str, Any] = fields | {"head_shift": 0} if rotates else fields
     first = DilatedPattern(**given)
     different = []
@@ -92,6 +91,13 @@ def layer_rule(config: Any) -> LayerRule:
             )
         different.append(OwnPattern(number, dense, own_head, own_segment, kept))
     return LayerRule(first, step if rotates else 0, tuple(different))
+
+
+def heads_of(config: Any) -> tuple[int, int, int]:
+    """H, Hkv and D, as the model's layers derive them where its configuration leaves them out."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def order_of(config: Any) -> TokenOrder | None:

@@ -37,9 +37,7 @@ LIST_BASE, LIST_STEP, LIST_COUNT, LIST_CHUNK, LIST_WIDTH = range(5)
 LEVEL_EDGE, LEVEL_LENGTH, LEVEL_AHEAD, LEVEL_WIDTH = range(4)
 # A run: the first row (in an indexed walk: the place in `Walk.inner`), the stride, the number of rows, their multiplicity; and,
 # for tiles in several segments, the segment length and what to add, and the same for the segments to leave out (0: none).
-(
-    RUN_FIRST, RUN_STEP, RUN_COUNT, RUN_TIMES, RUN_SEGMENT, RUN_AHEAD, RUN_HOLE, RUN_HOLE_AHEAD, RUN_WIDTH,
-) = range(9)  # fmt: skip
+RUN_FIRST, RUN_STEP, RUN_COUNT, RUN_TIMES, RUN_SEGMENT, RUN_AHEAD, RUN_HOLE, RUN_HOLE_AHEAD, RUN_WIDTH = range(9)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.visits import Chunk
-
-LAYOUTS = ("contiguous", "zigzag")
+from ring_hilbert.parallel.arguments import check_choices
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Layout:
     kind: str = "contiguous"
 
     def __post_init__(self) -> None:
-        check_layout(self.kind)
+        check_choices(layout=self.kind)
         if self.kind == "zigzag" and (len(set(self.lengths)) > 1 or self.lengths[0] % 2):
             raise ValueError(
                 f"layout='zigzag' cuts the sequence into 2 x {self.world_size} equal chunks, but its {self.seq_len} rows "
@@ -49,6 +48,22 @@ class Layout:
         """The default lengths: the first `seq_len % world_size` ranks own one extra row."""
         base, extra = divmod(seq_len, world_size)
         return cls(tuple(base + (p < extra) for p in range(world_size)), kind)
+
+    @classmethod
+    def of(cls, seq_len: int, world_size: int, kind: str, local_lengths: Sequence[int] | None) -> Layout:
+        """The layout of these `local_lengths`, by default even.
+
+        Raises:
+            ValueError: unless there is a length for every rank and their sum is `seq_len`.
+        """
+        if local_lengths is None:
+            return cls.even(seq_len, world_size, kind)
+        lengths = tuple(local_lengths)
+        if len(lengths) != world_size or sum(lengths) != seq_len or min(lengths) < 0:
+            raise ValueError(
+                f"local_lengths={list(lengths)} must be {world_size} lengths >= 0 with sum {seq_len}, got sum {sum(lengths)}"
+            )
+        return cls(lengths, kind)
 
     @property
     def world_size(self) -> int:
@@ -105,12 +120,6 @@ class Layout:
             for chunk in self.chunks(rank):
                 parts.append((chunk.start, piece[..., chunk.local : chunk.local + chunk.stop - chunk.start]))
         return torch.cat([pieces[0][..., :0], *(part for _, part in sorted(parts, key=lambda part: part[0]))], dim=-1)
-
-
-def check_layout(kind: str) -> None:
-    """Raise ValueError unless `kind` is a layout."""
-    if kind not in LAYOUTS:
-        raise ValueError(f"layout={kind!r} is not supported; use one of {', '.join(map(repr, LAYOUTS))}")
 
 
 def _listed(lengths: tuple[int, ...]) -> str:

@@ -18,12 +18,12 @@ from ring_hilbert.ops.pattern import Branch, DilatedPattern
 from ring_hilbert.ops.shells import shell_visits, shells_pay
 from ring_hilbert.ops.visible import Visible
 from ring_hilbert.ops.visits import Chunk, Rows, Segments, Visit, branch_visits, crossing_visits, rows_in, segments_of
+from ring_hilbert.parallel.arguments import check_choices
 from ring_hilbert.parallel.crossings import crossings_of
 from ring_hilbert.parallel.heads import head_shares
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.travel import Candidates, HopCandidates, hop_candidates
 
-STRATEGIES = ("exchange", "ring", "ulysses", "auto")
 PASSES = ("forward", "backward")
 
 
@@ -58,7 +58,8 @@ class Plan:
         deduplicate: bool | None = None,
     ) -> None:
         self.pattern, self.layout, self.visible, self.shapes = pattern, layout, visible, shapes
-        self.strategy, self.deduplicate = check_strategy(strategy), deduplicate
+        self.strategy, self.deduplicate = strategy, deduplicate
+        check_choices(strategy=strategy)
         if strategy == "auto":
             raise ValueError("a plan needs one strategy, got 'auto'; parallel/choice.py chooses one")
         if pattern.zero_keys and visible.has_documents:
@@ -331,10 +332,3 @@ class Plan:
             f"imbalance {self.imbalance:.3f}"
         )
         return "\n".join(lines)
-
-
-def check_strategy(strategy: str) -> str:
-    """`strategy`; ValueError if there is none of this name."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} is not supported; use one of {', '.join(map(repr, STRATEGIES))}")
-    return strategy

@@ -13,9 +13,10 @@ import torch
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern
 from ring_hilbert.ops.visible import Visible
+from ring_hilbert.parallel.arguments import check_choices, kv_heads_of, metadata
 from ring_hilbert.parallel.choice import choose
 from ring_hilbert.parallel.layout import Layout
-from ring_hilbert.parallel.plan import Plan, Shapes, check_strategy
+from ring_hilbert.parallel.plan import Plan, Shapes
 
 
 def order_warnings(pattern: DilatedPattern, order: TokenOrder | None, causal: bool, seq_len: int) -> list[str]:
@@ -72,12 +73,9 @@ def plan(
         seq_len: rows of the whole sequence, `S`.
         world_size: ranks, `P`.
         num_heads, num_kv_heads, head_dim, dtype, batch_size: of `q [B, S, H, D]` and `k, v [B, S, Hkv, D]`.
-        causal: mask keys with a larger position; positions are token indices.
-        layout: "contiguous" or "zigzag".
-        local_lengths: rows of each rank; default `seq_len // world_size`, the remainder over the first ranks.
-        order: the order of the rows.
-        document_ids: `[S]` or `[B, S]` integers in natural token order, -1 for padding.
-        strategy: "exchange", "ring", "ulysses", or "auto": the one expected to be fastest.
+        causal, layout, strategy: as in `prepare`; positions are token indices.
+        local_lengths, order: as in `shard_batch`, all of whose tokens are real.
+        document_ids: integers `[S]` or `[B, S]` in natural token order, as in `prepare`.
 
     Returns:
         A `Plan`: `received_bytes(rank, pass_)`, `attention_flops(rank)`, `imbalance`, `summary()`.
@@ -85,30 +83,17 @@ def plan(
     Raises:
         ValueError: for inconsistent sizes.
     """
-    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
-    check_strategy(strategy)
-    if local_lengths is None:
-        rows = Layout.even(seq_len, world_size, layout)
-    else:
-        rows = Layout(tuple(local_lengths), layout)
-        if len(rows.lengths) != world_size or rows.seq_len != seq_len or min(rows.lengths) < 0:
-            raise ValueError(
-                f"local_lengths={list(local_lengths)} must be {world_size} lengths >= 0 with sum {seq_len}, got sum {rows.seq_len}"
-            )
+    check_choices(order=order, layout=layout, strategy=strategy)
+    num_kv_heads = kv_heads_of(num_heads, num_kv_heads)
+    rows = Layout.of(seq_len, world_size, layout, local_lengths)
     documents = None
     if document_ids is not None:
-        documents = np.atleast_2d(np.asarray(document_ids, dtype=np.int64))
-        if documents.shape not in ((1, seq_len), (batch_size, seq_len)):
-            raise ValueError(
-                f"document_ids must be [{seq_len}] or [{batch_size}, {seq_len}], got {list(np.shape(document_ids))}"
-            )
+        given = torch.as_tensor(document_ids).cpu()
+        documents = metadata("document_ids", given, seq_len, batch_size, whose="the rows of the sequence")
         if order is not None:
-            documents = documents[:, order.permutation(seq_len).numpy()]
+            documents = documents[:, order.permutation(seq_len)]
     for message in order_warnings(pattern, order, causal, seq_len):
         warnings.warn(message, UserWarning, stacklevel=2)
-    documents = None if documents is None else torch.from_numpy(np.ascontiguousarray(documents))
     visible = Visible(seq_len, causal, documents=documents, order=order)
     shapes = Shapes(batch_size, num_heads, num_kv_heads, head_dim, dtype)
     if strategy == "auto":

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.visible import Visible
 from ring_hilbert.parallel.agreement import Group, gather, note_agreement, raise_disagreement, resolve_group
-from ring_hilbert.parallel.layout import Layout, check_layout
-from ring_hilbert.parallel.plan import check_strategy
+from ring_hilbert.parallel.arguments import check_choices, check_least_document, metadata
+from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.parallel.wire import all_rows
 
@@ -31,19 +30,22 @@ def prepare(
 ) -> Prepared:
     """Agree on one batch's metadata with all ranks of `group`: one gather, which raises any rank's mistake on all.
 
+    What these arguments mean is said here for the operator, `shard_batch` and `plan` as well.
+
     Args:
         local_len: rows of this rank, `S_local`; may differ between ranks and be 0.
-        group: process group or 1-D DeviceMesh; None is one device.
+        group: process group or 1-D DeviceMesh over which the sequence is sharded; None is one device, never the world.
         layout: "contiguous": group rank p holds rows `[sum L_<p, + L_p)`. "zigzag": of 2P equal chunks rank p holds chunk p,
             then chunk 2P-1-p, which balances dense causal attention.
-        order: for callers whose tensors are in natural token order; its `block` must divide every rank boundary.
+        order: the token order on which the pattern acts, for callers whose q, k, v, positions, document ids and results are in
+            natural token order; its `block` must divide every rank boundary. None: the pattern acts on the rows as given.
         positions: integers `[S_local]` or `[B, S_local]` for causality; default the row index (with `order`, token index).
-        document_ids: integers `[S_local]` or `[B, S_local]`; -1 marks padding rows.
+        document_ids: integers `[S_local]` or `[B, S_local]`; documents do not see each other; -1 marks padding rows.
         causal: mask keys with a larger position.
         strategy: "exchange" (one collective brings all rows), "ring" (the same rows in hops, from one rank at a time, for
             patterns that read more of other ranks than fits), "ulysses" (every rank gets all rows for some of the heads), or
             "auto": chosen by the plans, once per job.
-        save_remote: keep the received rows for backward instead of fetching them again.
+        save_remote: keep the received rows for backward instead of fetching them again, overlapped with local work.
 
     Returns:
         A `Prepared`, for `dilated_attention(..., prepared=...)`.
@@ -74,14 +76,13 @@ def prepare_call(
     """`prepare` combined with `agree` on the fields of a call, or on the `error` already found by this rank."""
     process_group, rank, _ = resolve_group(group)
     local = {"positions": positions, "document_ids": document_ids}
-    facts: dict[str, Tensor] = {}
+    facts = dict[str, Tensor]()
     try:
         if error is None:
-            check_layout(layout)
-            strategy = check_strategy(strategy)
+            check_choices(order=order, layout=layout, strategy=strategy)
             if isinstance(local_len, bool) or not isinstance(local_len, int) or local_len < 0:
                 raise ValueError(f"local_len must be an integer >= 0, got {local_len!r}")
-            facts = {name: _fact(name, value, local_len) for name, value in local.items() if value is not None}
+            facts = {name: metadata(name, value, local_len) for name, value in local.items() if value is not None}
     except ValueError as problem:
         error = str(problem)
     fields = call_fields | {"layout": layout, "order": order, "causal": causal, "strategy": strategy}
@@ -114,28 +115,8 @@ def prepare_call(
     )  # read together with what must be read anyway
     least = [documents.amin()] if documents is not None and late else []
     for (lowest,) in prepared.find_travel(None, *least):
-        if lowest < -1:
-            raise ValueError(f"document_ids must be >= 0, or -1 for padding rows, got {lowest}")
+        check_least_document(lowest)
     return prepared
-
-
-def _fact(name: str, value: Tensor, local_len: int) -> Tensor:
-    """Validated positions or document ids as int64 `[B or 1, S_local]`."""
-    if (
-        not isinstance(value, Tensor)
-        or value.dtype.is_floating_point
-        or value.dtype.is_complex
-        or value.dtype == torch.bool
-    ):
-        got = f"{value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__}"
-        raise ValueError(f"{name} must be a tensor of integers, got {got}")
-    if value.ndim not in (1, 2) or value.shape[-1] != local_len:
-        raise ValueError(
-            f"{name} must be [{local_len}] or [B, {local_len}] (the rows of this rank), got {list(value.shape)}"
-        )
-    if name == "document_ids" and value.device.type == "cpu" and value.numel() and value.min() < -1:
-        raise ValueError(f"document_ids must be >= 0, or -1 for padding rows, got {value.min()}")
-    return torch.atleast_2d(value.detach()).to(torch.int64)
 
 
 def _check_order(order: TokenOrder, layout: Layout) -> None:

@@ -202,8 +202,7 @@ class Prepared:
         graph together with forward and backward.
 
         Args:
-            positions: integers `[S]` or `[B, S]`, as in `prepare`.
-            document_ids: integers `[S]` or `[B, S]`, -1 or more.
+            positions, document_ids: as in `prepare`.
 
         Raises:
             ValueError: with a group, for other shapes, or unless exactly those given to `prepare` are given.

@@ -13,8 +13,8 @@ from torch import Tensor
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.visible import PADDING, Visible, changes, first_before, row_places
 from ring_hilbert.parallel.agreement import Group, gather, raise_disagreement, resolve_group
-from ring_hilbert.parallel.layout import Layout, check_layout
-from ring_hilbert.parallel.plan import check_strategy
+from ring_hilbert.parallel.arguments import check_choices, check_least_document
+from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.parallel.wire import all_rows, from_all
 
@@ -43,12 +43,10 @@ def shard_batch(
             (0 for padding, else 1), `position_ids` (default: restart per document). As in Transformers, position ids without
             a mask mark where packed documents start: wherever they jump. With `document_ids` as well, a document's position
             ids must count its tokens, starting anywhere.
-        group: process group or 1-D DeviceMesh; None is one device.
+        group, layout, causal, strategy, save_remote: as in `prepare`; layout "zigzag" needs `S % 2P == 0`.
         order: order of the rows; only the real tokens are ordered, padding rows follow them.
-        layout: "contiguous" or "zigzag", as in `prepare`; zigzag needs `S % 2P == 0`.
         local_lengths: rows of each rank; default `S // P`, the first `S % P` ranks one extra.
         presharded: the batch holds only this rank's tokens, a contiguous piece `[B, S_local]` of the natural order.
-        causal, strategy, save_remote: as in `prepare`.
         device: where the tensors go; default: that of `input_ids`. A batch still on the host is read there and sent without
             waiting for the device's pending work.
 
@@ -63,8 +61,7 @@ def shard_batch(
     process_group, rank, world = resolve_group(group)
     error, record, documents = None, dict[str, Tensor](), None
     try:
-        check_layout(layout)
-        strategy = check_strategy(strategy)
+        check_choices(order=order, layout=layout, strategy=strategy)
         record = _checked(batch, presharded)
         if not presharded:  # a mistake in it, on one rank or all, is an error on all
             documents = _documents(record)
@@ -91,10 +88,7 @@ def shard_batch(
             key: torch.cat(all_rows(x, pieces, process_group, f"gathering {key}"), dim=1) for key, x in record.items()
         }
     seq_len = record["input_ids"].shape[1]
-    rows = Layout.even(seq_len, world, layout) if local_lengths is None else Layout(tuple(local_lengths), layout)
-    if rows.world_size != world or rows.seq_len != seq_len or min(rows.lengths) < 0:
-        raise ValueError(f"local_lengths={list(rows.lengths)} must be {world} lengths >= 0 with sum {seq_len}")
-
+    rows = Layout.of(seq_len, world, layout, local_lengths)
     documents = _documents(record) if documents is None else documents
     one_document = not packed or (documents.device.type == "cpu" and _one_document(documents))
     different = {id(x): x for x in (*record.values(), documents)}  # one tensor may be several of these
@@ -206,8 +200,8 @@ def _documents(record: dict[str, Tensor]) -> Tensor:
     """Document ids `[B, S]`, -1 where the ids or the mask mark padding; without either, documents begin where positions jump."""
     mask, positions = record.get("attention_mask"), record.get("position_ids")
     documents = record["document_ids"] if "document_ids" in record else torch.zeros_like(record["input_ids"])
-    if documents.numel() and (least := _plain(documents).min()) < PADDING:
-        raise ValueError(f"batch['document_ids'] must be >= 0, or -1 for padding, got {least}")
+    if documents.numel():
+        check_least_document(int(_plain(documents).min()), "batch['document_ids']")
     if mask is not None:
         if not (_plain(mask) >> 1 == 0).all():
             raise ValueError(

@@ -223,13 +223,14 @@ def _alternatives(config: RunConfig) -> Iterator[tuple[str, str, RunConfig]]:
                 f"{TILES_COST[tiles]} more time",
                 _with(config, mlp_tiles=tiles, **weaker),
             )
-    tiles = max(8, train.mlp_tiles)
     if not train.offload_activations:
-        yield (
-            f"{said}train.mlp_tiles={tiles} train.offload_activations=true",
-            OFFLOAD_COST,
-            _with(config, mlp_tiles=tiles, offload_activations=True, **weaker),
-        )
+        for tiles in sorted({train.mlp_tiles, max(8, train.mlp_tiles)}):
+            more = f"train.mlp_tiles={tiles} " if tiles > train.mlp_tiles else ""
+            yield (
+                f"{said}{more}train.offload_activations=true",
+                OFFLOAD_COST,
+                _with(config, mlp_tiles=tiles, offload_activations=True, **weaker),
+            )
     wider = parallel.model_copy(update={"sp": 2 * parallel.sp})
     yield (
         f"parallel.sp={2 * parallel.sp} on {2 * parallel.world_size} ranks",

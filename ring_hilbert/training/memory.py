@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils._triton import has_triton_package
 from transformers import PretrainedConfig
 
-from ring_hilbert.integrations.transformers_config import order_of, pattern_of
+from ring_hilbert.integrations.transformers_config import heads_of, order_of, pattern_of
 from ring_hilbert.kernels.tables import Walk
 from ring_hilbert.kernels.tiles import PASSES, Tile, plan_tile, tiles_for
 from ring_hilbert.ops.core import Shard
@@ -56,6 +56,7 @@ SLACK = 0.02  # fraction of allocated memory lost to fragmentation
 ALIKE = {  # for what attention holds
     "checkpoint_activations": True, "recompute": "all", "recompute_layers": 0, "offload_activations": False, "mlp_tiles": 1,
 }  # fmt: skip
+OUTSIDE = "model_parameters", "host", "offloaded"  # fields of a plan that are not bytes of the device
 _ATTENTION = torch.ops.ring_hilbert.attention.default, torch.ops.ring_hilbert.attention_backward.default
 
 
@@ -65,12 +66,14 @@ class MemoryPlan:
 
     `gradients` are those of earlier micro-steps; `activations` what forward saves for backward; `temporary` all else alive at the
     peak, including new gradients; `exchange` what the attention then holds internally, of other ranks' rows and for its kernels;
-    `walks` the kernels' static tables; `contexts` driver and NCCL; `slack` what the allocator cannot use. `host` is not part of
-    the peak: main memory for the copy from which checkpoints are written in the background.
+    `walks` the kernels' static tables; `contexts` driver and NCCL; `slack` what the allocator cannot use. `host` and `offloaded`
+    are not part of the peak but in main memory: the copy from which checkpoints are written in the background, and the inputs of
+    layers and ZeRO's states that are offloaded.
     """
 
     model_parameters: int  # their number, over all ranks
     host: int
+    offloaded: int
     parameters: int
     gradients: int
     optimizer: int
@@ -94,11 +97,13 @@ class MemoryPlan:
     def __str__(self) -> str:
         named = ", ".join(f"{name} {value / GIB:.2f}" for name, value in self._parts().items())
         count = f"{self.model_parameters / 1e6:,.1f} M parameters"
-        host = f"; {self.host / GIB:.2f} GiB of main memory per rank for checkpoints" if self.host else ""
+        wanted = {"checkpoints": self.host, "what is offloaded": self.offloaded}
+        host = " and ".join(f"{value / GIB:.2f} GiB for {what}" for what, value in wanted.items() if value)
+        host = f"; main memory per rank: {host}" if host else ""
         return f"{self.total / GIB:.2f} GiB per rank at the peak of a step ({named}); {count}{host}"
 
     def _parts(self) -> dict[str, int]:
-        return {key: value for key, value in asdict(self).items() if key not in ("model_parameters", "host")}
+        return {key: value for key, value in asdict(self).items() if key not in OUTSIDE}
 
 
 def plan_memory(config: RunConfig, *, cuda: bool) -> MemoryPlan:
@@ -164,19 +169,21 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig, cuda: bool) -> Mem
         temporary, exchange = held.most - sum(states) - activations, held.most_inside - held.most
         count = sum(parameter.numel() for parameter in parameters)
         layers = len(decoder_layers(engine.model))
+    host, offloaded = states[0] + states[2] if config.checkpoint.asynchronous else 0, 0
+    if config.engine == "deepspeed":
+        host = 0
+        states, offloaded = _zero_states(config, count)
     if config.train.offload_activations:
         # Here the host is the same device, so offloaded tensors were counted: all layers' inputs but two in transit.
         width = hf_config.get_text_config(decoder=True).hidden_size * (2 if config.train.precision == "bf16" else 4)
-        activations -= max(0, layers - 2) * config.train.micro_batch * rows * width
-    host = states[0] + states[2] if config.checkpoint.asynchronous else 0
-    if config.engine == "deepspeed":
-        states, host = _zero_states(config, count), 0
+        size = config.train.micro_batch * rows * width
+        activations -= max(0, layers - 2) * size
+        offloaded += layers << (size - 1).bit_length()  # PyTorch pins powers of two
     allocated = sum(states) + activations + temporary + exchange + walks
     contexts = CONTEXT + communicators(config.parallel) if cuda else 0
     slack = int(SLACK * allocated) if cuda else 0
-    return MemoryPlan(
-        count, host, states[0], states[1], states[2], activations, temporary, exchange, walks, contexts, slack
-    )
+    held_on_device = activations, temporary, exchange, walks, contexts, slack
+    return MemoryPlan(count, host, offloaded, states[0], states[1], states[2], *held_on_device)
 
 
 def communicators(parallel: ParallelConfig) -> int:
@@ -257,14 +264,24 @@ class _Held(TorchDispatchMode):
         self.most, self.most_inside = max(self.most, self.now), max(self.most_inside, self.now + inside)
 
 
-def _zero_states(config: RunConfig, count: int) -> list[int]:
-    """Bytes of parameters, of gradients (float32), and of AdamW with the float32 copy that ZeRO updates, on a rank's device."""
+def _zero_states(config: RunConfig, count: int) -> tuple[list[int], int]:
+    """Bytes of parameters, of gradients (float32), and of AdamW with the float32 copy that ZeRO updates, on a rank's device; and
+    of what ZeRO keeps of these in main memory, where AdamW has gradients of its own.
+    """
     zero, ranks = deepspeed_settings(config)["zero_optimization"], config.parallel.world_size
     stage, width = zero["stage"], 2 if config.train.precision == "bf16" else 4
-    parameters = 0 if "offload_param" in zero else width * count // (ranks if stage == 3 else 1)
+    parameters = width * count // (ranks if stage == 3 else 1)
     gradients = 4 * count // (ranks if stage >= 2 else 1)
-    optimizer = 0 if "offload_optimizer" in zero else (12 * count // ranks if stage else 8 * count)
-    return [parameters, gradients, optimizer]
+    optimizer = 12 * count // ranks if stage else 8 * count
+    where = {what: (zero.get(f"offload_{what}") or {}).get("device", "none") for what in ("param", "optimizer")}
+    offloaded = parameters if where["param"] == "cpu" else 0
+    offloaded += optimizer + gradients if where["optimizer"] == "cpu" else 0
+    here = [
+        parameters if where["param"] == "none" else 0,
+        gradients,
+        optimizer if where["optimizer"] == "none" else 0,
+    ]
+    return here, offloaded
 
 
 @lru_cache(maxsize=16)
@@ -275,7 +292,8 @@ def _attention(config_json: str, cuda: bool) -> tuple[int, tuple[int, int]]:
     """
     config = RunConfig.model_validate_json(config_json)
     text, ranks = model_config(config).get_text_config(decoder=True), config.parallel.sp
-    heads, kv_heads, dim, dtype = _attention_sizes(config, text)
+    heads, kv_heads, dim = heads_of(text)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     triton = cuda and config.attention.backend != "torch" and unsupported(torch.device("cuda"), dtype, dim) is None
     walks, forward, backward, alike = 0, 0, 0, dict[Any, tuple[int, int]]()
     for pattern in {pattern_of(text, layer) for layer in range(text.num_hidden_layers)}:
@@ -336,11 +354,3 @@ def _sums(made: Plan, rank: int) -> int:
     batch, heads, kv_heads, dim, _ = made.shapes
     wide = 2 * kv_heads * dim if made.layout.world_size > 1 else 0
     return 4 * batch * made.layout.lengths[rank] * (2 * heads + wide)
-
-
-def _attention_sizes(config: RunConfig, text: PretrainedConfig) -> tuple[int, int, int, torch.dtype]:
-    """H, Hkv, D and the dtype of q."""
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return heads, kv_heads, dim, torch.bfloat16 if config.train.precision == "bf16" else torch.float32

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PretrainedConfig
 
-from ring_hilbert.integrations.transformers_config import order_of
+from ring_hilbert.integrations.transformers_config import heads_of, order_of
 from ring_hilbert.parallel.sharding import shard_batch
 from ring_hilbert.training.batches import Batches
 from ring_hilbert.training.config import RunConfig
@@ -147,11 +147,7 @@ def _small(config: RunConfig) -> RunConfig:
 def _small_model(hf_config: PretrainedConfig) -> PretrainedConfig:
     """Two layers of the same family and head size."""
     small = copy.deepcopy(hf_config.get_text_config(decoder=True))
-    heads, kv_heads = (
-        small.num_attention_heads,
-        getattr(small, "num_key_value_heads", None) or small.num_attention_heads,
-    )
-    head_dim = getattr(small, "head_dim", None) or small.hidden_size // heads
+    heads, kv_heads, head_dim = heads_of(small)
     small.num_hidden_layers = 2
     small.num_attention_heads, small.num_key_value_heads = (2, 2) if heads == kv_heads else (4, 2)
     small.hidden_size, small.intermediate_size = small.num_attention_heads * head_dim, 2 * head_dim

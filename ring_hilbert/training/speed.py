@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import PretrainedConfig
 
-from ring_hilbert.integrations.transformers_config import order_of, pattern_of
+from ring_hilbert.integrations.transformers_config import heads_of, order_of, pattern_of
 from ring_hilbert.parallel.planning import plan
 from ring_hilbert.training.breakdown import breakdown
 from ring_hilbert.training.config import RunConfig
@@ -34,9 +34,7 @@ def step_flops(config: RunConfig, hf_config: PretrainedConfig, parameters: int) 
 def attention_flops(config: RunConfig, hf_config: PretrainedConfig) -> float:
     """FLOPs of attention's pairs in one step over all ranks and layers, backward 2.5 times forward."""
     text = hf_config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads, kv_heads, dim = heads_of(text)
     patterns = [pattern_of(text, layer) for layer in range(text.num_hidden_layers)]
     forward = {
         pattern: sum(

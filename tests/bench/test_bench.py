@@ -368,8 +368,8 @@ def test_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config=path, set=["data.eval.every=5"], variants=["train.seed=0", "train.precision=bf16"]
     )
     records = list(curves.rows(chosen, CPU, None))
-    chosen.plot = tmp_path / "curves.png"
     curves.report(records, chosen)
+    curves.draw(tmp_path / "curves.png", records)
     first, second = (r["largest_difference"] for r in records)
     assert first == "0.00e+00" != second
     assert all(float(r["mean_difference"]) < 0.01 and len(r["losses"].split()) == 10 for r in records)
@@ -509,7 +509,7 @@ def test_data(what: str, tmp_path: Path) -> None:
 
 
 def test_saving(tmp_path: Path) -> None:
-    """A save touches steps from the one it is begun after on, at most to the one that begins the next and waits for it."""
+    """A save affects the steps after the one it began after, at most until the one that begins the next save and waits for it."""
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tiny_config(tmp_path).model_dump(mode="json")))
     chosen = argparse.Namespace(config=path, set=[], length=256, every=4, saves=2, folder=tmp_path)

@@ -173,7 +173,7 @@ def row(table: Table, run: Run, status: str = "done", value: float = 0.5, spread
 
 
 def test_what_is_wanted_next(tmp_path: Path) -> None:
-    """The gate with all rates, then its other seeds, then the other arms at the rate of their family, then fresh seeds."""
+    """The gate at every rate, then with its other seeds, then the other arms at their family's rate, then fresh seeds."""
     table, rows = load_table(declared(tmp_path)), list[dict[str, str]]()
     best = {"near": 0.01, "far": 0.1, "near_shifted": 0.01}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ring-hilbert bench quality` with its runs: a planted effect is found, none that is not there; a stopped run goes on."""
+"""`ring-hilbert bench quality` with its runs: a planted effect is found, and no other; a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_no_effect_is_found_where_there_is_none(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.full
 def test_a_run_that_is_told_to_stop_goes_on(tmp_path: Path) -> None:
-    """Its rows say so; called again, the same command goes on from its checkpoint and comes to the end."""
+    """Its rows say so; called again, the same command resumes from its checkpoint and finishes."""
     raw = yaml.safe_load(TOY.read_text())
     task = raw["tasks"]["planted"] | {"explore": [5], "confirm": [], "comparisons": []}
     task["arms"] = {"far": task["arms"]["far"]}

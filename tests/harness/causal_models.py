@@ -25,7 +25,7 @@ from ring_hilbert.training.model import LossModel, check_model, make_model
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SETTINGS = {"segment_lengths": [None], "dilation_rates": [1]}  # dense, which the order of rows does not change
 VOCAB, ROWS = 97, 24
-SIZES = {  # by what the fields of configurations are called; those that a class does not have are left out
+SIZES = {  # by the names of configuration fields; those that a class lacks are left out
     VOCAB: ("vocab_size", "decoder_vocab_size", "unpadded_vocab_size"),
     32: (
         "hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "word_embed_proj_dim", "lru_width", "input_embedding_size",
@@ -61,7 +61,7 @@ SIZES = {  # by what the fields of configurations are called; those that a class
     0.25: ("logit_scale",),
 }  # fmt: skip
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
-OF_TYPE = {  # where the sizes above contradict each other, or are called otherwise
+OF_TYPE = {  # where the sizes above contradict each other, or have other names
     "bamba": MAMBA,
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},

@@ -18,7 +18,7 @@ def zero(stage: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 @contextmanager
 def deepspeed_rank(rank: int) -> Iterator[None]:
-    """What a launcher sets, and afterwards nothing that DeepSpeed keeps of this process's groups: the next test has others."""
+    """Set what a launcher sets; afterwards clear what DeepSpeed keeps of this process's groups: the next test has others."""
     os.environ["LOCAL_RANK"] = str(rank)
     try:
         yield

@@ -55,7 +55,7 @@ _context = multiprocessing.get_context("fork")  # everything is imported once
 
 @dataclass(frozen=True)
 class Strike:
-    """Who is killed when: `step` is when the moment is waited for, `delay` seconds after it; `call` of `PUBLISHING`."""
+    """Who is killed when: from `step` on the moment is awaited, `delay` seconds later it strikes; `call` of `PUBLISHING`."""
 
     victim: str
     moment: str
@@ -88,7 +88,7 @@ def trial(folder: Path, engine: str, strike: Strike) -> str:
         sorted(path.name for path in (folder / "checkpoints").iterdir()) if (folder / "checkpoints").exists() else []
     )
     told.append(f"left {', '.join(found) or 'nothing'}")
-    if strike.victim == "launcher":  # its ranks go on, and hold the folder as long as they do
+    if strike.victim == "launcher":  # its ranks live on, and hold the folder for as long
         orphans = _ranks(folder)
         second = _start(config, None, folder, patience=0.5)
         _wait(second)
@@ -213,7 +213,7 @@ def _arm(strike: Strike, rank: int, folder: Path) -> None:
     if strike.moment == "step":
         before(Run, "train_step", soon, at_step)
     elif strike.moment == "save":
-        # Behind the steps, so that the step may be the next by now; the first one after it will do.
+        # In the background, so that the run may be a step further by now; the first checkpoint after it will do.
         later = lambda: seen["step"] >= strike.step  # noqa: E731
         before(Writer, "write_data", soon, later)
         before(DeepSpeedEngine, "save", soon, later)

@@ -52,7 +52,7 @@ def documents(count: int = DOCUMENTS, length: int = LENGTH) -> list[dict[str, to
 
 
 class Stream(IterableDataset):
-    """The documents one after the other, in every epoch from another one on."""
+    """The documents one after another, starting from a different one in every epoch."""
 
     def __init__(self) -> None:
         self.rows, self.begin = documents(), 0

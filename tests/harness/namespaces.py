@@ -50,7 +50,7 @@ class Hosts:
 
 @contextmanager
 def two_hosts() -> Iterator[Hosts]:
-    """The hosts, which are gone afterwards; skips the test where that is not permitted."""
+    """The hosts, removed afterwards; skips the test where they may not be made."""
     if shutil.which("ip") is None:
         pytest.skip("there is no `ip` (iproute2) to make network namespaces with")
     hosts = Hosts()

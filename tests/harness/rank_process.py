@@ -20,6 +20,7 @@ import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,8 @@ def serve(connection: Connection, stack_file: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # independent of how the host name resolves
     with Path(stack_file).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        _CACHES.look()
+        gc.freeze()  # what is imported is here to stay: a collection would look at it for a quarter of a second
         connection.send_bytes(b"ready")
         while True:
             try:
@@ -82,20 +85,39 @@ def _answer(task: Task) -> Report:
         _wait_for_others()
     if dist.is_initialized():
         dist.destroy_process_group()
-        _forget_meshes()
+        _CACHES.clear()
     return report
 
 
-def _forget_meshes() -> None:
-    """Clear DTensor's caches: a mesh is equal to one of an earlier call, whose groups are gone."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return
-    for name, clear in vars(importlib.import_module("torch.distributed.tensor.debug")).items():
-        if name.startswith("_clear") and name.endswith("_cache"):
-            clear()
-    for thing in gc.get_objects():
-        if type(thing) is functools._lru_cache_wrapper and str(thing.__module__).startswith("torch.distributed"):
-            thing.cache_clear()
+class _Caches:
+    """Those of DTensor and FSDP, in which a mesh is equal to one of an earlier call, whose groups are gone."""
+
+    def __init__(self) -> None:
+        self.modules = 0  # imported when they were looked for, which takes a quarter of a second
+        self.found: dict[int, Any] = {}
+
+    def look(self) -> None:
+        """Find those of modules imported since."""
+        if self.modules != len(sys.modules):
+            self.modules = len(sys.modules)
+            for thing in gc.get_objects():
+                if type(thing) is functools._lru_cache_wrapper and f"{thing.__module__}".startswith(
+                    "torch.distributed"
+                ):
+                    self.found[id(thing)] = thing
+
+    def clear(self) -> None:
+        """Empty them."""
+        self.look()
+        for cache in self.found.values():
+            cache.cache_clear()
+        if "torch.distributed.tensor" in sys.modules:
+            for name, clear in vars(importlib.import_module("torch.distributed.tensor.debug")).items():
+                if name.startswith("_clear") and name.endswith("_cache"):
+                    clear()
+
+
+_CACHES = _Caches()
 
 
 def _call(task: Task) -> Report:

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a function on several Gloo ranks of this machine, and fail rather than hang.
 
-The rank processes are spawned once and kept over tests, because importing torch takes seconds. Every call gives them a
+The rank processes are started once and kept over tests, because importing torch takes seconds. Every call gives them a
 fresh process group over a fresh file store: no ports, nothing shared with another pytest-xdist worker.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,9 +23,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.harness.rank_process import Task, serve
 
-START_TIMEOUT = 180.0  # seconds for a spawned process to import torch, on a busy machine
+START_TIMEOUT = 180.0  # seconds for the first process to import torch, on a busy machine
 GRACE = 10.0  # seconds, after a first failure, for the other ranks to end by themselves
 
 
@@ -70,11 +74,21 @@ def _earliest(failures: list[_Failure]) -> _Failure:
     return min(failures, key=lambda failure: failure.failed_at)
 
 
+@functools.cache
+def _context() -> Any:
+    """Where ranks come from: forked by a process that imports once, for all of them, what this one has imported by now."""
+    if torch.cuda.is_available():  # which imports may touch, and which does not survive a fork
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith("ring_hilbert")])
+    return context
+
+
 class _Rank:
-    """One spawned process, seen from the test."""
+    """One rank's process, seen from the test."""
 
     def __init__(self, stack_file: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.connection, theirs = context.Pipe()
         self.stack_file = stack_file
         # daemon: it ends with pytest, and may have no children of its own to leave behind

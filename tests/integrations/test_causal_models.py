@@ -45,7 +45,7 @@ def test_refused(model_type: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_causal_model(model_type: str) -> None:
-    """`python -m tests.harness.causal_models` prints what comes out for each."""
+    """`python -m tests.harness.causal_models` prints the outcome for each."""
     assert outcome(model_type)[0] in ("right", "refused", "not built")
 
 
@@ -132,7 +132,7 @@ def test_heads_that_cannot_be_followed(monkeypatch: pytest.MonkeyPatch, forward)
 
 
 def test_the_guard_does_not_trust_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits forgotten by what computes the loss are found, though those of initial weights would all be about 0."""
+    """A loss that forgets what the model does to its logits is noticed, though with initial weights they would all be about 0."""
     check_model(tiny_config("granite", full_attention=True))
     monkeypatch.setattr(OwnHead, "features", lambda self, hidden: (hidden, None))
     for model_type in ("granite", "gemma2", "cohere", "minicpm3"):
@@ -155,7 +155,7 @@ def test_the_check_does_not_grow_with_the_model() -> None:
 
 
 def test_buffers_of_the_head_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `forward` reads when the loss is computed, and not what was there when the loss was made."""
+    """What `forward` reads when the loss is computed, not what was there when its module was made."""
     monkeypatch.setattr(GraniteForCausalLM, "forward", _adds_a_buffer)
     model = tiny("granite")
     model.register_buffer("final_logits_bias", torch.zeros(1, VOCAB, dtype=torch.float64))

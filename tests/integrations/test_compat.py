@@ -428,7 +428,7 @@ def test_heads_are_dilated_at_their_own_offsets(hilbert: bool):
 
 
 def test_q_k_and_v_are_separate():
-    """The older wrapper attended among the mean of q, k and v."""
+    """The older wrapper attended within the mean of q, k and v."""
     module, (q, k, v) = wrapper(), inputs("wrapper")
     out = module(q, k, v)
     torch.testing.assert_close(module(q, k, 2 * v), 2 * out, rtol=0, atol=1e-12)

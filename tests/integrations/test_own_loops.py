@@ -117,7 +117,7 @@ def test_mistakes_of_the_trainer(tmp_path: Path, changes: dict[str, Any], messag
 
 
 def test_rows_that_the_trainer_reads(tmp_path: Path) -> None:
-    """Columns that nobody takes are left out; another epoch is another order; an evaluation is in the order of the dataset."""
+    """Columns that nothing uses are left out; each epoch has an order of its own; an evaluation keeps that of the dataset."""
     reader = trainer(tmp_path, per_device_eval_batch_size=2)
     reader.train_dataset = [{"input_ids": torch.tensor([n, n, n]), "name": "x"} for n in range(20)]
     loader: Any = reader.get_train_dataloader()
@@ -161,7 +161,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_where_a_loader_is(kind: str) -> None:
-    """A state of any moment leads to the same batches, and to the same epochs after them, whatever was drawn in between."""
+    """A state saved at any moment leads to the same batches, and to the same epochs after them, whatever was drawn in between."""
     torch.manual_seed(7)
     loader = ShardedLoader(LOADERS[kind](), None)
     epochs = [read(loader) for _ in range(4)]
@@ -180,7 +180,7 @@ def test_where_a_loader_is(kind: str) -> None:
 
 
 def test_epochs_of_a_loader() -> None:
-    """Each iteration is the next one; one that was left is begun again; who tells the sampler is heard."""
+    """Each iteration is the next epoch; one that was left early begins again; an epoch set on the sampler is respected."""
     sampler: Any = DistributedSampler(ROWS, 1, 0)
     loader = ShardedLoader(DataLoader(ROWS, sampler=sampler), None)
     epochs = [read(loader) for _ in range(3)]

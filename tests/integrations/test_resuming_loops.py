@@ -25,7 +25,7 @@ def middles(loop: str, groups: int) -> tuple[int, ...]:
 def interrupted_and_not(
     rank: int, world_size: int, loop: str, folder: Path, stops: tuple[int, ...], options: dict[str, Any]
 ) -> list[tuple[Log, Log, Log]]:
-    """For each number of steps: the uninterrupted run, one that ended after them, and what that did afterwards."""
+    """For each number of steps: the uninterrupted run, one that ended after them, and what the latter did afterwards."""
     whole = LOOPS[loop](rank, world_size, folder / "whole", -1, **options)
     found = []
     for stop in stops:

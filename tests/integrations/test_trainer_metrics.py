@@ -60,7 +60,7 @@ def measures(prediction: Any) -> dict[str, float]:
 
 
 def likely(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The most likely token, of those that are not the token of the same row: which needs the labels of these very rows."""
+    """The most likely token other than the row's own, for which the labels of these very rows are needed."""
     return logits.scatter(-1, labels.clamp(min=0)[..., None], -1e9).argmax(-1)
 
 
@@ -159,7 +159,7 @@ def one(folder: Path, rows: Any, **options: Any) -> SequenceParallelTrainer:
 
 
 def test_labels_without_labels(tmp_path: Path) -> None:
-    """They are the tokens, as in training, but for padding on either side and the first tokens of further documents."""
+    """They are the tokens, as in training, except for padding on either side and the first tokens of further documents."""
     ids = torch.arange(1, 9)
     document_ids = torch.tensor([-1, 0, 0, 0, 3, 3, -1, -1])
     found = one(tmp_path, None).predict([{"input_ids": ids, "document_ids": document_ids}])
@@ -168,7 +168,7 @@ def test_labels_without_labels(tmp_path: Path) -> None:
 
 
 def test_metrics_by_the_batch(tmp_path: Path) -> None:
-    """`compute_result` comes with the last one, and only it says how much is right."""
+    """`compute_result` comes with the last batch, and only that one says how much is right."""
     batches = []
 
     def by_the_batch(prediction: Any, compute_result: bool) -> dict[str, float]:
@@ -205,7 +205,7 @@ def test_logits_that_are_too_large(tmp_path: Path, sp_size: int) -> None:
 
 
 def test_logits_are_counted(tmp_path: Path) -> None:
-    """All that are kept: of the whole evaluation, also where later rows are longer, or of a batch."""
+    """All that are kept: those of the whole evaluation, even where later rows are longer, or of a batch."""
     rows = documents(ROWS, LENGTH)
     assert one(tmp_path, rows, max_logits_bytes=SIZE).evaluate()["eval_rows"] == ROWS
     longer = [*documents(2, 8), *rows]
@@ -257,6 +257,6 @@ def test_streams(tmp_path: Path) -> None:
 
 
 def test_rows_put_together_over_groups(tmp_path: Path) -> None:
-    """In the last batch nobody knows any more which documents fill it up."""
+    """In the last batch it is no longer known which documents are filler."""
     for error in run_ranks_collect(on_rank, 2, str(tmp_path), "flat", 3, {"sp_size": 1}):
         assert isinstance(error, ValueError) and "the data_collator makes 1 rows of 3" in str(error)

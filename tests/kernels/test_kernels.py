@@ -196,7 +196,7 @@ small_tiles = st.tuples(st.sampled_from([16, 32]), st.sampled_from([16, 32])).ma
 
 
 @given(cases(), small_tiles)
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_float32_equals_the_reference(case: Case, tile: Tile):
     check_any(case, tile)
 

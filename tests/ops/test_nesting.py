@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import ring_hilbert as rh
 from ring_hilbert.ops.nesting import Chain, chains, nested
 
-PERIOD = 48  # rows after which all segments and rates of the patterns below begin anew
+PERIOD = 48  # rows after which all segments and rates of the patterns below start over
 
 
 @st.composite

@@ -365,7 +365,7 @@ def test_an_order_of_coordinates_is_that_of_the_grid_without_the_other_cells(
     np.testing.assert_array_equal(permutation[leading:] - leading, rank.argsort(kind="stable"))
 
 
-@pytest.mark.full  # it takes the processor for itself, which the fast tier's other process does not leave it
+@pytest.mark.full  # it needs a processor to itself, which it does not get beside the fast tier's other process
 @pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize("shape", [(10**5, 10**5), (99_991, 100_003), (2155, 2154, 2153)])
 def test_a_million_points_in_time(curve: str, shape: tuple[int, ...]):

@@ -319,7 +319,7 @@ def test_segments_longer_than_32_bits(length: int):
 
 
 def test_walks_of_lengths_that_are_not_in_use_leave(monkeypatch: pytest.MonkeyPatch):
-    """A length keeps all of its walks, however large; those of others go when all are too large."""
+    """A length keeps all of its walks, however large; those of other lengths are evicted when together they are too large."""
     monkeypatch.setattr(triton_core, "_walks", OrderedDict())
     monkeypatch.setattr(triton_core, "KEPT_BYTES", 1)
     of = tuple(chains(DilatedPattern((8, None), (1, 2)), 2))

@@ -62,7 +62,7 @@ def _train(rank: int, store: str, phase: str, number: signal.Signals, victim: in
 
 
 def _strike(folder: Path, phase: str, number: signal.Signals, seed: int) -> list[tuple[str, str, float]]:
-    """(exception, message, seconds from the strike on) of every surviving rank."""
+    """(exception, message, seconds since the strike) of every surviving rank."""
     dice = random.Random(seed)
     victim, delay = dice.randrange(WORLD), dice.uniform(0, 0.04)
     pipes, processes = [], []

@@ -88,7 +88,7 @@ def test_a_mistake_of_one_rank_is_an_error_on_all(what: str, words: list[str]):
 
 
 def test_another_batch():
-    """Entries with orders of their own are as many as they are."""
+    """Where every entry has an order of its own, `x` must have as many entries as the batch."""
     prepared = rh.shard_batch({"input_ids": IDS, "attention_mask": MASK}, order=HILBERT)["ring_hilbert"]
     with pytest.raises(ValueError, match=r"x must be \[2, S_local=24, \.\.\.\]"):
         rh.gather_rows(IDS[:1], prepared)

@@ -52,7 +52,7 @@ def test_bytes_of_the_ladder_of_ring_and_of_ulysses():
 
 
 def costs(worlds: list[int], causal: bool) -> Iterator[list[dict[str, float]]]:
-    """The most that a rank does, by `bench scale`, at 1024 rows each: a list for each ladder."""
+    """The work of the busiest rank, by `bench scale`, at 1024 rows each: a list for each ladder."""
     found = list(scale.rows(argparse.Namespace(ranks=worlds, local_length=1024, causal=causal)))
     for name in scale.LADDERS:
         yield [{key: float(r[key]) for key in r if key.endswith("_max")} for r in found if r["ladder"] == name]
@@ -61,7 +61,7 @@ def costs(worlds: list[int], causal: bool) -> Iterator[list[dict[str, float]]]:
 @pytest.mark.parametrize("causal", [False, True])
 def test_cost_at_equal_rows_per_rank(causal: bool):
     fixed, steep, doubling = costs([4, 16, 64, 256], causal)
-    assert all(cost == fixed[0] for cost in fixed)  # from as many ranks on as the longest segment has
+    assert all(cost == fixed[0] for cost in fixed)  # from as many ranks on as the longest segment spans
     for key in steep[0]:
         assert steep[-1][key] <= 1.1 * steep[1][key], key
     grown = [cost["forward_mib_max"] for cost in doubling]
@@ -230,9 +230,12 @@ def test_a_block_that_breaks_nothing_is_not_warned_of(pattern: rh.DilatedPattern
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_kv_heads": 3}, "multiple of num_kv_heads=3"),
+        ({"num_kv_heads": 3}, "multiple of num_kv_heads=3; the nearest that fits is 2"),
         ({"local_lengths": [30, 30]}, "2 lengths >= 0 with sum 64"),
-        ({"document_ids": torch.zeros(63)}, r"document_ids must be \[64\]"),
+        ({"document_ids": torch.zeros(63, dtype=torch.int64)}, r"document_ids must be \[64\] or \[1, 64\]"),
+        ({"document_ids": torch.zeros(64)}, "must be a tensor of integers"),
+        ({"document_ids": torch.full((64,), -2)}, "-1 for padding"),
+        ({"order": "hilbert"}, "order must be a TokenOrder or None, got str"),
         ({"strategy": "carrier pigeon"}, "is not supported"),
     ],
 )

@@ -47,7 +47,7 @@ def packed_positions(*lengths: int, first: int = 0) -> torch.Tensor:
 
 
 def test_position_ids_that_restart_are_documents():
-    """Each entry its own; what starts one is a jump, not a zero; a mask says that they mean nothing of the kind."""
+    """Each entry its own; a document starts at a jump, not at a zero; with a mask, jumps mean nothing of the kind."""
     positions = torch.stack(
         (packed_positions(4, 1, 8), torch.cat((packed_positions(6, first=7), torch.arange(20, 27))))
     )
@@ -63,7 +63,7 @@ def test_position_ids_that_restart_are_documents():
 
 
 def test_position_ids_beside_document_ids():
-    """They may run on, count documents that were interrupted, and be anything for padding; they may not start another one."""
+    """They may continue, count documents that were interrupted, and be anything for padding; they may not start a new document."""
     ids = torch.tensor([[3, 3, 5, 5, 3, 5, -1, -1]])
     given = {"input_ids": IDS[:1, :8], "document_ids": ids}
     for positions in ([0, 1, 0, 1, 2, 2, 9, 9], [4, 5, 0, 1, 6, 2, 0, 0]):
@@ -177,6 +177,17 @@ def test_another_batch_on_one_rank_is_an_error_on_all(what: str, words: list[str
 def test_mistakes_are_named(batch: dict, message: str):
     with pytest.raises(ValueError, match=message):
         rh.shard_batch(batch)
+
+
+def test_an_order_by_name_alone_is_refused() -> None:
+    for made in (
+        lambda order: rh.prepare(13, order=order),
+        lambda order: rh.shard_batch({"input_ids": IDS}, order=order),
+    ):
+        with pytest.raises(ValueError, match="order must be a TokenOrder or None, got str"):
+            made("hilbert")
+    with pytest.raises(ValueError, match=r"local_lengths=\[12\] must be 1 lengths >= 0 with sum 13, got sum 12"):
+        rh.shard_batch({"input_ids": IDS}, local_lengths=[12])
 
 
 def test_tensors_go_where_they_are_wanted() -> None:

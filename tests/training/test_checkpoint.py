@@ -65,7 +65,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def seal(path: Path) -> None:
-    """Give a checkpoint that was tampered with a manifest that fits, as an attacker would."""
+    """Give a checkpoint that was tampered with a matching manifest, as an attacker would."""
     (path / MANIFEST).unlink(missing_ok=True)
     write_manifest(path, {str(file.relative_to(path)): sum_file(file) for file in files_of(path)})
 
@@ -80,7 +80,7 @@ def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, to
 
 @pytest.fixture(scope="module")
 def four_steps(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has stopped after four steps, with checkpoints of step 2 and 4."""
+    """A run that stopped after four steps, with checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("four")
     pretrain(config_in(texts, folder, 4))
     shutil.rmtree(folder / "checkpoints" / "model")
@@ -119,7 +119,7 @@ def test_nothing_in_a_checkpoint_is_executed(texts: Path, four_steps: Path, tmp_
     torch.save(Payload(mark), tmp_path / "payload.pt")
     payloads.append((tmp_path / "payload.pt").read_bytes())
     path = checkpoints_in(four_steps / "checkpoints")[-1].relative_to(four_steps)
-    # The last three at once: names under which pickles were or are read elsewhere, and not here.
+    # The last three at once: names under which pickles were or are read elsewhere, but not here.
     plants = [[str(file.relative_to(four_steps / path))] for file in files_of(four_steps / path)]
     plants.append(["engine/.metadata", "rng_0.pt", "engine/__0_0.distcp"])
     for number, names in enumerate(plants):
@@ -178,7 +178,7 @@ FILES = {
 def check_damage(
     texts: Path, healthy: Path, folder: Path, ranks: int, name: str, fault: Callable[[Path], None]
 ) -> None:
-    """Damage a file of the newest checkpoint: the error names it, and the run goes on from the one before."""
+    """Damage a file of the newest checkpoint: the error names it, and the run resumes from the one before."""
     shutil.copytree(healthy, folder)
     path = folder / "checkpoints" / "step_00000004"
     fault(path / name)
@@ -317,7 +317,7 @@ HOLD = "import pathlib, runpy, sys, time; runpy.run_path(sys.argv[1])['FolderLoc
 
 
 def test_one_folder_one_run(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other run is named while it lives, and no more when it was killed."""
+    """The other run is named while it lives, and no longer once it was killed."""
     folder = tmp_path / "checkpoints"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock_module.__file__), str(folder)])
     try:
@@ -365,7 +365,7 @@ def test_a_folder_that_was_taken_over(texts: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_a_full_disk(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known before: nothing is written. Not known before: the file, and the same figures. The older checkpoint stays."""
+    """Seen before: nothing is written. Not seen before: the file, with the same figures. The older checkpoint stays."""
     config = config_in(texts, tmp_path, 4)
     pretrain(config_in(texts, tmp_path, 2))
     usage = shutil.disk_usage(tmp_path)
@@ -418,7 +418,7 @@ def test_what_is_not_finite_is_not_saved(texts: Path, tmp_path: Path, key: str) 
 
 
 def test_steps_wait_until_they_are_copied(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long copying takes, a checkpoint holds the weights of its step, and the step after it is not held up by writing."""
+    """However long copying takes, a checkpoint holds the weights of its step, and writing does not hold up the next step."""
     stager = Saver._make_stager
 
     def slow(self: Saver) -> Any:

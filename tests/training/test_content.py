@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint knows the data it was trained on by their tokens, wherever they lie, and says where others begin."""
+"""A checkpoint identifies the data it was trained on by its tokens, wherever it is stored, and says where others begin."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """40 text files of 3 to 120 characters, every character of a file the same one."""
+    """40 text files of 3 to 120 characters, each file one character repeated."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for n in range(40):

@@ -81,7 +81,7 @@ PAIRS += [  # in bfloat16, where ZeRO-0 is refused, DeepSpeed has another optimi
 
 @pytest.fixture(scope="module")
 def halves(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """By engine and precision, on two ranks: the losses of twenty steps, and the folder of a run that has made ten of them."""
+    """By engine and precision, on two ranks: the losses of twenty steps, and the folder of a run that has done ten of them."""
     made: dict[tuple[str, str], tuple[list[float], Path]] = {}
 
     def of(engine: str, precision: str) -> tuple[list[float], Path]:

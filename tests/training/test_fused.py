@@ -95,7 +95,7 @@ class _Cuda:
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """Let Liger's functions be their formulas, and the device one that they run on."""
+    """Replace Liger's functions by their formulas, and pretend that they run on this device."""
     import liger_kernel.ops as ops
 
     with pytest.MonkeyPatch.context() as patch:
@@ -121,7 +121,7 @@ def test_what_is_recognised(tmp_path: Path, model_type: str):
 
 
 def test_another_function_of_the_same_shape_is_not_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A class whose code changed keeps its own code, whatever it is called."""
+    """A layer whose code was changed keeps that code, whatever its class is called."""
     pytest.importorskip("liger_kernel")
     config = model_of("llama", tmp_path)
     skeleton = build_skeleton(config, model_config(config))

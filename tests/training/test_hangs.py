@@ -122,7 +122,7 @@ def check_stop(folder: Path, seed: int, **changes: Any) -> list[str]:
         victim = run.strike(seed, signal.SIGSTOP)
         survivors = [rank for rank in range(WORLD) if rank != victim]
         named = f"for rank {victim} ("
-        # A rank may still do a step's work before it waits; it has told after half of its limit.
+        # A rank may still do a step's work before it waits; it reports after half of its limit.
         run.wait(lambda: all(named in run.told(rank) for rank in survivors), LIMIT)
         run.wait(lambda: not any(run.processes[rank].is_alive() for rank in survivors), LIMIT + 8)
         waited = []
@@ -231,7 +231,7 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_run_that_is_suspended_goes_on(tmp_path: Path) -> None:
-    """All ranks stopped for longer than the limit, as a scheduler may, and continued: nobody has waited."""
+    """All ranks are stopped for longer than the limit, as a scheduler may do, and continued: none has waited."""
     with Run(tmp_path) as run:
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for process in run.processes:

@@ -209,7 +209,7 @@ def test_check_counts_hosts_by_network(tmp_path: Path, hosts: Hosts) -> None:
 @pytest.mark.parametrize("way", ["default route", "--interface", "none"])
 def test_a_head_whose_name_leads_to_its_loopback(tmp_path: Path, hosts: Hosts, way: str) -> None:
     """As distributions write it into /etc/hosts; the others know the name by its address."""
-    etc = [Path("/etc/netns") / name for name in hosts.names]  # `ip netns exec` mounts what is there over /etc
+    etc = [Path("/etc/netns") / name for name in hosts.names]  # `ip netns exec` mounts its files over /etc
     try:
         for folder, address in zip(etc, ("127.0.1.1", ADDRESSES[0]), strict=True):
             folder.mkdir(parents=True)
@@ -252,7 +252,7 @@ def test_check_says_which_interface_was_taken(tmp_path: Path, hosts: Hosts) -> N
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("sp", "cut"), [(4, "down"), (2, "down"), (4, "lost")])
 def test_two_hosts_are_as_one_and_survive_a_cut_link(tmp_path: Path, hosts: Hosts, sp: int, cut: str) -> None:
-    """The losses of one host, with sequences or dp across the link; where that is cut, an error on all ranks, and on from there."""
+    """The losses of one host, with sequences or dp across the link; when it is cut, all ranks raise and the run can resume."""
     write_texts(tmp_path)
     parallel = {"parallel__sp": sp, "parallel__dp_shard": 4 // sp}
     run_ranks(single, 4, config_of(tmp_path / "one", tmp_path, **parallel), timeout=200)

@@ -110,9 +110,15 @@ def check(results: list[dict[str, list[float]]], expected: dict[str, list[float]
         assert results[0][key] == pytest.approx(expected[key], rel=100 * tolerance)
 
 
+IN_FLOAT64 = [(1, 2, 2, 1), (2, 2, 1, 2), (4, 1, 1, 2)]
+
+
 @pytest.mark.parametrize(
     ("sp", "shard", "replicate", "micro_batch"),
-    [(1, 1, 1, 1), (2, 1, 1, 2), (1, 2, 1, 2), (1, 1, 2, 1), (4, 1, 1, 2), (2, 2, 1, 2), (2, 1, 2, 1), (1, 2, 2, 1)],
+    [
+        *((1, 1, 1, 1), (2, 1, 1, 2), (1, 2, 1, 2), (1, 1, 2, 1), (2, 1, 2, 1)),
+        *(pytest.param(*layout, marks=pytest.mark.full) for layout in IN_FLOAT64),
+    ],
 )
 def test_torch_engine(
     tmp_path: Path,
@@ -129,13 +135,19 @@ def test_torch_engine(
     check(run_ranks(train, config.parallel.world_size, config, truth), one_rank, 1e-5)
 
 
-@pytest.mark.parametrize(("sp", "shard", "replicate"), [(1, 2, 2), (2, 2, 1), (4, 1, 1)])
+@pytest.mark.parametrize(("sp", "shard", "replicate", "micro_batch"), IN_FLOAT64)
 def test_torch_engine_in_float64(
-    tmp_path: Path, truth: Gradients, one_rank: dict[str, list[float]], sp: int, shard: int, replicate: int
+    tmp_path: Path,
+    truth: Gradients,
+    one_rank: dict[str, list[float]],
+    sp: int,
+    shard: int,
+    replicate: int,
+    micro_batch: int,
 ) -> None:
     """The same to 1e-10."""
     parallel = {"sp": sp, "dp_shard": shard, "dp_replicate": replicate}
-    config = tiny_config(tmp_path, parallel=parallel, train__precision="fp64")
+    config = tiny_config(tmp_path, parallel=parallel, train__micro_batch=micro_batch, train__precision="fp64")
     check(run_ranks(train, 4, config, truth), one_rank, 1e-10)
 
 

@@ -75,7 +75,7 @@ def test_loss_of_padding_alone() -> None:
 
 
 def test_schedule(tmp_path: Path) -> None:
-    """Linear warm-up that starts above zero, half a cosine to the ratio asked for, and no further."""
+    """Linear warm-up that starts above zero, then half a cosine down to the requested ratio, and no further."""
     config = tiny_config(
         tmp_path, optim={"lr": 1.0, "warmup_steps": 4, "decay_steps": 24, "min_lr_ratio": 0.1}, train__steps=40
     )
@@ -119,7 +119,7 @@ def test_plot_with_holes(tmp_path: Path) -> None:
 
 
 def test_metrics_continue(tmp_path: Path) -> None:
-    """Lines after the step resumed from go, a line cut short goes, none comes twice; a fresh run keeps the old file aside."""
+    """Lines after the resumed step are dropped, as is a truncated one; none comes twice; a fresh run sets the old file aside."""
     config = tiny_config(tmp_path, log__dir=str(tmp_path))
     world = World(0, 1, torch.device("cpu"))
     path = tmp_path / "metrics.jsonl"
@@ -183,7 +183,7 @@ def test_ranks_of_a_sequence_are_neighbours(tmp_path: Path) -> None:
 
 
 def test_a_loaded_state_has_the_weight_decay_of_its_run(tmp_path: Path) -> None:
-    """And its betas, so that a stage's own take effect; moments and weights are those that were saved."""
+    """Its betas too, so that a stage's own take effect; moments and weights are the saved ones."""
     before = tiny_config(tmp_path, optim__weight_decay=0.1)
     after = tiny_config(tmp_path, optim__weight_decay=0.5, optim__betas=[0.8, 0.9], train__seed=1)
     with open_world(before.parallel) as world:

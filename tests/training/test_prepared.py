@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data prepared elsewhere: the same to the byte however they were written, opened without their files, refused if not in order."""
+"""Data prepared elsewhere: the same to the byte however they were written, opened without the source files, refused if faulty."""
 
 from __future__ import annotations
 
@@ -100,9 +100,7 @@ def test_interrupted_anywhere_and_gone_on_it_is_the_same_to_the_byte(
         left[0] -= 1
         append(columns, *rest)
         if left[0] < 0:
-            for (
-                file
-            ) in columns.values():  # what was written since the last note may be there in part, or be something else
+            for file in columns.values():  # what was written since the last note may be there in part, or be garbage
                 file.write(b"torn")
             raise OSError("no space left on device")
 
@@ -280,7 +278,7 @@ def test_a_run_reads_the_same_prepared_or_not_and_needs_nothing_else(tmp_path: P
     assert resolved.sources is not None and [source.weight for source in resolved.sources] == [3.0, 1.0]
     assert resolved.tokenizer == str(tmp_path / "here" / "tokenizer")
     assert with_prepared(resolved) == resolved
-    said = config(texts, tmp_path / "here", packing=packing, **keys)  # the very configuration that it was prepared with
+    said = config(texts, tmp_path / "here", packing=packing, **keys)  # the configuration that it was prepared with
     assert equal(open_dataset(said, "train", 7)[5], wanted["train"][5])
 
 
@@ -394,7 +392,7 @@ def test_foreign_files_are_named(tmp_path: Path, texts: Path) -> None:
 
 
 def test_a_run_goes_on_with_its_data_prepared(tmp_path: Path) -> None:
-    """Its checkpoint is of the same data and configuration, though neither sources nor eval are said any more."""
+    """Its checkpoint is of the same data and configuration, though neither sources nor eval are given any more."""
     write_texts(tmp_path)
 
     def run(folder: str, steps: int, **keys: Any) -> list[float]:
@@ -428,7 +426,7 @@ def hashes(dataset: PackedDataset) -> set[int]:
 
 
 def test_what_is_held_out_stays_so_when_it_moves_or_is_joined(tmp_path: Path, texts: Path) -> None:
-    """By content: not where a file lies, and not in which file."""
+    """By content: neither by the path of a file nor by which file it is in."""
     held_out = tmp_path / "held_out"
     held_out.mkdir()
     for name in ("03.txt", "04.txt"):
@@ -485,7 +483,7 @@ def test_a_share_is_the_same_documents_wherever_they_lie(
 def test_the_same_sequences_in_the_same_order_at_any_dp_sp_and_micro_batch(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, packing: str, epoch: int
 ) -> None:
-    """A step's sequences from the cursor on, whoever reads them, over an epoch's end too; each rank opens the data by itself."""
+    """A step's sequences from the cursor on, whichever rank reads them, even across epochs; each rank opens the data itself."""
     prepare_folder(config(texts, tmp_path / "folder"), lambda _: None)
     monkeypatch.setattr(batches.Batches, "shard", lambda _, full: [row.numpy().tobytes() for row in full["input_ids"]])
     wanted = opened(tmp_path / "folder", packing=packing, seq_len=SEQ_LEN)

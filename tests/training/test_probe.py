@@ -144,7 +144,7 @@ def test_wrong_factor_of_deepspeed(tmp_path: Path, sp: int, named: str) -> None:
 
 
 def test_gradients_that_are_rounding_say_nothing() -> None:
-    """A key's bias, for instance; but one that ought to be nothing and is not does."""
+    """A key's bias, for instance; but a gradient that should be zero and is not does."""
     truth = {"weight": torch.ones(3, dtype=torch.float64), "bias": torch.full((3,), 1e-17, dtype=torch.float64)}
     good = {"weight": torch.ones(3), "bias": torch.tensor([1e-9, -1e-9, 0.0])}
     assert worst(good, truth).factor == 1 and worst(good, truth).rest < 1e-6

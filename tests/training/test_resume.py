@@ -117,7 +117,7 @@ def crash_while_saving(rank: int, world_size: int, config: RunConfig) -> None:
 
 
 def test_crash_while_saving(tmp_path: Path, texts: Path) -> None:
-    """Every rank raises, the checkpoint before is intact, and the next run goes on from it and cleans up."""
+    """Every rank raises, the checkpoint before is intact, and the next run resumes from it and cleans up."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = {"checkpoint__every": 5, "parallel__sp": 2}
     run_ranks(run_all, 2, [config_in(texts, whole, **options)])
@@ -197,7 +197,7 @@ def test_other_data_are_refused_or_accepted(tmp_path: Path, texts: Path, capsys:
 
 
 def run_on_data_of_its_own(rank: int, world_size: int, texts: Path, folder: Path) -> None:
-    """Each rank finds something else in the same place, as on hosts with disks of their own."""
+    """Each rank finds something different at the same path, as on hosts with disks of their own."""
     del world_size
     shutil.copytree(texts, folder / f"rank{rank}")
     if rank == 1:
@@ -216,7 +216,7 @@ def test_ranks_that_read_other_data_are_refused(tmp_path: Path, texts: Path) -> 
 
 
 def test_run_file(tmp_path: Path, texts: Path) -> None:
-    """A checkpoint says in JSON how far it is: steps, sequences read, target tokens."""
+    """A checkpoint says in JSON how far it got: steps, sequences read, target tokens."""
     config = config_in(texts, tmp_path, train__steps=3)
     run_ranks(run_all, 1, [config])
     run = json.loads((tmp_path / "checkpoints" / "step_00000003" / "run.json").read_text())

@@ -163,7 +163,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 @pytest.mark.full
 @pytest.mark.timeout(600)
 def test_preempted_requeued_and_ended(tmp_path: Path, cluster: Cluster) -> None:
-    """A job of higher priority takes the nodes in the middle of a run, which then goes on as if nothing had happened."""
+    """A job of higher priority takes the nodes in the middle of a run, which later resumes as if nothing had happened."""
     write_texts(tmp_path)
     run_ranks(single, 4, config_of(tmp_path / "one", tmp_path, parallel__sp=4), timeout=200)
     two = tmp_path / "two"
@@ -190,9 +190,7 @@ def test_preempted_requeued_and_ended(tmp_path: Path, cluster: Cluster) -> None:
     saved = [path.name for path in (two / "checkpoints").iterdir()]
     assert len(saved) == 1 and 5 <= int(saved[0].removeprefix("step_")) < 60, saved
     cluster.wait_for(other.stdout.strip(), {"COMPLETED"}, 60)
-    cluster.run(
-        "scontrol", "update", f"JobId={job}", "StartTime=now"
-    )  # Slurm holds back for two minutes what was requeued
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm holds back requeued jobs for two minutes
     cluster.wait_for(job, {"COMPLETED"}, 200)
     log = (tmp_path / "job.log").read_text(errors="replace")
     assert "stopped after step" in log and "resumed from step" in log and "model: " in log

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files as they come: what is a row, what is a document, and what is refused with file and line, never read as something else."""
+"""Files as found in the wild: what is a row, what is a document, and what is refused by file and line, never misread."""
 
 from __future__ import annotations
 

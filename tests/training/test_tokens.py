@@ -42,7 +42,7 @@ MODELS: dict[str, tuple[Any, Any, Any]] = {
 
 @cache
 def trained(kind: str) -> str:
-    """A small tokenizer of that kind of model, with special and other added tokens."""
+    """A small tokenizer of that model type, with special and other added tokens."""
     model, split, trainer = MODELS[kind]
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = split

@@ -99,7 +99,7 @@ def test_the_collective_is_that_of_the_stack(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_whereabouts_follow_layers() -> None:
-    """Forward, backward, and again in what backward computes anew."""
+    """Forward, backward, and again in what backward recomputes."""
     whereabouts, seen = Whereabouts(), []
     layers = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(2)))
     whereabouts.follow(layers)

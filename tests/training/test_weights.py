@@ -36,7 +36,7 @@ def filled(weights: Weights) -> Any:
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma", "phi3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_drawn(model_type: str, tied: bool) -> None:
-    """Everything gets a value, of the spread that Transformers gives it, and the same one every time."""
+    """Everything gets a value, with the spread that Transformers gives it, and the same one every time."""
     weights = Weights(skeleton(model_type, tie_word_embeddings=tied), 3, None)
     model, theirs = filled(weights), AutoModelForCausalLM.from_config(weights.skeleton.config)
     for name, expected in {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}.items():
