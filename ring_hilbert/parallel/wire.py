@@ -40,6 +40,9 @@ def _device(group: dist.ProcessGroup) -> torch.device:
     return group._device_types[0] if group._device_types else torch.device("cpu")
 
 
+waiting_for: list[str] = []  # `Pending.what` of those that threads of this process wait for
+
+
 @dataclass
 class Pending:
     """Rows in flight: `buffer` is valid after `wait()`. Keeps what is being sent alive until then."""
@@ -55,11 +58,14 @@ class Pending:
         Raises:
             RuntimeError: if a rank died or did not arrive within the group's timeout; names the rank and the transfer.
         """
+        waiting_for.append(self.what)
         try:
             for work in self.works:
                 work.wait()
         except RuntimeError as failure:
             raise RuntimeError(f"{self.what} did not complete: {failure}") from failure
+        finally:
+            waiting_for.remove(self.what)
         self.works, self.sending = [], None
         return self.buffer
 

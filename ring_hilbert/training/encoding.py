@@ -21,7 +21,8 @@ from ring_hilbert.training.documents import content_hash
 from ring_hilbert.training.reading import Batch
 from ring_hilbert.training.tokens import document_encoder
 
-ALONE = 2.0  # seconds that a process tokenises alone before it starts others
+ALONE = 2.0  # seconds that a process tokenises alone before it starts others, unless there is much to do:
+LONG = 2**25  # bytes of files, which take one core ten seconds
 
 
 class Encoded(NamedTuple):
@@ -37,9 +38,14 @@ Means = tuple[PreTrainedTokenizerBase, bool | None, str]  # tokenizer, `data.bos
 Encode = Callable[[list[str]], Encoded]
 
 
-def encoded(batches: Iterator[Batch], means: Means, workers: int) -> Generator[tuple[Batch, Encoded], None, None]:
-    """Every batch with its columns, in order: computed here at first and, if that takes long, by `workers` other processes."""
-    begin, encode, starting = time.monotonic(), _encoder(*means), None
+def encoded(
+    batches: Iterator[Batch], means: Means, workers: int, size: int
+) -> Generator[tuple[Batch, Encoded], None, None]:
+    """Every batch with its columns, in order: computed here at first and, if that takes long, by `workers` other processes.
+
+    `size`: bytes of the files.
+    """
+    begin, encode, starting = time.monotonic() - (ALONE if size >= LONG else 0.0), _encoder(*means), None
     pool: ProcessPoolExecutor | None = None
     with ExitStack() as stack:
         for batch in batches:

@@ -158,7 +158,7 @@ def _go_on(
         saved = time.monotonic()
         often = 1.0 if sys.stderr.isatty() else 30.0  # a log file keeps every line
         bar = tqdm(desc=label, total=size, unit="B", unit_scale=True, delay=1.0, mininterval=often)
-        with bar, closing(encoded(batches, means, workers)) as done:
+        with bar, closing(encoded(batches, means, workers, size)) as done:
             for batch, found in done:
                 _append(columns, record, found, batch)
                 bar.update(batch.position - bar.n)

@@ -14,7 +14,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -28,11 +27,21 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 
+from ring_hilbert.parallel.wire import waiting_for
 from ring_hilbert.training.config import TimeoutsConfig
 from ring_hilbert.training.hosts import STATUS
 from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.verdict import SILENT, Heard, Report, verdict
-from ring_hilbert.training.whereabouts import FLIGHT_RECORDER, Whereabouts, collective_of, on_device, on_host, outwards
+from ring_hilbert.training.whereabouts import (
+    FLIGHT_RECORDER,
+    Stack,
+    Whereabouts,
+    calls_in,
+    collective_of,
+    collective_that_failed,
+    on_device,
+    on_host,
+)
 
 EVERY = 1.0  # seconds between two reports of a rank
 LOOK = 0.25  # seconds between two checks of the limits
@@ -73,7 +82,7 @@ class Watchdog:
         shared: Any = _get_default_store()  # the stub lacks `clone`
         self._store = shared.clone()  # a separate connection: the run blocks on the other one
         self._store.set_timeout(timedelta(seconds=SILENT))
-        self._watched = threading.get_ident()
+        self._stack = Stack(threading.get_ident())
         self._seen: object = None
         self._recorded: str | None = None
         self._stop, self._hurry = threading.Event(), threading.Event()
@@ -100,8 +109,7 @@ class Watchdog:
         """The verdict, if `error` is a collective's that another rank caused; otherwise tell the others of `error`."""
         if self.report.leaving:  # the verdict was given, and others leaving too is no news
             time.sleep(3 * SILENT)
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        collective = collective_of(reversed(frames))
+        collective = collective_that_failed(error.__traceback__)
         of_backend = isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
         if collective is None and not of_backend:
             _within(SILENT, partial(self._tell, failure=f"{type(error).__name__}: {error}"[:1000]))
@@ -167,11 +175,12 @@ class Watchdog:
 
     def _count(self, passed: float) -> None:
         """Check whether anything has moved in the training thread, and count the others' silence."""
-        frames = list(outwards(sys._current_frames().get(self._watched)))
-        seen = (self.whereabouts.moves, [(id(frame.f_code), frame.f_lasti) for frame in frames])
+        stack = str(self._stack)
+        seen = (self.whereabouts.moves, stack)
         idle = self.report.idle + passed if seen == self._seen else 0.0
         self._seen = seen
-        collective = collective_of(frames)
+        waiting = [what.partition(": ")[2] for what in waiting_for]
+        collective = waiting[0] if waiting else collective_of(calls_in(stack))
         if idle // SILENT != self.report.idle // SILENT:  # not at every check: it takes time
             self._recorded = on_device() or collective or on_host() if idle else None
         collective = self._recorded or collective

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
-from collections.abc import Iterable, Iterator
+import re
+import tempfile
+import traceback
+from collections.abc import Iterable
 from functools import partial
-from types import FrameType
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -66,25 +70,57 @@ class Whereabouts:
         self.enter(self.part, name)
 
 
-def collective_of(frames: Iterable[FrameType]) -> str | None:
-    """The collective in which a thread is, by its stack, innermost frame first; None if it shows none."""
+class Stack:
+    """The Python calls of another thread, while it runs.
+
+    The interpreter writes them down in one go. Frames must not be looked at from here: between two looks the thread may leave one,
+    and the interpreter crashes.
+    """
+
+    def __init__(self, thread: int) -> None:
+        self._title = f"0x{thread:016x}"
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open as long as this
+
+    def __str__(self) -> str:
+        """The calls as of now, innermost first, with their lines."""
+        self._file.seek(0)
+        self._file.truncate()
+        faulthandler.dump_traceback(self._file)
+        self._file.seek(0)
+        threads = self._file.read().decode(errors="replace").split("\n\n")
+        return next((text for text in threads if self._title in text.partition("\n")[0]), "")
+
+
+class Call(NamedTuple):
+    """A call on a stack: the file and the name of its function."""
+
+    file: str
+    name: str
+
+
+def calls_in(stack: str) -> list[Call]:
+    """The calls of a `Stack` that was written down."""
+    return [Call(*found) for found in re.findall(r'^  File "(.*)", line \d+ in (.*)$', stack, re.MULTILINE)]
+
+
+def collective_of(calls: Iterable[Call]) -> str | None:
+    """The collective in which a thread is, by its calls, innermost first; None if they show none."""
     found = None
-    for frame in frames:
-        code = frame.f_code
-        if code is Pending.wait.__code__:
-            return frame.f_locals["self"].what.partition(": ")[2]
-        if code.co_name in WAITS:
-            found = WAITS[code.co_name]
-        elif code.co_filename == dist.distributed_c10d.__file__ and not code.co_name.startswith(("_", "get_", "is_")):
-            found = code.co_name
+    for file, name in calls:
+        if name in WAITS:
+            found = WAITS[name]
+        elif file == dist.distributed_c10d.__file__ and not name.startswith(("_", "get_", "is_")):
+            found = name
     return found
 
 
-def outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame and its callers."""
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+def collective_that_failed(trace: TracebackType | None) -> str | None:
+    """The collective of a traceback; None if it shows none."""
+    frames = [frame for frame, _ in traceback.walk_tb(trace)][::-1]
+    for frame in frames:
+        if frame.f_code is Pending.wait.__code__:
+            return frame.f_locals["self"].what.partition(": ")[2]
+    return collective_of(Call(frame.f_code.co_filename, frame.f_code.co_name) for frame in frames)
 
 
 def on_device() -> str | None:

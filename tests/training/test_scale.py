@@ -123,13 +123,13 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path: Path, texts: Path, monkeyp
     """Before an engine is made; and a device out of memory says what to change."""
     config = tiny_config(texts, **places(tmp_path), train__memory_gib=0.01, log__memory_plan=True)
     monkeypatch.setattr(fitting, "_on_gpu", lambda device: True)
-    monkeypatch.setattr(loop, "make_engine", lambda *_: pytest.fail("made"))
+    monkeypatch.setattr(loop, "make_engine", lambda *_, **__: pytest.fail("made"))
     with pytest.raises(
         ValueError, match=r"memory: 0.0 GiB are available per rank, but it needs 1\.\d\d GiB .* The nearest: "
     ):
         pretrain(config)
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
     monkeypatch.setattr(loop, "make_engine", full)

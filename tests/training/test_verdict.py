@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from ring_hilbert.training.config import LogConfig
 from ring_hilbert.training.stragglers import Stopwatch, Stragglers
 from ring_hilbert.training.verdict import SILENT, Heard, Report, verdict
-from ring_hilbert.training.whereabouts import Whereabouts, collective_of, outwards
+from ring_hilbert.training.whereabouts import Stack, Whereabouts, calls_in, collective_of
 
 ME = Report(0, host="a", machine="here", whereabouts="forward of layer 3, step 7", collective="all_reduce", idle=20)
 
@@ -89,13 +90,38 @@ def test_the_collective_is_that_of_the_stack(monkeypatch: pytest.MonkeyPatch) ->
     seen = []
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", lambda: seen.append(frame_label()) or 1 / 0)
 
+    stack = Stack(threading.get_ident())
+
     def frame_label() -> str | None:
-        return collective_of(outwards(sys._getframe()))
+        return collective_of(calls_in(str(stack)))
 
     assert frame_label() is None
     with pytest.raises(ZeroDivisionError):
         dist.barrier()
     assert seen == ["barrier"]
+
+
+def test_a_stack_is_read_while_its_thread_runs() -> None:
+    """Frame objects of a running thread crash the interpreter sooner or later; this reads calls that come and go 2000 times."""
+    stop, found = threading.Event(), set[str]()
+
+    def deeper(depth: int) -> int:
+        return depth if depth == 0 or stop.is_set() else deeper(depth - 1)
+
+    def run() -> None:
+        while not stop.is_set():
+            deeper(30)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert thread.ident is not None
+    stack = Stack(thread.ident)
+    for _ in range(2000):
+        found |= {call.name for call in calls_in(str(stack))}
+    stop.set()
+    thread.join()
+    assert {"run", "deeper"} <= found and "test_a_stack_is_read_while_its_thread_runs" not in found
+    assert not calls_in(str(stack))
 
 
 def test_whereabouts_follow_layers() -> None:
