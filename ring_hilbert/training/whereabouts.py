@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import re
 import tempfile
 import traceback
@@ -79,7 +80,10 @@ class Stack:
 
     def __init__(self, thread: int) -> None:
         self._title = f"0x{thread:016x}"
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open as long as this
+        if hasattr(os, "memfd_create"):  # not on a disk, which may be full
+            self._file = open(os.memfd_create("stack"), "w+b", buffering=0)  # noqa: PTH123, SIM115
+        else:
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
 
     def __str__(self) -> str:
         """The calls as of now, innermost first, with their lines."""
