@@ -110,16 +110,17 @@ def check(results: list[dict[str, list[float]]], expected: dict[str, list[float]
         assert results[0][key] == pytest.approx(expected[key], rel=100 * tolerance)
 
 
-IN_FLOAT64 = [(1, 2, 2, 1), (2, 2, 1, 2), (4, 1, 1, 2)]
+LAYOUTS = [  # sp, dp_shard, dp_replicate, micro_batch; for four ranks float64 says more, and float32 is in the full tier
+    *((*layout, "fp32") for layout in ((1, 1, 1, 1), (2, 1, 1, 2), (1, 2, 1, 2), (1, 1, 2, 1), (2, 1, 2, 1))),
+    *(
+        pytest.param(*layout, precision, marks=marks)
+        for layout in ((1, 2, 2, 1), (2, 2, 1, 2), (4, 1, 1, 2))
+        for precision, marks in (("fp32", pytest.mark.full), ("fp64", ()))
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("sp", "shard", "replicate", "micro_batch"),
-    [
-        *((1, 1, 1, 1), (2, 1, 1, 2), (1, 2, 1, 2), (1, 1, 2, 1), (2, 1, 2, 1)),
-        *(pytest.param(*layout, marks=pytest.mark.full) for layout in IN_FLOAT64),
-    ],
-)
+@pytest.mark.parametrize(("sp", "shard", "replicate", "micro_batch", "precision"), LAYOUTS)
 def test_torch_engine(
     tmp_path: Path,
     truth: Gradients,
@@ -128,27 +129,13 @@ def test_torch_engine(
     shard: int,
     replicate: int,
     micro_batch: int,
+    precision: str,
 ) -> None:
-    """Losses and first gradients in float32, with 1, 2 or 4 micro-steps, documents and padding unevenly spread."""
+    """Losses and first gradients, with 1, 2 or 4 micro-steps, documents and padding unevenly spread."""
     parallel = {"sp": sp, "dp_shard": shard, "dp_replicate": replicate}
-    config = tiny_config(tmp_path, parallel=parallel, train__micro_batch=micro_batch)
-    check(run_ranks(train, config.parallel.world_size, config, truth), one_rank, 1e-5)
-
-
-@pytest.mark.parametrize(("sp", "shard", "replicate", "micro_batch"), IN_FLOAT64)
-def test_torch_engine_in_float64(
-    tmp_path: Path,
-    truth: Gradients,
-    one_rank: dict[str, list[float]],
-    sp: int,
-    shard: int,
-    replicate: int,
-    micro_batch: int,
-) -> None:
-    """The same to 1e-10."""
-    parallel = {"sp": sp, "dp_shard": shard, "dp_replicate": replicate}
-    config = tiny_config(tmp_path, parallel=parallel, train__micro_batch=micro_batch, train__precision="fp64")
-    check(run_ranks(train, 4, config, truth), one_rank, 1e-10)
+    config = tiny_config(tmp_path, parallel=parallel, train__micro_batch=micro_batch, train__precision=precision)
+    tolerance = {"fp32": 1e-5, "fp64": 1e-10}[precision]
+    check(run_ranks(train, config.parallel.world_size, config, truth), one_rank, tolerance)
 
 
 def train_each(rank: int, world_size: int, configs: list[RunConfig], truth: Gradients) -> list[dict[str, list[float]]]:
