@@ -40,7 +40,7 @@ def _device(group: dist.ProcessGroup) -> torch.device:
     return group._device_types[0] if group._device_types else torch.device("cpu")
 
 
-waiting_for: list[str] = []  # `Pending.what` of those that threads of this process wait for
+waiting_for: list[str] = []  # `Pending.transfer` of those that threads of this process wait for
 
 
 @dataclass
@@ -52,20 +52,25 @@ class Pending:
     works: list[dist.Work]
     what: str
 
+    @property
+    def transfer(self) -> str:
+        """`what`, without the rank that it begins with."""
+        return self.what.partition(": ")[2]
+
     def wait(self) -> Tensor:
         """Wait until the rows have arrived and those to send have left; return the former.
 
         Raises:
             RuntimeError: if a rank died or did not arrive within the group's timeout; names the rank and the transfer.
         """
-        waiting_for.append(self.what)
+        waiting_for.append(self.transfer)
         try:
             for work in self.works:
                 work.wait()
         except RuntimeError as failure:
             raise RuntimeError(f"{self.what} did not complete: {failure}") from failure
         finally:
-            waiting_for.remove(self.what)
+            waiting_for.remove(self.transfer)
         self.works, self.sending = [], None
         return self.buffer
 

@@ -179,8 +179,7 @@ class Watchdog:
         seen = (self.whereabouts.moves, stack)
         idle = self.report.idle + passed if seen == self._seen else 0.0
         self._seen = seen
-        waiting = [what.partition(": ")[2] for what in waiting_for]
-        collective = waiting[0] if waiting else collective_of(calls_in(stack))
+        collective = next(iter(waiting_for), None) or collective_of(calls_in(stack))
         if idle // SILENT != self.report.idle // SILENT:  # not at every check: it takes time
             self._recorded = on_device() or collective or on_host() if idle else None
         collective = self._recorded or collective

@@ -74,8 +74,8 @@ class Whereabouts:
 class Stack:
     """The Python calls of another thread, while it runs.
 
-    The interpreter writes them down in one go. Frames must not be looked at from here: between two looks the thread may leave one,
-    and the interpreter crashes.
+    The interpreter writes them down in one go. Frames are not looked at from here: between two looks the thread may leave one, and
+    the interpreter may crash.
     """
 
     def __init__(self, thread: int) -> None:
@@ -123,7 +123,7 @@ def collective_that_failed(trace: TracebackType | None) -> str | None:
     frames = [frame for frame, _ in traceback.walk_tb(trace)][::-1]
     for frame in frames:
         if frame.f_code is Pending.wait.__code__:
-            return frame.f_locals["self"].what.partition(": ")[2]
+            return frame.f_locals["self"].transfer
     return collective_of(Call(frame.f_code.co_filename, frame.f_code.co_name) for frame in frames)
 
 

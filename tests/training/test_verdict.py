@@ -102,7 +102,7 @@ def test_the_collective_is_that_of_the_stack(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_stack_is_read_while_its_thread_runs() -> None:
-    """Frame objects of a running thread crash the interpreter sooner or later; this reads calls that come and go 2000 times."""
+    """Looking at a running thread's frames may crash the interpreter; this reads calls that come and go 2000 times."""
     stop, found = threading.Event(), set[str]()
 
     def deeper(depth: int) -> int:
