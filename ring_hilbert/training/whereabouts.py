@@ -9,8 +9,10 @@ import os
 import re
 import tempfile
 import traceback
+import weakref
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
@@ -80,19 +82,26 @@ class Stack:
 
     def __init__(self, thread: int) -> None:
         self._title = f"0x{thread:016x}"
-        if hasattr(os, "memfd_create"):  # not on a disk, which may be full
-            self._file = open(os.memfd_create("stack"), "w+b", buffering=0)  # noqa: PTH123, SIM115
-        else:
-            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        self._file = _unnamed_file()
+        weakref.finalize(self, os.close, self._file).atexit = False  # a thread that looks lives until the process ends
 
     def __str__(self) -> str:
         """The calls as of now, innermost first, with their lines."""
-        self._file.seek(0)
-        self._file.truncate()
+        os.lseek(self._file, 0, os.SEEK_SET)
+        os.ftruncate(self._file, 0)
         faulthandler.dump_traceback(self._file)
-        self._file.seek(0)
-        threads = self._file.read().decode(errors="replace").split("\n\n")
+        written = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        threads = written.decode(errors="replace").split("\n\n")
         return next((text for text in threads if self._title in text.partition("\n")[0]), "")
+
+
+def _unnamed_file() -> int:
+    """The descriptor of an empty file that ends with it; in memory where the system can, since a disk may be full."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("stack")
+    descriptor, name = tempfile.mkstemp()
+    Path(name).unlink()
+    return descriptor
 
 
 class Call(NamedTuple):

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,6 +125,18 @@ def test_a_stack_is_read_while_its_thread_runs() -> None:
     thread.join()
     assert {"run", "deeper"} <= found and "test_a_stack_is_read_while_its_thread_runs" not in found
     assert not calls_in(str(stack))
+
+
+def test_a_stack_keeps_no_file() -> None:
+    """The file ends with its object, and without the warning of a file object that nobody closed."""
+    before = len(list(Path("/dev/fd").iterdir()))
+    stack = Stack(threading.get_ident())
+    assert calls_in(str(stack))[0].name == "__str__"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del stack
+        gc.collect()
+    assert len(list(Path("/dev/fd").iterdir())) == before
 
 
 def test_whereabouts_follow_layers() -> None:
