@@ -43,7 +43,7 @@ class Report:
     host: str = field(default_factory=socket.gethostname)
     machine: str = field(default_factory=_machine)
     pid: int = field(default_factory=os.getpid)
-    whereabouts: str = ""
+    whereabouts: str = "start-up"
     collective: str | None = None
     idle: float = 0.0
     progress: str = ""

@@ -34,17 +34,17 @@ from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.verdict import SILENT, Heard, Report, verdict
 from ring_hilbert.training.whereabouts import (
     FLIGHT_RECORDER,
-    Stack,
     Whereabouts,
-    calls_in,
     collective_of,
     collective_that_failed,
+    innermost,
     on_device,
     on_host,
 )
 
 EVERY = 1.0  # seconds between two reports of a rank
 LOOK = 0.25  # seconds between two checks of the limits
+ASK = 2.0  # seconds between two questions to the flight recorder, while nothing moves
 READ = 64  # most reports of others that a rank reads per second
 
 
@@ -82,7 +82,7 @@ class Watchdog:
         shared: Any = _get_default_store()  # the stub lacks `clone`
         self._store = shared.clone()  # a separate connection: the run blocks on the other one
         self._store.set_timeout(timedelta(seconds=SILENT))
-        self._stack = Stack(threading.get_ident())
+        self._thread = threading.get_ident()  # the one that trains
         self._seen: object = None
         self._recorded: str | None = None
         self._stop, self._hurry = threading.Event(), threading.Event()
@@ -175,12 +175,12 @@ class Watchdog:
 
     def _count(self, passed: float) -> None:
         """Check whether anything has moved in the training thread, and count the others' silence."""
-        stack = str(self._stack)
-        seen = (self.whereabouts.moves, stack)
+        call = innermost(self._thread)
+        seen = (self.whereabouts.moves, call)
         idle = self.report.idle + passed if seen == self._seen else 0.0
         self._seen = seen
-        collective = next(iter(waiting_for), None) or collective_of(calls_in(stack))
-        if idle // SILENT != self.report.idle // SILENT:  # not at every check: it takes time
+        collective = next(iter(waiting_for), None) or (collective_of(call[:1]) if call else None)
+        if idle // ASK != self.report.idle // ASK:  # not at every check: it takes time
             self._recorded = on_device() or collective or on_host() if idle else None
         collective = self._recorded or collective
         progress = _bars() if self.whereabouts.phase == "data" else ""

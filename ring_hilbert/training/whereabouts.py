@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
-import os
-import re
-import tempfile
+import sys
 import traceback
-import weakref
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +20,7 @@ from ring_hilbert.parallel.wire import Pending
 
 FLIGHT_RECORDER: Any = _distributed_c10d  # whose stub has none of its functions
 Phase = Literal["start", "data", "step", "save"]
-WAITS = {"wait_for_unshard": "all_gather of parameters"}  # FSDP2's
+WAITS = {"foreach_all_gather_copy_out": "all_gather of parameters"}  # FSDP2's
 
 
 class Whereabouts:
@@ -73,51 +68,25 @@ class Whereabouts:
         self.enter(self.part, name)
 
 
-class Stack:
-    """The Python calls of another thread, while it runs.
-
-    The interpreter writes them down in one go. Frames are not looked at from here: between two looks the thread may leave one, and
-    the interpreter may crash.
-    """
-
-    def __init__(self, thread: int) -> None:
-        self._title = f"0x{thread:016x}"
-        self._file = _unnamed_file()
-        weakref.finalize(self, os.close, self._file).atexit = False  # a thread that looks lives until the process ends
-
-    def __str__(self) -> str:
-        """The calls as of now, innermost first, with their lines."""
-        os.lseek(self._file, 0, os.SEEK_SET)
-        os.ftruncate(self._file, 0)
-        faulthandler.dump_traceback(self._file)
-        written = os.pread(self._file, os.fstat(self._file).st_size, 0)
-        threads = written.decode(errors="replace").split("\n\n")
-        return next((text for text in threads if self._title in text.partition("\n")[0]), "")
-
-
-def _unnamed_file() -> int:
-    """The descriptor of an empty file that ends with it; in memory where the system can, since a disk may be full."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("stack")
-    descriptor, name = tempfile.mkstemp()
-    Path(name).unlink()
-    return descriptor
-
-
 class Call(NamedTuple):
-    """A call on a stack: the file and the name of its function."""
+    """A Python call: the file and the name of its function."""
 
     file: str
     name: str
 
 
-def calls_in(stack: str) -> list[Call]:
-    """The calls of a `Stack` that was written down."""
-    return [Call(*found) for found in re.findall(r'^  File "(.*)", line \d+ in (.*)$', stack, re.MULTILINE)]
+def innermost(thread: int) -> tuple[Call, int] | None:
+    """The innermost Python call of a thread of this process, and the instruction where it is; None if it has ended.
+
+    No more than that: a running thread may leave the calls around it meanwhile, and the interpreter crashes on whoever follows
+    them. `faulthandler` does so as well if a thread is just being made elsewhere.
+    """
+    frame = sys._current_frames().get(thread)
+    return None if frame is None else (Call(frame.f_code.co_filename, frame.f_code.co_name), frame.f_lasti)
 
 
 def collective_of(calls: Iterable[Call]) -> str | None:
-    """The collective in which a thread is, by its calls, innermost first; None if they show none."""
+    """The collective in which a thread is, by some of its calls, innermost first; None if they show none."""
     found = None
     for file, name in calls:
         if name in WAITS:

@@ -108,10 +108,10 @@ class Run:
         return self.outputs[rank].read_text(errors="replace") if self.outputs[rank].exists() else ""
 
     def strike(self, seed: int, number: signal.Signals) -> int:
-        """Send a signal to some rank at some moment; returns which."""
+        """Send a signal to some rank at some moment, not before it has reported on its steps; returns which."""
         dice = random.Random(seed)
         victim = dice.randrange(WORLD)
-        time.sleep(dice.uniform(0, 1))
+        time.sleep(watchdog_module.EVERY + dice.uniform(0, 1))
         os.kill(self.processes[victim].pid or 0, number)
         return victim
 

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import gc
+import ctypes
 import os
 import subprocess
 import sys
 import threading
-import warnings
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ring_hilbert.training.config import LogConfig
 from ring_hilbert.training.stragglers import Stopwatch, Stragglers
 from ring_hilbert.training.verdict import SILENT, Heard, Report, verdict
-from ring_hilbert.training.whereabouts import Stack, Whereabouts, calls_in, collective_of
+from ring_hilbert.training.whereabouts import Call, Whereabouts, collective_of, innermost
 
 ME = Report(0, host="a", machine="here", whereabouts="forward of layer 3, step 7", collective="all_reduce", idle=20)
 
@@ -89,54 +89,52 @@ def test_reports_survive_the_store() -> None:
     assert Report.from_json(ME.as_json()) == ME
 
 
-def test_the_collective_is_that_of_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", lambda: seen.append(frame_label()) or 1 / 0)
+def test_the_collective_is_the_innermost_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thread that waits in it, as others see it."""
+    arrived = threading.Lock()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", arrived.acquire)
+    arrived.acquire()
 
-    stack = Stack(threading.get_ident())
+    def wait() -> None:
+        with pytest.raises(AttributeError):
+            dist.barrier()
 
-    def frame_label() -> str | None:
-        return collective_of(calls_in(str(stack)))
-
-    assert frame_label() is None
-    with pytest.raises(ZeroDivisionError):
-        dist.barrier()
-    assert seen == ["barrier"]
-
-
-def test_a_stack_is_read_while_its_thread_runs() -> None:
-    """Looking at a running thread's frames may crash the interpreter; this reads calls that come and go 2000 times."""
-    stop, found = threading.Event(), set[str]()
-
-    def deeper(depth: int) -> int:
-        return depth if depth == 0 or stop.is_set() else deeper(depth - 1)
-
-    def run() -> None:
-        while not stop.is_set():
-            deeper(30)
-
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=wait)
     thread.start()
     assert thread.ident is not None
-    stack = Stack(thread.ident)
-    for _ in range(2000):
-        found |= {call.name for call in calls_in(str(stack))}
-    stop.set()
+    deadline = time.monotonic() + 20
+    while (found := innermost(thread.ident)) is None or collective_of(found[:1]) != "barrier":
+        assert time.monotonic() < deadline, found
+    arrived.release()
     thread.join()
-    assert {"run", "deeper"} <= found and "test_a_stack_is_read_while_its_thread_runs" not in found
-    assert not calls_in(str(stack))
+    assert innermost(thread.ident) is None
+    found = innermost(threading.get_ident())
+    assert found is not None and found[0].name == "innermost" and collective_of(found[:1]) is None
 
 
-def test_a_stack_keeps_no_file() -> None:
-    """The file ends with its object, and without the warning of a file object that nobody closed."""
-    before = len(list(Path("/dev/fd").iterdir()))
-    stack = Stack(threading.get_ident())
-    assert calls_in(str(stack))[0].name == "__str__"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        del stack
-        gc.collect()
-    assert len(list(Path("/dev/fd").iterdir())) == before
+def test_a_thread_is_looked_at_while_others_come_and_go() -> None:
+    """Threads that Python has not started are made without its lock, which `faulthandler` and the interpreter do not survive."""
+    system, main, looks = ctypes.CDLL(None), threading.get_ident(), list[Call]()
+    body = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(lambda _: None)
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            found = innermost(main)
+            assert found is not None
+            looks.append(found[0])
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        for _ in range(100):
+            threads = [ctypes.c_ulong() for _ in range(16)]
+            for thread in threads:
+                system.pthread_create(ctypes.byref(thread), None, body, None)
+            for thread in threads:
+                system.pthread_join(thread, None)
+        stop.set()
+        looking.result()
+    assert {call.name for call in looks} >= {"test_a_thread_is_looked_at_while_others_come_and_go"}
 
 
 def test_whereabouts_follow_layers() -> None:
