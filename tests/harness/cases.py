@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TypedDict, get_args
 
@@ -131,6 +132,32 @@ def patterns(draw: st.DrawFn, max_length: int) -> rh.DilatedPattern:
 
 
 @st.composite
+def counting_patterns(draw: st.DrawFn, max_length: int) -> rh.DilatedPattern:
+    """Patterns with weights, or nested ones that count pairs once; the last rate of these need not divide its length."""
+    weights = draw(st.lists(st.integers(1, 9), min_size=4, max_size=4))
+    if draw(st.booleans()):
+        pattern = draw(patterns(max_length).filter(lambda found: len(set(found.branches)) == len(found.branches)))
+        return replace(pattern, weights=tuple(weights[: len(pattern.branches)]))
+    branches, w, r = list[tuple[int | None, int]](), 1, 1
+    for _ in range(draw(st.integers(1, 4))):
+        inner = w
+        r *= draw(st.integers(1, 3))
+        w = math.lcm(inner * draw(st.integers(1, 4)), r)
+        w *= 1 + ((w, r) in branches)
+        branches.append((w, r))
+    last = draw(st.sampled_from(["aligned", "whole", "ragged"]))
+    if last == "whole":
+        branches[-1] = (None, r)
+    elif last == "ragged" and len(branches) > 1 and r > branches[-2][1]:
+        branches[-1] = (inner * (r // inner + 1), r)
+    lengths, rates = zip(*draw(st.permutations(branches)), strict=True)
+    return rh.DilatedPattern(
+        lengths, rates, head_shift=draw(st.integers(-2, 4)), segment_shift=draw(st.integers(-9, 9)), count="once",
+        weights=tuple(weights[: len(rates)]) if draw(st.booleans()) else None,
+    )  # fmt: skip
+
+
+@st.composite
 def cases(draw: st.DrawFn, max_length: int = 48, orders: bool = True) -> Case:
     """Cases over (S, w, r, H, Hkv, rule, shifts, causal, order, positions, documents)."""
     seq_len = draw(st.integers(1, max_length))
@@ -148,4 +175,4 @@ def cases(draw: st.DrawFn, max_length: int = 48, orders: bool = True) -> Case:
     )  # fmt: skip
 
 
-__all__ = ["Case", "assert_close", "cases", "patterns", "replace"]
+__all__ = ["Case", "assert_close", "cases", "counting_patterns", "patterns", "replace"]

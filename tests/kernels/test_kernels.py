@@ -131,7 +131,13 @@ CASES = {
     "documents": Case(LADDER, 113, 2, 2, 2, 16, documents="shared"),
     "documents per entry, hilbert": Case(LADDER, 70, 2, 2, 1, 16, order=HILBERT, documents="per-batch"),
     "padding": Case(LADDER, 113, 1, 4, 2, 16, documents="padding"),
-}
+    "counted once": Case(replace(LADDER, count="once", segment_shift=-37), 113, 1, 4, 2, 16),
+    "counted once with weights": Case(
+        rh.DilatedPattern((16, 64, None), (1, 4, 16), weights=(1, 4, 16), count="once"), 150, 1, 3, 3, 16,
+        order=HILBERT, documents="shared",
+    ),
+    "weights": Case(rh.DilatedPattern((16, 40, 50), (1, 2, 3), segment_shift=-5, weights=(3, 1, 700)), 113, 1, 2, 1, 16),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -157,6 +163,11 @@ def test_dtypes_head_dims_and_odd_lengths(dtype: torch.dtype, head_dim: int, seq
 def test_large_logits(dtype: torch.dtype):
     case = Case(rh.DilatedPattern((128, 256), (1, 2)), 300, 1, 2, 2, 32, logit_scale=16.0)
     check(answer(case, dtype, Tile(64, 64, 1, 1)), case, dtype, floor=0.0)
+
+
+def test_the_largest_weights_in_half_precision():
+    case = Case(rh.DilatedPattern((16, None), (1, 2), weights=(1, 2**15 - 1)), 90, 1, 2, 2, 16)
+    check(answer(case, torch.float16), case, torch.float16)
 
 
 @pytest.mark.parametrize("beside", [0, 3])
@@ -266,6 +277,15 @@ def every_problem(world: int) -> list[RankProblem]:
 def test_ranks_equal_the_reference(world: int):
     every = every_problem(world)
     check_ranks(world, every[world // 2 :: 107 if world == 2 else 191])
+
+
+@on_the_cpu
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)])
+def test_ranks_count_pairs_as_often_as_the_reference(world: int):
+    case = replace(CASES["counted once with weights"], seq_len=32 * world, causal=False)
+    weighed = replace(CASES["weights"], seq_len=35 * world, documents="padding")
+    problems = [(case, (32,) * world, Way(*way)) for way in (("exchange", "zigzag"), ("ring", "contiguous"))]
+    check_ranks(world, [*problems, (weighed, (35,) * world, EXCHANGE)])
 
 
 @on_the_cpu
