@@ -15,14 +15,17 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def multiplicity(pattern: DilatedPattern, kv_heads: int, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The number of branches that hold rows `a` and `b` in one segment for kv head `g` (broadcastable int tensors): int32."""
+    """How often rows `a` and `b` count for kv head `g` (broadcastable int tensors), whatever masks them: int32."""
     a, b = a + pattern.segment_shift, b + pattern.segment_shift
     count = torch.zeros_like(a, dtype=torch.int32)
-    for w, r in pattern.branches:
+    for branch in reversed(pattern.from_innermost):
+        w, r = branch
         offset = (g + pattern.head_shift) % r if pattern.offset_rule == "modulo" else g // -(-kv_heads // r)
         within_a, within_b = (a, b) if w is None else (a % w, b % w)
         held = (within_a % r == offset) & (within_b % r == offset)
-        count = count + (held if w is None else held & (a // w == b // w)).to(torch.int32)
+        held = held if w is None else held & (a // w == b // w)
+        weight = held.to(torch.int32) * pattern.weight(branch)
+        count = torch.where(held, weight, count) if pattern.count == "once" else count + weight
     return count
 
 

@@ -70,19 +70,11 @@ def question_of(config: RunConfig) -> Question:
     attention, train = config.attention, config.train
     heads, kv_heads, dim = heads_of(model)
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    shift = 0 if attention.head_shift == "auto" else attention.head_shift
-    pattern = rh.DilatedPattern(
-        tuple(attention.segment_lengths),
-        tuple(attention.dilation_rates),
-        attention.offset_rule,
-        shift,
-        attention.segment_shift,
-    )
     order = None if attention.order is None else rh.TokenOrder(**attention.order.model_dump(exclude_none=True))
     shapes = Shapes(train.micro_batch, heads, kv_heads, dim, dtype)
     return Question(
-        pattern, config.data.seq_len, config.parallel.sp, shapes, order, True, attention.layout, attention.strategy,
-        attention.head_shift == "auto",
+        attention.pattern(attention.segment_shift), config.data.seq_len, config.parallel.sp, shapes, order, True,
+        attention.layout, attention.strategy, attention.head_shift == "auto",
     )  # fmt: skip
 
 
