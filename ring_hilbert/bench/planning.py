@@ -97,11 +97,10 @@ def answer(question: Question, speeds: Speeds) -> Choice:
 def report(question: Question, choice: Choice, speeds: Speeds, links: Sequence[float]) -> str:
     """A readable page: the problem, a line per strategy, the choice, warnings. `links`: bytes per second."""
     shapes = question.shapes
-    branches = ", ".join(f"{'all' if w is None else w}/{r}" for w, r in question.pattern.branches)
     lines = [
         f"{question.seq_len} rows over {question.world} ranks ({question.layout}), B {shapes.batch_size}, H "
         f"{shapes.num_heads}, Hkv {shapes.num_kv_heads}, D {shapes.head_dim}, {str(shapes.dtype).removeprefix('torch.')}, "
-        f"{'causal' if question.causal else 'not causal'}; branches w/r: {branches}",
+        f"{'causal' if question.causal else 'not causal'}; branches w/r: {question.pattern.description}",
         "",
         "Per rank and layer, at the rank with most of it; backward includes K and V that are fetched again. An exchange or",
         f"ring computes while rows travel (seconds: the longer of both), at {speeds.flops / 1e12:g} TFLOP/s.",

@@ -189,6 +189,14 @@ class DilatedPattern:
             sorted(self.branches, key=lambda branch: (branch.segment_length or math.inf, branch.dilation_rate))
         )
 
+    @property
+    def description(self) -> str:
+        """The branches as `w/r`, each with its weight, and whether pairs count once: for reports."""
+        parts = [f"{'all' if w is None else w}/{r}" for w, r in self.branches]
+        if self.weights is not None:
+            parts = [f"{part} weight {weight}" for part, weight in zip(parts, self.weights, strict=True)]
+        return ", ".join(parts) + ("; pairs counted once" if self.count == "once" else "")
+
     def weight(self, branch: Branch) -> int:
         """How often a pair counts for `branch`."""
         return 1 if self.weights is None else self.weights[self.branches.index(branch)]

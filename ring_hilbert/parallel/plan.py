@@ -313,10 +313,9 @@ class Plan:
 
     def summary(self) -> str:
         """A short readable report: rows, bytes, FLOPs (min, mean, max over ranks), imbalance."""
-        world, shapes, pattern = self.layout.world_size, self.shapes, self.pattern
-        branches = ", ".join(f"{'all' if w is None else w}/{r}" for w, r in pattern.branches)
+        world, shapes = self.layout.world_size, self.shapes
         lines = [
-            f"{self.layout.seq_len} rows over {world} rank(s), {self.layout.kind}; branches w/r {branches}; "
+            f"{self.layout.seq_len} rows over {world} rank(s), {self.layout.kind}; branches w/r {self.pattern.description}; "
             f"{'causal' if self.visible.causal else 'not causal'}",
             f"B {shapes.batch_size}  H {shapes.num_heads}  Hkv {shapes.num_kv_heads}  D {shapes.head_dim}  {shapes.dtype}; "
             f"strategy {self.strategy}",

@@ -233,6 +233,13 @@ def test_any_case_on_any_ranks(case: Case, world: int, kind: str, way: Way):
     check_any(case, world, kind, way)
 
 
+def test_reports_say_how_pairs_count():
+    assert LADDER.description == "8/1, 32/2, 64/4"
+    assert BOTH.description == "8/1 weight 1, 32/2 weight 2, 64/4 weight 4; pairs counted once"
+    plan = planned(Case(replace(ONCE, segment_lengths=(8, 32, None)), 64), Layout((64,)))
+    assert "branches w/r 8/1, 32/2, all/4; pairs counted once; causal" in plan.summary()
+
+
 def test_calls_and_layers_keep_how_pairs_count():
     options = {"causal": True, "order": None, "scale": 1.0, "name": None}
     for pattern in (LADDER, ONCE, WEIGHED, BOTH):
