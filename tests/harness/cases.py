@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, replace
 from typing import TypedDict, get_args
 
@@ -133,28 +134,31 @@ def patterns(draw: st.DrawFn, max_length: int) -> rh.DilatedPattern:
 
 @st.composite
 def counting_patterns(draw: st.DrawFn, max_length: int) -> rh.DilatedPattern:
-    """Patterns with weights, or nested ones that count pairs once; the last rate of these need not divide its length."""
-    weights = draw(st.lists(st.integers(1, 9), min_size=4, max_size=4))
-    if draw(st.booleans()):
-        pattern = draw(patterns(max_length).filter(lambda found: len(set(found.branches)) == len(found.branches)))
-        return replace(pattern, weights=tuple(weights[: len(pattern.branches)]))
-    branches, w, r = list[tuple[int | None, int]](), 1, 1
-    for _ in range(draw(st.integers(1, 4))):
-        inner = w
-        r *= draw(st.integers(1, 3))
-        w = math.lcm(inner * draw(st.integers(1, 4)), r)
-        w *= 1 + ((w, r) in branches)
-        branches.append((w, r))
-    last = draw(st.sampled_from(["aligned", "whole", "ragged"]))
-    if last == "whole":
-        branches[-1] = (None, r)
-    elif last == "ragged" and len(branches) > 1 and r > branches[-2][1]:
-        branches[-1] = (inner * (r // inner + 1), r)
-    lengths, rates = zip(*draw(st.permutations(branches)), strict=True)
-    return rh.DilatedPattern(
-        lengths, rates, head_shift=draw(st.integers(-2, 4)), segment_shift=draw(st.integers(-9, 9)), count="once",
-        weights=tuple(weights[: len(rates)]) if draw(st.booleans()) else None,
-    )  # fmt: skip
+    """Patterns of 2 to 4 branches with weights, and nested ones, with or without, that may count pairs once."""
+    dice = random.Random(draw(st.integers(0, 2**32)))  # most that hypothesis draws by itself have a single branch
+    number = dice.randint(2, 4)
+    weights = tuple(dice.randint(1, 9) for _ in range(number))
+    branches = dict[tuple[int | None, int], None]()
+    if dice.random() < 0.3:
+        while len(branches) < number:
+            w = dice.choice([None, *range(1, max_length + 6)])
+            branches[w, dice.randint(1, min(w or 12, 12))] = None
+        count = "per_branch"
+    else:
+        w, r = dice.randint(1, 4), 1
+        while len(branches) < number:
+            inner, r = w, r * dice.choice([1, 2, 2, 3])
+            w = math.lcm(inner * dice.choice([1, 2, 3]), r)
+            w *= 1 + ((w, r) in branches)
+            branches[w, r] = None
+        last = dice.choice([None, w, inner * (r // inner + 1)])  # the last rate need not divide its length
+        del branches[w, r]
+        branches[w if (last, r) in branches else last, r] = None
+        count, weights = dice.choice([("once", None), ("once", weights), ("per_branch", weights)])
+    lengths, rates = zip(*dice.sample(list(branches), number), strict=True)
+    rule = dice.choice(["modulo", "modulo", "block"] if count == "per_branch" else ["modulo"])
+    shifts = dice.randint(-2, 4) if rule == "modulo" else 0, dice.randint(-9, 9)
+    return rh.DilatedPattern(lengths, rates, rule, *shifts, weights=weights, count=count)
 
 
 @st.composite

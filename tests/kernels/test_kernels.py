@@ -277,7 +277,8 @@ def test_ranks_equal_the_reference(world: int):
 
 
 @on_the_cpu
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_count_pairs_as_often_as_the_reference(world: int):
     case = replace(CASES["counted once"], seq_len=24 * world, order=None)
     weighed = replace(CASES["weights"], seq_len=20 * world, documents="padding")

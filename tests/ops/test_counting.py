@@ -13,9 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ring_hilbert as rh
+from ring_hilbert.kernels.tables import VISIT_TIMES
+from ring_hilbert.kernels.tiles import Tile
+from ring_hilbert.ops.core import Shard
+from ring_hilbert.ops.nesting import chains
 from ring_hilbert.ops.pattern import LayerPattern, LayerRule, OwnPattern
 from ring_hilbert.ops.shells import shell_visits
 from ring_hilbert.ops.visits import Chunk
+from ring_hilbert.parallel.execution import remote_walks
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.node import Call
 from tests.harness.cases import Case, assert_close, cases, counting_patterns
@@ -120,6 +125,12 @@ def test_the_torch_core_visits_pairs_as_often_as_they_count(
         np.testing.assert_array_equal(counted(visits, length, heads), np.tril(expected) if causal else expected)
 
 
+def test_how_often_a_pair_of_a_shell_counts():
+    for pattern, expected in ((LADDER, 3), (ONCE, 1), (WEIGHED, 14), (BOTH, 1)):
+        (chain,) = chains(pattern, 2)
+        assert chain.multiplicity(0, 2) == expected
+
+
 @given(counting_cases(max_length=32), blocks)
 @settings(max_examples=12, deadline=None)
 def test_the_triton_core_visits_pairs_as_often_as_they_count(case: Case, sizes: tuple[int, int]):
@@ -159,6 +170,17 @@ def test_ranks_visit_pairs_as_often_as_they_count(case: Case, world: int, kind: 
         for pass_ in ("forward", "backward"):
             assert plan.received_bytes(rank, pass_) == other.received_bytes(rank, pass_)
         assert plan.attention_flops(rank) == other.attention_flops(rank)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_walks_over_received_rows_hold_the_weights(transposed: bool):
+    """What is visited over lists is the business of test_walk.py."""
+    plan = planned(Case(WEIGHED, 64), Layout((32, 32)))
+    shard = Shard(plan.layout.chunks(1), 64)
+    walks = remote_walks(plan.crossings, 1, False, shard, torch.device("cpu"))
+    assert walks is not None
+    found = walks.walk(0, Tile(16, 16, 1, 1), transposed).visits[:, VISIT_TIMES]
+    assert set(found.tolist()) == {visit.weight for visit in plan.hops(1)[0].hop.visits} == {1, 3, 10}
 
 
 def test_counting_once_computes_fewer_pairs():
