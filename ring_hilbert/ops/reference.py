@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ring_hilbert.ops.order import TokenOrder
-from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.ops.pattern import Branch, DilatedPattern
 
 
 def multiplicity(pattern: DilatedPattern, length: int, num_kv_heads: int) -> Tensor:
@@ -25,10 +25,12 @@ def multiplicity(pattern: DilatedPattern, length: int, num_kv_heads: int) -> Ten
     """
     rows = torch.arange(length) + pattern.segment_shift
     count = torch.zeros(num_kv_heads, length, length, dtype=torch.int64)
-    weighted = zip(pattern.branches, pattern.weights or [1] * len(pattern.branches), strict=True)
-    for branch, weight in sorted(
-        weighted, key=lambda x: (x[0].segment_length or math.inf, x[0].dilation_rate), reverse=True
-    ):
+    weights = pattern.weights or (1,) * len(pattern.branches)
+
+    def size(weighted: tuple[Branch, int]) -> tuple[float, int]:
+        return weighted[0].segment_length or math.inf, weighted[0].dilation_rate
+
+    for branch, weight in sorted(zip(pattern.branches, weights, strict=True), key=size, reverse=True):  # innermost last
         w, r = branch
         segment = torch.zeros_like(rows) if w is None else rows.div(w, rounding_mode="floor")
         within = rows if w is None else rows.remainder(w)

@@ -212,7 +212,7 @@ def shared_segment(branch: Branch, segment_shift: int, a: Chunk, b: Chunk) -> tu
     return parts[0], parts[1]
 
 
-def counting(
+def counted_pairs(
     pattern: DilatedPattern, branch: Branch, queries: Segments, keys: Iterable[tuple[int, int]]
 ) -> Iterator[tuple[Segments, list[tuple[int, int]]]]:
     """The pairs that count for `branch`, of rows in one segment of it: runs of queries, each with the keys that they visit.
@@ -266,7 +266,7 @@ def crossing_visits(
         parts = None if causal_rows and b.start > a.start else shared_segment(branch, pattern.segment_shift, a, b)
         if parts is None:
             continue
-        for mine, runs in counting(pattern, branch, parts[0], [(parts[1].start, parts[1].stop)]):
+        for mine, runs in counted_pairs(pattern, branch, parts[0], [(parts[1].start, parts[1].stop)]):
             for (start, stop), (offset, heads) in itertools.product(runs, pattern.residues(branch, num_kv_heads)):
                 queries = rows_in(mine, branch.dilation_rate, offset, a.start - a.local)
                 theirs = replace(parts[1], start=start, stop=stop)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ring_hilbert.ops.core import RemoteVisit
-from ring_hilbert.ops.visits import counting, rows_in
+from ring_hilbert.ops.visits import counted_pairs, rows_in
 from ring_hilbert.parallel.crossings import Block, Crossings
 
 
@@ -79,7 +79,7 @@ def _visits(crossings: Crossings, rank: int, received: dict[int, list[Block]]) -
     windows = sorted(window for owner in received for window in crossings.windows(owner))
     for reach in crossings.reaches(rank):
         branch, base = reach.branch, reach.chunk.start - reach.chunk.local
-        for mine, runs in counting(pattern, branch, reach.mine, windows):
+        for mine, runs in counted_pairs(pattern, branch, reach.mine, windows):
             for offset, heads in pattern.residues(branch, crossings.num_kv_heads):
                 queries = rows_in(mine, branch.dilation_rate, offset, base)
                 keys = crossings.keys(reach, offset, runs)
