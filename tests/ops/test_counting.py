@@ -246,7 +246,7 @@ def problems_over(world: int, every: int) -> list[tuple[Case, tuple[int, ...], W
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_equal_the_reference(world: int):
-    check_problems(world, problems_over(world, 4))
+    check_problems(world, problems_over(world, 8))
 
 
 @pytest.mark.full
