@@ -19,7 +19,7 @@ from ring_hilbert.ops.core import Shard
 from ring_hilbert.ops.nesting import chains
 from ring_hilbert.ops.pattern import LayerPattern, LayerRule, OwnPattern
 from ring_hilbert.ops.shells import shell_visits
-from ring_hilbert.ops.visits import Chunk
+from ring_hilbert.ops.visits import Chunk, branch_visits
 from ring_hilbert.parallel.execution import remote_walks
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.node import Call
@@ -123,6 +123,13 @@ def test_the_torch_core_visits_pairs_as_often_as_they_count(
             assert plan.pattern.count == "per_branch"
     for visits in found:
         np.testing.assert_array_equal(counted(visits, length, heads), np.tril(expected) if causal else expected)
+
+
+def test_residues_of_unlike_weights_are_not_merged():
+    """Both branches hold the same rows, of which those of the next head lie one further."""
+    pattern = rh.DilatedPattern((100, 200), (2, 2), weights=(3, 5))
+    visits = branch_visits(pattern, 2, Chunk(0, 20, 0), False)
+    np.testing.assert_array_equal(counted(visits, 20, 2), rh.reference.multiplicity(pattern, 20, 2))
 
 
 def test_how_often_a_pair_of_a_shell_counts():
