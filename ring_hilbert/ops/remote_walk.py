@@ -58,8 +58,8 @@ def plan_lists(
         tiles = list[list[int]]()
         used = 0
         for number, pattern in enumerate(patterns):
-            chosen, first = np.flatnonzero(pattern), len(shown)
-            shown += [(int(i), 0, -1, pairs[i][2]) for i in chosen]
+            chosen, first = np.flatnonzero(pattern).tolist(), len(shown)
+            shown += [(i, 0, -1, pairs[i][2]) for i in chosen]
             begin, end = np.searchsorted(kind, [number, number + 1])
             for at in range(begin, end, block_outer):
                 tiles.append([num_outer + at, min(block_outer, end - at), first, len(chosen), used, len(chosen), 0, 0])
