@@ -3,26 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.ops.pattern import Branch, DilatedPattern
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Weighted = tuple[Branch, int]  # a branch and its weight
 
 
-def multiplicity(pattern: DilatedPattern, kv_heads: int, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The number of branches that hold rows `a` and `b` in one segment for kv head `g` (broadcastable int tensors): int32."""
+def multiplicity(
+    pattern: DilatedPattern, from_outermost: Sequence[Weighted], kv_heads: int, g: Tensor, a: Tensor, b: Tensor
+) -> Tensor:
+    """How often rows `a` and `b` count for kv head `g` (broadcastable int tensors), whatever masks them: int32."""
     a, b = a + pattern.segment_shift, b + pattern.segment_shift
     count = torch.zeros_like(a, dtype=torch.int32)
-    for w, r in pattern.branches:
+    for (w, r), weight in from_outermost:
         offset = (g + pattern.head_shift) % r if pattern.offset_rule == "modulo" else g // -(-kv_heads // r)
         within_a, within_b = (a, b) if w is None else (a % w, b % w)
         held = (within_a % r == offset) & (within_b % r == offset)
-        count = count + (held if w is None else held & (a // w == b // w)).to(torch.int32)
+        held = held if w is None else held & (a // w == b // w)
+        times = held.to(torch.int32) * weight
+        count = torch.where(held, times, count) if pattern.count == "once" else count + times
     return count
 
 
@@ -48,13 +53,14 @@ def attention(
         compiled: if False, PyTorch's eager fallback runs, quadratic in memory: for tests only.
     """
     group = heads // kv_heads
+    weighted = [(branch, pattern.weight(branch)) for branch in reversed(pattern.from_innermost)]
 
     def mask_mod(_b: Tensor, h: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        held = multiplicity(pattern, kv_heads, h // group, a, b) > 0
+        held = multiplicity(pattern, weighted, kv_heads, h // group, a, b) > 0
         return held & (b <= a) if causal else held
 
     def score_mod(score: Tensor, _b: Tensor, h: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return score + multiplicity(pattern, kv_heads, h // group, a, b).clamp(min=1).to(score.dtype).log()
+        return score + multiplicity(pattern, weighted, kv_heads, h // group, a, b).clamp(min=1).to(score.dtype).log()
 
     make, kernel = create_block_mask, flex_attention
     if compiled:

@@ -41,7 +41,7 @@ class Variant:
         """A small walk of this kind."""
         rows, cpu, chunk = np.arange(ROWS), torch.device("cpu"), tile.chunk
         if self.remote:
-            visits = [[[(rows, rows)]] * KV_HEADS]
+            visits = [[[(rows, rows, 1)]] * KV_HEADS]
             return plan_lists(visits, rows, rows, block_outer=tile.block_outer, device=cpu, chunk=chunk)
         pattern = DilatedPattern((8 if self.segments else 512, 1024), (1, 2))
         places = torch.arange(ROWS).flip(0) if self.indexed else None

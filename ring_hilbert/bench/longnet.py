@@ -23,7 +23,12 @@ from ring_hilbert.ops.pattern import DilatedPattern, Residue
 
 
 def check(pattern: DilatedPattern, length: int) -> None:
-    """Raise ValueError unless the algorithm is defined: segments start at row 0, and are full or filled up with zeros."""
+    """Raise ValueError unless the algorithm is defined: segments start at row 0, and are full or filled up with zeros.
+
+    Its branches count alike and each for itself.
+    """
+    if pattern.weights is not None or pattern.count != "per_branch":
+        raise ValueError(f"LongNet counts pairs per branch and has no weights, got {pattern}; use the defaults")
     if pattern.segment_shift:
         raise ValueError(f"LongNet has no segment_shift, got {pattern.segment_shift}; use 0")
     if pattern.zero_keys:

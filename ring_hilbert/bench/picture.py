@@ -98,7 +98,7 @@ def draw_mask(axes: Any, subject: Subject, order: rh.TokenOrder | None = None, r
         axes.axhline(border, color="white", linewidth=0.8)
         axes.axvline(border, color="white", linewidth=0.8)
     kind = "row" if rows else "token"
-    axes.set(title="pattern: keys of a row, by how many branches", xlabel=f"key {kind}", ylabel=f"query {kind}")
+    axes.set(title="pattern: keys of a row, by how often they count", xlabel=f"key {kind}", ylabel=f"query {kind}")
 
 
 def cells(order: rh.TokenOrder, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -70,19 +70,11 @@ def question_of(config: RunConfig) -> Question:
     attention, train = config.attention, config.train
     heads, kv_heads, dim = heads_of(model)
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    shift = 0 if attention.head_shift == "auto" else attention.head_shift
-    pattern = rh.DilatedPattern(
-        tuple(attention.segment_lengths),
-        tuple(attention.dilation_rates),
-        attention.offset_rule,
-        shift,
-        attention.segment_shift,
-    )
     order = None if attention.order is None else rh.TokenOrder(**attention.order.model_dump(exclude_none=True))
     shapes = Shapes(train.micro_batch, heads, kv_heads, dim, dtype)
     return Question(
-        pattern, config.data.seq_len, config.parallel.sp, shapes, order, True, attention.layout, attention.strategy,
-        attention.head_shift == "auto",
+        attention.pattern(attention.segment_shift), config.data.seq_len, config.parallel.sp, shapes, order, True,
+        attention.layout, attention.strategy, attention.head_shift == "auto",
     )  # fmt: skip
 
 
@@ -105,11 +97,10 @@ def answer(question: Question, speeds: Speeds) -> Choice:
 def report(question: Question, choice: Choice, speeds: Speeds, links: Sequence[float]) -> str:
     """A readable page: the problem, a line per strategy, the choice, warnings. `links`: bytes per second."""
     shapes = question.shapes
-    branches = ", ".join(f"{'all' if w is None else w}/{r}" for w, r in question.pattern.branches)
     lines = [
         f"{question.seq_len} rows over {question.world} ranks ({question.layout}), B {shapes.batch_size}, H "
         f"{shapes.num_heads}, Hkv {shapes.num_kv_heads}, D {shapes.head_dim}, {str(shapes.dtype).removeprefix('torch.')}, "
-        f"{'causal' if question.causal else 'not causal'}; branches w/r: {branches}",
+        f"{'causal' if question.causal else 'not causal'}; branches w/r: {question.pattern.description}",
         "",
         "Per rank and layer, at the rank with most of it; backward includes K and V that are fetched again. An exchange or",
         f"ring computes while rows travel (seconds: the longer of both), at {speeds.flops / 1e12:g} TFLOP/s.",

@@ -21,7 +21,7 @@ from ring_hilbert.ops.pattern import DilatedPattern, LayerRule, OwnPattern
 
 NAME = "ring_hilbert"
 SAVED_NAME = "_attn_implementation"  # the key that every Transformers 5 reads from config.json
-PATTERN_KEYS = ("segment_lengths", "dilation_rates", "offset_rule", "head_shift", "segment_shift")
+PATTERN_KEYS = ("segment_lengths", "dilation_rates", "offset_rule", "head_shift", "segment_shift", "weights", "count")
 KEYS = (*PATTERN_KEYS, "order", "layers", "strategy", "backend", "layout")
 LAYER_KEYS = ("dense", "head_shift", "segment_shift", "branches")
 LOCAL_ROPE = (

@@ -47,12 +47,14 @@ class RemoteVisit:
     Attributes:
         keys: int64 `[B, heads, K]`, the index of each key among the candidates of the hop.
         rows: int64 `[K]`, the row of each key in the sequence.
+        weight: how often a pair counts.
     """
 
     heads: Heads
     queries: Rows
     keys: np.ndarray
     rows: np.ndarray
+    weight: int
 
 
 class Incoming(NamedTuple):

@@ -4,14 +4,13 @@
 Branches `(w, r)` of a *chain* are nested: each branch's rows and segments lie within those of the one before. A row then has a
 *depth* in the chain: it is in branches `0 .. depth` and in no others (-1: in none). The pairs of a chain are visited shell by
 shell: *shell* `j` is a row's segment of branch `j` without its segment of branch `j - 1`. A pair held by several branches is
-visited once, in the innermost of them, where it counts `min(c, d) - j + 1` times for rows of depths `c` and `d`: its
-*multiplicity*.
+visited once, in the innermost of them, where for rows of depths `c` and `d` it counts as often as branches `j .. min(c, d)` weigh
+together, or, counted once, as branch `j` weighs: its *multiplicity*.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,20 +19,22 @@ from ring_hilbert.ops.pattern import Branch, DilatedPattern
 
 @dataclass(frozen=True)
 class Chain:
-    """Nested branches, and `offsets[i][g]` of branch i and kv head g."""
+    """Nested branches, `offsets[i][g]` of branch i and kv head g, `weights[i]`; `once`: the innermost alone counts a pair."""
 
     branches: tuple[Branch, ...]
     offsets: tuple[tuple[int, ...], ...]
+    weights: tuple[int, ...]
+    once: bool
 
     def holds(self, branch: Branch, offsets: Sequence[int]) -> bool:
-        """Whether `branch` may follow the last one: `r_i | r`, `w_i | w`, `r_i | w_i`, and the offsets agree."""
-        (w_in, r_in), (w, r) = self.branches[-1], branch
-        return (
-            r % r_in == 0
-            and (w is None or (w_in is not None and w % w_in == 0))
-            and (w_in is None or w_in % r_in == 0)
-            and all(o % r_in == o_in for o, o_in in zip(offsets, self.offsets[-1], strict=True))
-        )
+        """Whether `branch` may follow the last one: it extends that, and the offsets agree."""
+        last = self.branches[-1]
+        agree = all(o % last.dilation_rate == o_in for o, o_in in zip(offsets, self.offsets[-1], strict=True))
+        return branch.extends(last) and agree
+
+    def multiplicity(self, shell: int, depth: int) -> int:
+        """How often a pair of shell `shell` counts, the smaller of its rows' depths being `depth`."""
+        return self.weights[shell] if self.once else sum(self.weights[shell : depth + 1])
 
     @property
     def unbroken(self) -> bool:
@@ -49,16 +50,16 @@ class Chain:
 def chains(pattern: DilatedPattern, num_kv_heads: int) -> list[Chain]:
     """The branches of `pattern` in few chains; in one if all are nested."""
     result: list[Chain] = []
-    for branch in sorted(
-        pattern.branches, key=lambda branch: (branch.segment_length or math.inf, branch.dilation_rate)
-    ):
+    for branch in pattern.from_innermost:
         own = tuple(pattern.offset(branch, head, num_kv_heads) for head in range(num_kv_heads))
+        weight = pattern.weight(branch)
         for at, chain in enumerate(result):
             if chain.holds(branch, own):
-                result[at] = Chain((*chain.branches, branch), (*chain.offsets, own))
+                joined = (*chain.branches, branch), (*chain.offsets, own), (*chain.weights, weight)
+                result[at] = Chain(*joined, chain.once)
                 break
         else:
-            result.append(Chain((branch,), (own,)))
+            result.append(Chain((branch,), (own,), (weight,), pattern.count == "once"))
     return result
 
 

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 OffsetRule = Literal["modulo", "block"]
+Count = Literal["per_branch", "once"]
+
+MOST_WEIGHT = 1 << 15  # of all branches together: kernels hold a pair's weight times an exponential in half precision
 
 
 class Branch(NamedTuple):
@@ -19,6 +24,13 @@ class Branch(NamedTuple):
 
     segment_length: int | None
     dilation_rate: int
+
+    def extends(self, inner: Branch) -> bool:
+        """Whether `inner` lies within it where their offsets agree: `r_in | r`, `w_in | w`, `r_in | w_in`."""
+        (w_in, r_in), (w, r) = inner, self
+        return (
+            r % r_in == 0 and (w is None or (w_in is not None and w % w_in == 0)) and (w_in is None or w_in % r_in == 0)
+        )
 
 
 class Heads(NamedTuple):
@@ -54,6 +66,9 @@ class DilatedPattern:
     `(g + head_shift) mod r_i` (rule "modulo", the paper's) or `g // ceil(num_kv_heads / r_i)` (rule "block", the authors'
     released code). No divisibility is required. Duplicate branches count twice; their order is irrelevant.
 
+    A (query, key) pair counts as often as branches hold it, each as often as its weight says; or, counted `once`, with the weight
+    of the innermost branch that holds it.
+
     Args:
         segment_lengths: `w_i >= 1` in rows, or None for one segment over the whole sequence.
         dilation_rates: `r_i` with `1 <= r_i <= w_i`, as many as there are segment lengths.
@@ -65,10 +80,14 @@ class DilatedPattern:
         zero_keys: reproduce torchscale's LongNet: keys of score 0 and value 0 fill segments up, as its padding does. With
             `w' = min(w, S)`, every segment has `ceil(w' / r)` keys in every branch and head: its rows at the offset, the rest
             zeros. Under causality the zeros come after all rows, and no query sees them.
+        weights: how often a pair counts for each branch, positive integers; None: once. Only their ratios affect outputs; a
+            common factor shifts `lse`.
+        count: "per_branch", or "once" for nested branches: pairs that several branches hold count for the innermost alone.
 
     Raises:
-        ValueError: for tuples of different lengths, values out of range, `head_shift` with the block rule, or `zero_keys`
-            with `segment_shift`.
+        ValueError: for tuples of different lengths, values out of range, `head_shift` with the block rule, `zero_keys` with
+            `segment_shift`, `weights` or `count`, duplicate branches with `weights` or `count`, or `count="once"` if the branches
+            are not nested.
     """
 
     segment_lengths: tuple[int | None, ...]
@@ -78,6 +97,8 @@ class DilatedPattern:
     segment_shift: int = 0
     heads: tuple[int, int] | None = None
     zero_keys: bool = False
+    weights: tuple[int, ...] | None = None
+    count: Count = "per_branch"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "segment_lengths", tuple(self.segment_lengths))
@@ -113,11 +134,79 @@ class DilatedPattern:
                 f"segment_shift={self.segment_shift} with zero_keys=True: torchscale's segments begin at row 0; use 0, or "
                 "zero_keys=False"
             )
+        self._check_counting()
+
+    def _check_counting(self) -> None:
+        if self.count not in get_args(Count):
+            raise ValueError(f"count must be 'per_branch' or 'once', got {self.count!r}")
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(self.weights))
+            if len(self.weights) != len(self.segment_lengths):
+                raise ValueError(
+                    f"weights has {len(self.weights)} entries and segment_lengths {len(self.segment_lengths)}; give one weight "
+                    "per branch"
+                )
+            for i, weight in enumerate(self.weights):
+                if not _is_int(weight) or weight < 1:
+                    raise ValueError(
+                        f"weights[{i}] must be a positive integer, got {weight!r}; only ratios affect outputs: for fractions "
+                        "multiply all weights by one factor"
+                    )
+            if sum(self.weights) > MOST_WEIGHT:
+                raise ValueError(
+                    f"weights must sum to at most {MOST_WEIGHT}, got {sum(self.weights)}; divide all by one factor"
+                )
+        if self.weights is None and self.count == "per_branch":
+            return
+        given = f"count={self.count!r}" if self.weights is None else f"weights={self.weights}"
+        if self.zero_keys:
+            raise ValueError(
+                f"{given} with zero_keys=True: torchscale counts every key once per branch; use zero_keys=False"
+            )
+        if len(set(self.branches)) < len(self.branches):
+            twice = next(branch for branch in self.branches if self.branches.count(branch) > 1)
+            raise ValueError(
+                f"{given} with branch {tuple(twice)} given twice; give it once, with the sum as its weight"
+            )
+        if self.count == "once":
+            for inner, outer in itertools.pairwise(self.from_innermost):
+                if self.offset_rule != "modulo" or not outer.extends(inner):
+                    raise ValueError(
+                        f"count='once' needs nested branches, with offset_rule='modulo': {tuple(inner)} and {tuple(outer)} are "
+                        f"not nested with {self.offset_rule!r}; let every segment length and dilation rate divide the next "
+                        "larger one, and each rate its length, or use count='per_branch'"
+                    )
 
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The branches as `(segment_length, dilation_rate)` pairs."""
         return tuple(Branch(w, r) for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
+
+    @property
+    def from_innermost(self) -> tuple[Branch, ...]:
+        """The branches in ascending order of segment length, then dilation rate: of nested ones the innermost first."""
+        return tuple(
+            sorted(self.branches, key=lambda branch: (branch.segment_length or math.inf, branch.dilation_rate))
+        )
+
+    @property
+    def description(self) -> str:
+        """The branches as `w/r`, each with its weight, and whether pairs count once: for reports."""
+        parts = [f"{'all' if w is None else w}/{r}" for w, r in self.branches]
+        if self.weights is not None:
+            parts = [f"{part} weight {weight}" for part, weight in zip(parts, self.weights, strict=True)]
+        return ", ".join(parts) + ("; pairs counted once" if self.count == "once" else "")
+
+    def weight(self, branch: Branch) -> int:
+        """How often a pair counts for `branch`."""
+        return 1 if self.weights is None else self.weights[self.branches.index(branch)]
+
+    def yields_to(self, branch: Branch) -> Branch | None:
+        """With `count="once"` the branch for which pairs count that both hold, the next smaller one; else None."""
+        if self.count == "per_branch":
+            return None
+        at = self.from_innermost.index(branch)
+        return self.from_innermost[at - 1] if at else None
 
     def for_heads(self, first_kv_head: int, total_kv_heads: int) -> DilatedPattern:
         """This pattern for kv heads `first_kv_head, first_kv_head + 1, ...` of `total_kv_heads`, given without the others.
@@ -191,6 +280,7 @@ class LayerRule(NamedTuple):
                     head_shift=own.head_shift,
                     dilation_rates=self.first.dilation_rates[:kept],
                     segment_shift=own.segment_shift,
+                    weights=self.first.weights and self.first.weights[:kept],
                 )
         return replace(self.first, head_shift=self.first.head_shift + self.head_step * layer)
 

@@ -7,6 +7,7 @@ for what plain eager autograd makes of the same definition. No optimised path im
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,21 +15,30 @@ import torch
 from torch import Tensor
 
 from ring_hilbert.ops.order import TokenOrder
-from ring_hilbert.ops.pattern import DilatedPattern
+from ring_hilbert.ops.pattern import Branch, DilatedPattern
 
 
 def multiplicity(pattern: DilatedPattern, length: int, num_kv_heads: int) -> Tensor:
-    """How many branches hold both rows in one segment, before any mask: int64 `[Hkv, S, S]` (query, key)."""
+    """How often a pair counts before any mask: int64 `[Hkv, S, S]` (query, key).
+
+    The sum of the weights of the branches that hold both rows in one segment; or, with `count="once"`, the weight of the innermost.
+    """
     rows = torch.arange(length) + pattern.segment_shift
     count = torch.zeros(num_kv_heads, length, length, dtype=torch.int64)
-    for branch in pattern.branches:
+    weights = pattern.weights or (1,) * len(pattern.branches)
+
+    def size(weighted: tuple[Branch, int]) -> tuple[float, int]:
+        return weighted[0].segment_length or math.inf, weighted[0].dilation_rate
+
+    for branch, weight in sorted(zip(pattern.branches, weights, strict=True), key=size, reverse=True):  # innermost last
         w, r = branch
         segment = torch.zeros_like(rows) if w is None else rows.div(w, rounding_mode="floor")
         within = rows if w is None else rows.remainder(w)
         same_segment = segment[:, None] == segment[None, :]
         for g in range(num_kv_heads):
             member = within.remainder(r) == pattern.offset(branch, g, num_kv_heads)
-            count[g] += same_segment & member[:, None] & member[None, :]
+            held = same_segment & member[:, None] & member[None, :]
+            count[g] = torch.where(held, weight, count[g]) if pattern.count == "once" else count[g] + weight * held
     return count
 
 
@@ -81,8 +91,8 @@ def dilated_attention(
     Args:
         q: `[B, S, H, D]`.
         k, v: `[B, S, Hkv, D]`, `H % Hkv == 0`.
-        pattern: the branches; `m` is the number of them that hold both rows. With `zero_keys`, the keys that fill segments up
-            are in both sums, with score 0 and value 0, unless causal: then they come after all rows.
+        pattern: the branches; `m` says how often they count both rows (`multiplicity`). With `zero_keys`, the keys that fill
+            segments up are in both sums, with score 0 and value 0, unless causal: then they come after all rows.
         causal: key rows with a larger position are masked.
         order: if given, all tensors are in natural token order and the pattern acts on rows in this order.
         positions: integers `[S]` or `[B, S]`; default the row index (with `order`, the token index).

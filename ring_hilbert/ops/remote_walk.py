@@ -14,16 +14,18 @@ from ring_hilbert.kernels.tables import CHUNK, ENDLESS, GAPS, LIST_WIDTH, SPARE,
 from ring_hilbert.kernels.tiles import Tile
 from ring_hilbert.ops.core import RemoteVisit, Shard
 
-Pairs = tuple[np.ndarray, np.ndarray]  # outer rows, and the inner rows that all of them visit
+Pairs = tuple[
+    np.ndarray, np.ndarray, int
+]  # outer rows, the inner rows that all of them visit, and how often a pair counts
 
 
 def plan_lists(
     visits: Sequence[Sequence[Sequence[Pairs]]], outer_places: np.ndarray, inner_places: np.ndarray, *, block_outer: int,
     device: torch.device, chunk: int = CHUNK,
 ) -> Walk:  # fmt: skip
-    """A walk from explicit lists: `visits[b][g]` are the pairs (outer rows, inner rows) of batch entry b and kv head g.
+    """A walk from explicit lists: `visits[b][g]` are (outer rows, inner rows, times) of batch entry b and kv head g.
 
-    A row may be in several; a pair of rows counts once for each that holds both. Rows in none are in no tile.
+    A row may be in several; a pair of rows counts `times` for each that holds both. Rows in none are in no tile.
 
     Args:
         visits: for every batch entry and kv head; a single entry stands for all.
@@ -38,13 +40,13 @@ def plan_lists(
     outer, inner, shown = list[np.ndarray](), list[np.ndarray](), list[tuple[int, int, int, int]]()
     made, runs, num_outer, num_inner = list[np.ndarray](), 0, 0, 0
     for table, pairs in enumerate(flat):
-        for i, (_, keys) in enumerate(pairs):
+        for i, (_, keys, _) in enumerate(pairs):
             lists[table, i] = num_inner, 1, len(keys), 0
             inner.append(keys[np.argsort(inner_places[keys], kind="stable")])
             num_inner += len(keys)
-        rows = np.unique(np.concatenate([np.empty(0, np.int64), *(x for x, _ in pairs)]))
+        rows = np.unique(np.concatenate([np.empty(0, np.int64), *(x for x, _, _ in pairs)]))
         member = np.zeros((len(rows), len(pairs)), bool)
-        for i, (x, _) in enumerate(pairs):
+        for i, (x, _, _) in enumerate(pairs):
             member[np.searchsorted(rows, x), i] = True
         patterns, kind = (
             np.unique(member, axis=0, return_inverse=True) if len(rows) else (member, np.empty(0, np.int64))
@@ -56,8 +58,8 @@ def plan_lists(
         tiles = list[list[int]]()
         used = 0
         for number, pattern in enumerate(patterns):
-            chosen, first = np.flatnonzero(pattern), len(shown)
-            shown += [(int(i), 0, -1, 1) for i in chosen]
+            chosen, first = np.flatnonzero(pattern).tolist(), len(shown)
+            shown += [(i, 0, -1, pairs[i][2]) for i in chosen]
             begin, end = np.searchsorted(kind, [number, number + 1])
             for at in range(begin, end, block_outer):
                 tiles.append([num_outer + at, min(block_outer, end - at), first, len(chosen), used, len(chosen), 0, 0])
@@ -129,10 +131,11 @@ class RemoteWalks:
                 queries = visit.queries.indices()[0]
                 for entry in range(batch):
                     for head, keys in zip(visit.heads.indices, visit.keys[entry], strict=True):
-                        pairs[entry][head].append((keys, queries) if transposed else (queries, keys))
+                        sides = (keys, queries) if transposed else (queries, keys)
+                        pairs[entry][head].append((*sides, visit.weight))
             own = self.shard.places()
-            sides = (self.places[hop], own) if transposed else (own, self.places[hop])
+            places = (self.places[hop], own) if transposed else (own, self.places[hop])
             self._walks[key] = plan_lists(
-                pairs, *sides, block_outer=tile.block_outer, device=self.device, chunk=tile.chunk
+                pairs, *places, block_outer=tile.block_outer, device=self.device, chunk=tile.chunk
             )
         return self._walks[key]

@@ -3,8 +3,7 @@
 
 In a nested pattern a row in branch `i` is in all branches before it, and the near keys of a branch, those that lie in the inner
 branch's segment, are keys of the inner branch too. So the rows of branch 0 attend to each other within their segment `w_0`,
-those of branch 1 within `w_1` but not `w_0`, and so on; in shell `j` a pair of rows that are in the branches up to `c` and up
-to `d` counts `min(c, d) - j + 1` times.
+those of branch 1 within `w_1` but not `w_0`, and so on; how often a pair of shell `j` counts is said in `nesting.py`.
 
 Shells are as regular as branches: shell 0 is a square or a triangle, and every other shell consists of rectangles, causal or
 not, since its parts lie wholly before or wholly after the query.
@@ -125,8 +124,9 @@ class _Piece:
             query_rows, key_rows = (_progression(x, move, phase, stride, count, pitch) for x in (queries, keys))
             if query_rows is None or key_rows is None:
                 continue
-            repeats = tuple(self._repeats(query_rows, key_rows, shell, heads.start))
-            yield Visit(heads, query_rows, key_rows, causal=causal, repeats=repeats)
+            once, weight = self.pattern.count == "once", self.pattern.weight(self.branches[shell])
+            repeats = () if once else tuple(self._repeats(query_rows, key_rows, shell, heads.start))
+            yield Visit(heads, query_rows, key_rows, causal=causal, weight=weight, repeats=repeats)
 
     def _phase(self, level: int, head: int) -> int:
         """A row of branch `level` for kv head `head`, modulo the dilation rate."""
@@ -138,7 +138,7 @@ class _Piece:
             period, phase = self.branches[level].dilation_rate // keys.stride, self._phase(level, head)
             query, key = ((phase - rows.start) // keys.stride % period for rows in (queries, keys))
             if query < queries.count and key < keys.count:
-                yield Repeat(query, key, period)
+                yield Repeat(query, key, period, self.pattern.weight(self.branches[level]))
 
 
 def _progression(segments: Segments, move: int, phase: int, stride: int, count: int, pitch: int) -> Rows | None:

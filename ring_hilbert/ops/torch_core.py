@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -180,7 +181,7 @@ class _BoundVisit:
         kernel: DenseKernel,
         device: torch.device,
     ) -> None:
-        self.visit = Visit(remote.heads, remote.queries, remote.queries)
+        self.visit = Visit(remote.heads, remote.queries, remote.queries, weight=remote.weight)
         at = remote.keys  # [B, heads, K]
         places = at if arriving.place is None else arriving.place.numpy().astype(np.int64)[at]
         travels = (places >= 0).any((0, 1))
@@ -190,7 +191,7 @@ class _BoundVisit:
         if own is not None:
             key = arriving.key.numpy().astype(np.int64)[at].max(1)  # a head for which a row is not sent does not see it
             seen = sight(_cut(own, self.visit.rows(remote.queries)), key[: len(own.low), None, None], False, device)
-        self.scope = Scope(kernel, seen)
+        self.scope = Scope(kernel, seen, log_weight=math.log(remote.weight))
 
     def rows_of(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """The visit's K and V as `[B, 1, 1, h, K, D]`."""
@@ -208,11 +209,11 @@ def _local_scope(visit: Visit, own: RowIntervals | None, kernel: DenseKernel, de
     else:
         keys = own.key[:, visit.rows(visit.keys)]
         seen = sight(_cut(own, visit.rows(visit.queries)), keys, visit.is_self, device)
-    weights = None
-    if visit.repeats:
-        queries_in, keys_in = visit.depths()
-        times = 1 + np.minimum.outer(np.arange(len(visit.repeats) + 1), keys_in)
-        weights = Weights(seen.arrange(queries_in, device), seen.arrange(np.log(times), device).to(kernel.dtype))
+    if not visit.repeats:
+        return Scope(kernel, seen, log_weight=math.log(visit.weight))
+    queries_in, keys_in = visit.depths()
+    times = visit.times[np.minimum.outer(np.arange(len(visit.repeats) + 1), keys_in)]
+    weights = Weights(seen.arrange(queries_in, device), seen.arrange(np.log(times), device).to(kernel.dtype))
     return Scope(kernel, seen, weights)
 
 

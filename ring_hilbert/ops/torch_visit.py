@@ -53,12 +53,14 @@ class Scope:
     Attributes:
         kernel: the dense kernel.
         sight: which keys are seen.
-        weights: how often the pairs count; None: once each.
+        weights: how often the pairs count; None: all alike.
+        log_weight: logarithm of how often they count if they count alike.
     """
 
     kernel: DenseKernel
     sight: Sight
     weights: Weights | None = None
+    log_weight: float = 0.0
 
 
 def forward(state: RunningSoftmax, q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> None:
@@ -95,9 +97,8 @@ def forward(state: RunningSoftmax, q: Tensor, k: Tensor, v: Tensor, scope: Scope
                 RunningSoftmax(piece.lse[:, :, tile.queries], piece.out[:, :, tile.queries]).add(lse, out)
             if piece is not None:
                 rows = RunningSoftmax(state.lse[group][index], state.out[group][index])
-                rows.add(
-                    _put_back(piece.lse.unsqueeze(-1), scope, index).squeeze(-1), _put_back(piece.out, scope, index)
-                )
+                lse = _put_back(piece.lse.unsqueeze(-1), scope, index).squeeze(-1)
+                rows.add(lse.double() + scope.log_weight, _put_back(piece.out, scope, index))
 
 
 def backward(
@@ -124,7 +125,7 @@ def backward(
         keys, values = (_take(x[index], scope, index) for x in (k, v))
         for group in range(q.shape[0]):
             queries, douts, outs = (_take(x[group][index], scope, index) for x in (q, dout, out))
-            logs = _take(lse[group][index].unsqueeze(-1), scope, index, convert=False).squeeze(-1)
+            logs = _take(lse[group][index].unsqueeze(-1), scope, index, convert=False).squeeze(-1) - scope.log_weight
             pieces: list[Tensor] = []
             for tile, kernel, bias, _ in _tiles(part, index, queries, keys, scope, made):
                 rows, columns = (slice(None), slice(None), tile.queries), (slice(None), slice(None), tile.keys)

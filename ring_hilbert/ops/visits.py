@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -55,11 +55,12 @@ class Rows:
 
 
 class Repeat(NamedTuple):
-    """Rows that a further branch also holds: every `period`-th of a segment, starting at `query` and at `key`."""
+    """Rows that a further branch also holds, for which pairs count `weight` times: every `period`-th from `query` and `key` on."""
 
     query: int
     key: int
     period: int
+    weight: int = 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Visit:
 
     Attributes:
         causal: keys with a larger row index than the query are masked; otherwise the row index masks nothing.
-        repeats: a pair counts once, plus once for each of these that holds both rows; each lies within the one before.
+        weight: how often a pair counts.
+        repeats: a pair counts in addition for each of these that holds both rows; each lies within the one before.
     """
 
     heads: Heads
@@ -80,7 +82,13 @@ class Visit:
     residues: int = 1
     head_step: int = 1
     causal: bool = False
+    weight: int = 1
     repeats: tuple[Repeat, ...] = ()
+
+    @property
+    def times(self) -> np.ndarray:
+        """How often a pair counts, by the smaller of its two `depths`: int64 `[repeats + 1]`."""
+        return np.cumsum([self.weight, *(repeat.weight for repeat in self.repeats)])
 
     @property
     def is_self(self) -> bool:
@@ -133,12 +141,9 @@ class Visit:
         )
 
     def depths(self) -> tuple[np.ndarray, np.ndarray]:
-        """The number of `repeats` that hold each query and each key, int64 `[queries.count]` and `[keys.count]`.
-
-        A pair counts one plus the smaller of its two depths.
-        """
+        """The number of `repeats` that hold each query and each key, int64 `[queries.count]` and `[keys.count]`."""
         queries, keys = np.zeros(self.queries.count, np.int64), np.zeros(self.keys.count, np.int64)
-        for query, key, period in self.repeats:
+        for query, key, period, _ in self.repeats:
             queries[query::period] += 1
             keys[key::period] += 1
         return queries, keys
@@ -207,8 +212,38 @@ def shared_segment(branch: Branch, segment_shift: int, a: Chunk, b: Chunk) -> tu
     return parts[0], parts[1]
 
 
+def counted_pairs(
+    pattern: DilatedPattern, branch: Branch, queries: Segments, keys: Iterable[tuple[int, int]]
+) -> Iterator[tuple[Segments, list[tuple[int, int]]]]:
+    """The pairs that count for `branch`, of rows in one segment of it: runs of queries, each with the keys that they visit.
+
+    Args:
+        pattern, branch: where the branch yields pairs to another, these are left out.
+        queries: rows of the segment.
+        keys: other rows of the segment, before or behind the queries, as runs `[start, stop)`.
+    """
+    inner = pattern.yields_to(branch)
+    if inner is None:
+        yield queries, list(keys)
+        return
+    if inner.segment_length is None:  # which holds all pairs
+        return
+    # Only the segments of `inner` at both ends of the queries reach beyond them.
+    (_, first, cut), (_, last, stop) = (
+        segment_at(inner, pattern.segment_shift, row) for row in (queries.start, queries.stop - 1)
+    )
+    assert first is not None and cut is not None and last is not None and stop is not None
+    runs = [(queries.start, min(cut, queries.stop), first, cut)]
+    if cut < queries.stop:
+        runs += [(cut, last, cut, last), (last, queries.stop, last, stop)]
+    for begin, end, hole, hole_stop in runs:
+        if begin < end:
+            parts = (part for a, b in keys for part in ((a, min(b, hole)), (max(a, hole_stop), b)))
+            yield replace(queries, start=begin, stop=end), [(a, b) for a, b in parts if a < b]
+
+
 def branch_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, causal_rows: bool) -> list[Visit]:
-    """The visits among the rows of one chunk, branch by branch.
+    """The visits among the rows of one chunk, branch by branch: of a pattern that counts pairs per branch.
 
     `causal_rows` says that causality follows the row index (no positions were given).
     """
@@ -218,7 +253,7 @@ def branch_visits(pattern: DilatedPattern, num_kv_heads: int, chunk: Chunk, caus
             for offset, heads in pattern.residues(branch, num_kv_heads):
                 rows = rows_in(segments, branch.dilation_rate, offset, chunk.start - chunk.local)
                 if rows is not None:
-                    visits.append(Visit(heads, rows, rows, causal=causal_rows))
+                    visits.append(Visit(heads, rows, rows, causal=causal_rows, weight=pattern.weight(branch)))
     return merge_residues(visits)
 
 
@@ -231,11 +266,13 @@ def crossing_visits(
         parts = None if causal_rows and b.start > a.start else shared_segment(branch, pattern.segment_shift, a, b)
         if parts is None:
             continue
-        for offset, heads in pattern.residues(branch, num_kv_heads):
-            queries = rows_in(parts[0], branch.dilation_rate, offset, a.start - a.local)
-            keys = rows_in(parts[1], branch.dilation_rate, offset, b.start - b.local)
-            if queries is not None and keys is not None:
-                visits.append(Visit(heads, queries, keys))
+        for mine, runs in counted_pairs(pattern, branch, parts[0], [(parts[1].start, parts[1].stop)]):
+            for (start, stop), (offset, heads) in itertools.product(runs, pattern.residues(branch, num_kv_heads)):
+                queries = rows_in(mine, branch.dilation_rate, offset, a.start - a.local)
+                theirs = replace(parts[1], start=start, stop=stop)
+                keys = rows_in(theirs, branch.dilation_rate, offset, b.start - b.local)
+                if queries is not None and keys is not None:
+                    visits.append(Visit(heads, queries, keys, weight=pattern.weight(branch)))
     return merge_residues(visits)
 
 
@@ -246,7 +283,7 @@ def merge_residues(visits: list[Visit]) -> list[Visit]:
         size = len(visit.heads.indices)
         distance = visit.keys.start - visit.queries.start
         shape = (replace(visit.queries, start=0), replace(visit.keys, start=0), distance, size, visit.heads.step)
-        alike.setdefault((shape, visit.causal, visit.repeats), []).append(visit)
+        alike.setdefault((shape, visit.causal, visit.weight, visit.repeats), []).append(visit)
     merged: list[Visit] = []
     for group in alike.values():
         chain: list[Visit] = []

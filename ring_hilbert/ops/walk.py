@@ -3,8 +3,8 @@
 
 A walk lists every block of a segment; which of them a batch needs is decided on the device, see `kernels/prune.py`. Rows of a
 list are in the order of their natural token index, in which packed documents are contiguous, so that pruning leaves short runs
-and few masks; that order is a hint and never affects results. A list of a shell is cut by depth, so that all of its pairs have
-one multiplicity (see `nesting.py`). All is symmetric in queries and keys: forward and backward share a walk.
+and few masks; that order is a hint and never affects results. A list of a shell is cut by depth where multiplicities differ by it,
+so that all of its pairs have one (see `nesting.py`). All is symmetric in queries and keys: forward and backward share a walk.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class _RowWalk:
         for number, chain in enumerate(self.chains):
             for depth, (_, r) in enumerate(chain.branches):
                 found.append(_List(number, depth, deeper=True))
-                if depth + 1 < len(chain.branches):
+                if depth + 1 < len(chain.branches) and not chain.once:
                     families = 1 if self.indexed else chain.branches[depth + 1].dilation_rate // r - 1
                     found += [_List(number, depth, deeper=False, family=i) for i in range(families)]
         return found
@@ -169,16 +169,20 @@ class _RowWalk:
         for kind in self.kinds:
             start = len(visits)
             for name, x in enumerate(lists):
-                depth = kind[x.chain]
-                for shell in range(min(x.depth, depth) + 1):
-                    if x.depth == depth if x.deeper else x.depth < depth:
-                        level = self.base[x.chain] + shell
-                        visits.append((name, level, level - 1 if shell else -1, x.depth - shell + 1))
+                for shell in self._shells(x, kind[x.chain]):
+                    level, times = self.base[x.chain] + shell, self.chains[x.chain].multiplicity(shell, x.depth)
+                    visits.append((name, level, level - 1 if shell else -1, times))
             holes = sum(hole >= 0 for _, _, hole, _ in visits[start:])
             plain = len(visits) - start - holes
             spans.append((start, len(visits) - start))
             room.append((plain + 2 * holes, 2 * plain + 5 * holes))
         return np.array(visits, np.int64).reshape(-1, VISIT_WIDTH), spans, room
+
+    def _shells(self, x: _List, depth: int) -> Sequence[int]:
+        """The shells in which rows of this depth in its chain visit a list."""
+        if self.chains[x.chain].once:  # all pairs of a shell count alike, whatever their depths
+            return [x.depth] if x.depth <= depth else []
+        return range(min(x.depth, depth) + 1) if (x.depth == depth if x.deeper else x.depth < depth) else []
 
     # ---- which rows make up a tile
 

@@ -37,6 +37,7 @@ class Call(NamedTuple):
         head_step, own: from `LayerRule`, `own` as five integers per layer; 0 and empty without one.
         heads: `(first, total)` of the pattern, or empty.
         zero_keys: of the pattern.
+        weights, counted: of the pattern, `weights` and `count`; empty without weights.
         causal: without a handle, whether keys at later rows (with an order, later tokens) are masked.
         curve, sides: without a handle, the token order: no curve means no order, one side a block, more a grid.
         scale: factor on the scores.
@@ -55,6 +56,8 @@ class Call(NamedTuple):
     own: list[int]
     heads: list[int]
     zero_keys: bool
+    weights: list[int]
+    counted: str
     causal: bool
     curve: str
     sides: list[int]
@@ -91,8 +94,8 @@ class Call(NamedTuple):
             curve, sides = order.curve, list(order.grid or (order.block or 0,))
         return cls(
             lengths, list(pattern.dilation_rates), pattern.offset_rule, [pattern.head_shift, pattern.segment_shift],
-            head_step, own, list(pattern.heads or ()), pattern.zero_keys, causal, curve, sides, scale, backend, strategy, keep,
-            return_lse, name or "",
+            head_step, own, list(pattern.heads or ()), pattern.zero_keys, list(pattern.weights or ()), pattern.count, causal,
+            curve, sides, scale, backend, strategy, keep, return_lse, name or "",
         )  # fmt: skip
 
     @property
@@ -100,7 +103,7 @@ class Call(NamedTuple):
         """The pattern that `of` was given, that of layer 0 if given several."""
         return _pattern(
             tuple(self.segment_lengths), tuple(self.dilation_rates), self.offset_rule, *self.shifts, tuple(self.heads),
-            self.zero_keys,
+            self.zero_keys, tuple(self.weights), self.counted,
         )  # fmt: skip
 
     def at(self, layer: Tensor | None) -> Call:
@@ -117,7 +120,8 @@ class Call(NamedTuple):
         return self._replace(
             segment_lengths=[w or 0 for w in one.segment_lengths], dilation_rates=list(one.dilation_rates),
             offset_rule=one.offset_rule, shifts=[one.head_shift, one.segment_shift], heads=list(one.heads or ()),
-            zero_keys=one.zero_keys, head_step=0, own=[], name=self.name or f"layer {number}",
+            zero_keys=one.zero_keys, weights=list(one.weights or ()), counted=one.count, head_step=0, own=[],
+            name=self.name or f"layer {number}",
         )  # fmt: skip
 
     @property
@@ -133,11 +137,12 @@ class Call(NamedTuple):
 @lru_cache(maxsize=1024)
 def _pattern(
     lengths: tuple[int, ...], rates: tuple[int, ...], rule: Any, head_shift: int, segment_shift: int, heads: Any,
-    zero_keys: bool,
+    zero_keys: bool, weights: tuple[int, ...], counted: Any,
 ) -> DilatedPattern:  # fmt: skip
     return DilatedPattern(
-        tuple(w or None for w in lengths), rates, rule, head_shift, segment_shift, heads or None, zero_keys
-    )
+        tuple(w or None for w in lengths), rates, rule, head_shift, segment_shift, heads or None, zero_keys, weights or None,
+        counted,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=16)
@@ -179,8 +184,8 @@ def attend(
 
 _CALL = (
     "SymInt[] segment_lengths, SymInt[] dilation_rates, str offset_rule, SymInt[] shifts, SymInt head_step, SymInt[] own, "
-    "SymInt[] heads, bool zero_keys, bool causal, str curve, SymInt[] sides, float scale, str backend, str strategy, bool keep, "
-    "bool return_lse, str name"
+    "SymInt[] heads, bool zero_keys, SymInt[] weights, str counted, bool causal, str curve, SymInt[] sides, float scale, "
+    "str backend, str strategy, bool keep, bool return_lse, str name"
 )
 _OPTIONS: dict[str, Any] = {
     "mutates_args": (),

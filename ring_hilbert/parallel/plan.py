@@ -45,7 +45,7 @@ class Plan:
         strategy: "exchange", all rows in one collective; "ring", the same rows in hops, from one rank at a time; "ulysses",
             heads for rows.
         deduplicate: visit every pair of local rows once (True; the pattern must be nested), once per branch (False), or
-            whichever is faster (None).
+            whichever is faster (None). Of a pattern that counts pairs once every pair is visited once.
     """
 
     def __init__(
@@ -104,6 +104,8 @@ class Plan:
 
     def deduplicates(self, chunk: Chunk) -> bool:
         """Whether each pair of rows of `chunk` is visited once rather than once per branch."""
+        if self.pattern.count == "once":
+            return True
         if self.deduplicate is not None:
             return self.deduplicate
         if self.visible.has_documents or nested(self.pattern) is None:
@@ -206,7 +208,8 @@ class Plan:
     def attention_flops(self, rank: int) -> int:
         """Forward FLOPs of the allowed pairs that `rank` computes, summed over branches: pairs x 4 D x query heads x batch.
 
-        Pairs are those of its rows; under "ulysses" of all rows, for its heads.
+        However often they count: a pattern that counts pairs once has the FLOPs of the same one that counts them per branch. Pairs
+        are those of its rows; under "ulysses" of all rows, for its heads.
         """
         if self.strategy == "ulysses":
             return self.of_heads(rank).attention_flops(0)
@@ -310,10 +313,9 @@ class Plan:
 
     def summary(self) -> str:
         """A short readable report: rows, bytes, FLOPs (min, mean, max over ranks), imbalance."""
-        world, shapes, pattern = self.layout.world_size, self.shapes, self.pattern
-        branches = ", ".join(f"{'all' if w is None else w}/{r}" for w, r in pattern.branches)
+        world, shapes = self.layout.world_size, self.shapes
         lines = [
-            f"{self.layout.seq_len} rows over {world} rank(s), {self.layout.kind}; branches w/r {branches}; "
+            f"{self.layout.seq_len} rows over {world} rank(s), {self.layout.kind}; branches w/r {self.pattern.description}; "
             f"{'causal' if self.visible.causal else 'not causal'}",
             f"B {shapes.batch_size}  H {shapes.num_heads}  Hkv {shapes.num_kv_heads}  D {shapes.head_dim}  {shapes.dtype}; "
             f"strategy {self.strategy}",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ring_hilbert.ops.core import RemoteVisit
-from ring_hilbert.ops.visits import rows_in
+from ring_hilbert.ops.visits import counted_pairs, rows_in
 from ring_hilbert.parallel.crossings import Block, Crossings
 
 
@@ -56,7 +56,7 @@ def payload(blocks: Sequence[Block], batch: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _visits(crossings: Crossings, rank: int, received: dict[int, list[Block]]) -> Iterator[RemoteVisit]:
-    """The visits of `rank` over the candidates of `received[owner]`, one per branch, offset and segment."""
+    """The visits of `rank` over the candidates of `received[owner]`, by branch, offset and segment."""
     if not any(received.values()):
         return
     batch = crossings.batch_size
@@ -75,13 +75,15 @@ def _visits(crossings: Crossings, rank: int, received: dict[int, list[Block]]) -
         rows = np.concatenate(held)
         order = np.argsort(rows, kind="stable")
         candidates[head] = rows[order], np.concatenate(numbers, axis=1)[:, order]
+    pattern = crossings.pattern
     windows = sorted(window for owner in received for window in crossings.windows(owner))
     for reach in crossings.reaches(rank):
-        for offset, heads in crossings.pattern.residues(reach.branch, crossings.num_kv_heads):
-            queries = rows_in(reach.mine, reach.branch.dilation_rate, offset, reach.chunk.start - reach.chunk.local)
-            keys = crossings.keys(reach, offset, windows)
-            if queries is not None and len(keys):
-                found = [
-                    numbers[:, np.searchsorted(rows, keys)] for rows, numbers in (candidates[h] for h in heads.indices)
-                ]
-                yield RemoteVisit(heads, queries, np.stack(found, axis=1), keys)
+        branch, base = reach.branch, reach.chunk.start - reach.chunk.local
+        for mine, runs in counted_pairs(pattern, branch, reach.mine, windows):
+            for offset, heads in pattern.residues(branch, crossings.num_kv_heads):
+                queries = rows_in(mine, branch.dilation_rate, offset, base)
+                keys = crossings.keys(reach, offset, runs)
+                if queries is not None and len(keys):
+                    known = [candidates[head] for head in heads.indices]
+                    found = [numbers[:, np.searchsorted(rows, keys)] for rows, numbers in known]
+                    yield RemoteVisit(heads, queries, np.stack(found, axis=1), keys, pattern.weight(branch))

@@ -305,7 +305,8 @@ def _attention(config_json: str, cuda: bool) -> tuple[int, tuple[int, int]]:
         rank = max(range(ranks), key=made.remote_bytes)
         remote, shared, sums = made.remote_bytes(rank), 0, 0
         if triton and made.strategy != "ulysses":
-            key = pattern.branches, pattern.segment_shift  # another head_shift gives tables of the same size
+            # Another head_shift or other weights give tables of the same size.
+            key = pattern.branches, pattern.segment_shift, pattern.count
             if key not in alike:
                 alike[key] = _tables(made, rank)
             walks += alike[key][0]

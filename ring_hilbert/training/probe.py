@@ -130,6 +130,7 @@ def _small(config: RunConfig) -> RunConfig:
     attention = {
         "segment_lengths": [ROWS, 2 * ROWS],
         "dilation_rates": [1, 2],
+        "weights": None,
         "order": None,
         "layers": {},
         "head_shift": 0,

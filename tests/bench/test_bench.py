@@ -116,9 +116,11 @@ def test_longnet_of_one_branch(rate: int) -> None:
         (rh.DilatedPattern((96,), (1,)), "w=96 and 256 rows"),
         (rh.DilatedPattern((64,), (3,)), "r=3 and w=64"),
         (rh.DilatedPattern((64,), (1,), segment_shift=1), "segment_shift"),
+        (rh.DilatedPattern((64, 128), (1, 2), count="once"), "counts pairs per branch"),
+        (rh.DilatedPattern((64, 128), (1, 2), weights=(1, 2)), "has no weights"),
     ],
 )
-def test_longnet_needs_lengths_that_divide(pattern: rh.DilatedPattern, words: str) -> None:
+def test_what_longnet_does_not_define(pattern: rh.DilatedPattern, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         longnet.dilated_attention(*tensors(2, 2)[:3], pattern)
 
@@ -128,8 +130,9 @@ def test_longnet_needs_lengths_that_divide(pattern: rh.DilatedPattern, words: st
 @pytest.mark.parametrize(
     "pattern",
     [
-        rh.DilatedPattern((32, 100, None), (1, 3, 7), head_shift=1, segment_shift=13),
+        rh.DilatedPattern((32, 100, None), (1, 3, 7), head_shift=1, segment_shift=13, weights=(2, 1, 5)),
         rh.DilatedPattern((64, 64, None), (1, 1, 2), offset_rule="block"),
+        rh.DilatedPattern((32, 96, None), (1, 3, 6), segment_shift=13, weights=(2, 1, 5), count="once"),
     ],
 )
 def test_flex(pattern: rh.DilatedPattern, causal: bool) -> None:

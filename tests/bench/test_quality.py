@@ -47,6 +47,8 @@ def test_the_tables_are_valid() -> None:
     assert len(evidence.tasks["text"].held_out) >= 12 and evidence.tasks["text"].from_position == 8192
     assert evidence.tasks["retrieval"].gate.at_least == 0.9
     assert (evidence.smallest.loss, evidence.smallest.accuracy) == (0.01, 0.02) and evidence.limit_seconds < 540
+    once, weighed = (evidence.attention["text", arm] for arm in ("x4_once", "x4_weighed"))
+    assert (once.count, weighed.weights) == ("once", weighed.dilation_rates)
     fourth = model_config(evidence.config("text", "x4_every_fourth", 1e-3, 1)).ring_hilbert
     assert [number for number in range(8) if "branches" not in fourth["layers"].get(str(number), {})] == [3, 7]
 

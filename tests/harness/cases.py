@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import dataclass, replace
-from typing import TypedDict, get_args
+from typing import Any, TypedDict, get_args
 
 import torch
 from hypothesis import strategies as st
@@ -131,6 +133,36 @@ def patterns(draw: st.DrawFn, max_length: int) -> rh.DilatedPattern:
 
 
 @st.composite
+def counting_patterns(draw: st.DrawFn, max_length: int) -> rh.DilatedPattern:
+    """Patterns of 2 to 4 branches with weights, and nested ones, with or without, that may count pairs once."""
+    dice = random.Random(draw(st.integers(0, 2**32)))  # most that hypothesis draws by itself have a single branch
+    number = dice.randint(2, 4)
+    how: dict[str, Any] = {"weights": tuple(dice.randint(1, 9) for _ in range(number))}
+    branches = dict[tuple[int | None, int], None]()
+    if dice.random() < 0.3:
+        while len(branches) < number:
+            length = dice.choice([None, *range(1, max_length + 6)])
+            branches[length, dice.randint(1, min(length or 12, 12))] = None
+    else:
+        inner, w, r = 1, dice.randint(1, 4), 1
+        while len(branches) < number:
+            inner, r = w, r * dice.choice([1, 2, 2, 3])
+            w = math.lcm(inner * dice.choice([1, 2, 3]), r)
+            w *= 1 + ((w, r) in branches)
+            branches[w, r] = None
+        del branches[w, r]
+        last = dice.choice([None, w, inner * (r // inner + 1)])  # the last rate need not divide its length
+        branches[w if (last, r) in branches else last, r] = None
+        how = dice.choice([{"count": "once"}, how | {"count": "once"}, how])
+    if "count" not in how and dice.random() < 0.3:
+        how |= {"offset_rule": "block"}
+    else:
+        how |= {"head_shift": dice.randint(-2, 4)}
+    lengths, rates = zip(*dice.sample(list(branches), number), strict=True)
+    return rh.DilatedPattern(lengths, rates, segment_shift=dice.randint(-9, 9), **how)
+
+
+@st.composite
 def cases(draw: st.DrawFn, max_length: int = 48, orders: bool = True) -> Case:
     """Cases over (S, w, r, H, Hkv, rule, shifts, causal, order, positions, documents)."""
     seq_len = draw(st.integers(1, max_length))
@@ -148,4 +180,4 @@ def cases(draw: st.DrawFn, max_length: int = 48, orders: bool = True) -> Case:
     )  # fmt: skip
 
 
-__all__ = ["Case", "assert_close", "cases", "patterns", "replace"]
+__all__ = ["Case", "assert_close", "cases", "counting_patterns", "patterns", "replace"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,8 @@ KINDS = {
     "documents, hilbert": (X4, 8, 4, {"document_ids": RAGGED, "order": rh.TokenOrder("hilbert", block=256)}),
     "padding": (X4, 4, 2, {"document_ids": torch.where(torch.arange(1300) < 1000, 0, -1)}),
     "ties": (X4, 4, 2, {"positions": torch.arange(1300) // 3}),
+    "counted once": (replace(X4, count="once"), 8, 2, {}),
+    "weights": (replace(X4, weights=(1, 4, 16)), 8, 2, {"document_ids": RAGGED}),
 }
 
 

@@ -114,6 +114,7 @@ def check(ours: dict[str, Tensor], case: Case, dtype: torch.dtype, floor: float 
 
 
 LADDER = rh.DilatedPattern((32, 64, 128), (1, 2, 4))
+COUNTED_ONCE = rh.DilatedPattern((8, 32, None), (1, 2, 4), weights=(1, 2, 4), count="once")
 HILBERT = rh.TokenOrder("hilbert", block=32)
 CASES = {
     "dense": Case(rh.DilatedPattern((None,), (1,)), 113, 2, 2, 1, 16),
@@ -131,6 +132,8 @@ CASES = {
     "documents": Case(LADDER, 113, 2, 2, 2, 16, documents="shared"),
     "documents per entry, hilbert": Case(LADDER, 70, 2, 2, 1, 16, order=HILBERT, documents="per-batch"),
     "padding": Case(LADDER, 113, 1, 4, 2, 16, documents="padding"),
+    "counted once": Case(COUNTED_ONCE, 34, 1, 2, 1, 16, order=rh.TokenOrder("hilbert", block=8), documents="shared"),
+    "weights": Case(rh.DilatedPattern((16, 40), (1, 3), segment_shift=-5, weights=(3, 700)), 34, 1, 2, 1, 16),
 }
 
 
@@ -157,6 +160,11 @@ def test_dtypes_head_dims_and_odd_lengths(dtype: torch.dtype, head_dim: int, seq
 def test_large_logits(dtype: torch.dtype):
     case = Case(rh.DilatedPattern((128, 256), (1, 2)), 300, 1, 2, 2, 32, logit_scale=16.0)
     check(answer(case, dtype, Tile(64, 64, 1, 1)), case, dtype, floor=0.0)
+
+
+def test_the_largest_weights_in_half_precision():
+    case = Case(rh.DilatedPattern((16, None), (1, 2), weights=(1, 2**15 - 1)), 24, 1, 1, 1, 16)
+    check(answer(case, torch.float16), case, torch.float16)
 
 
 @pytest.mark.parametrize("beside", [0, 3])
@@ -266,6 +274,15 @@ def every_problem(world: int) -> list[RankProblem]:
 def test_ranks_equal_the_reference(world: int):
     every = every_problem(world)
     check_ranks(world, every[world // 2 :: 107 if world == 2 else 191])
+
+
+@on_the_cpu
+@pytest.mark.full
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_count_pairs_as_often_as_the_reference(world: int):
+    case = replace(CASES["counted once"], seq_len=24 * world, order=None)
+    weighed = replace(CASES["weights"], seq_len=20 * world, documents="padding")
+    check_ranks(world, [(case, (24,) * world, Way(layout="zigzag")), (weighed, (20,) * world, Way("ring"))])
 
 
 @on_the_cpu

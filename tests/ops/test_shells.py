@@ -54,7 +54,7 @@ def counted(visits: list[Visit], length: int, heads: int) -> np.ndarray:
         queries, keys = visit.rows(visit.queries), visit.rows(visit.keys)
         for segment, residue in np.ndindex(queries.shape[:2]):
             a, b = queries[segment, residue], keys[segment, residue]
-            weights = 1 + np.minimum.outer(*visit.depths())
+            weights = visit.times[np.minimum.outer(*visit.depths())]
             weights = np.where(b[None] > a[:, None], 0, weights) if visit.causal else weights
             for head in visit.heads.indices:
                 count[head + residue * visit.head_step][np.ix_(a, b)] += weights

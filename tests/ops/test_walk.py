@@ -180,7 +180,7 @@ def test_rows_with_gaps(seed: int):
 @given(st.integers(0, 2**16), blocks)
 @settings(max_examples=15, deadline=None)
 def test_explicit_lists(seed: int, blocks: tuple[int, int]):
-    """Rows that lie anywhere, some of which do not travel: a row in two visits counts twice, hidden ones stay hidden."""
+    """Rows that lie anywhere, some of which do not travel: a row counts as often as its visits say, hidden ones stay hidden."""
     rng = np.random.default_rng(seed)
     outer_rows, inner_rows, batch = 30, 50, 2
     key, low = rng.integers(1, 9, inner_rows), rng.integers(1, 9, (batch, outer_rows))
@@ -190,7 +190,11 @@ def test_explicit_lists(seed: int, blocks: tuple[int, int]):
     visits = [
         [
             [
-                (rng.permutation(outer_rows)[: rng.integers(1, 20)], rng.permutation(inner_rows)[: rng.integers(0, 40)])
+                (
+                    rng.permutation(outer_rows)[: rng.integers(1, 20)],
+                    rng.permutation(inner_rows)[: rng.integers(0, 40)],
+                    int(rng.integers(1, 4)),
+                )
                 for _ in range(rng.integers(0, 4))
             ]
             for _ in range(2)
@@ -203,7 +207,9 @@ def test_explicit_lists(seed: int, blocks: tuple[int, int]):
     ]
     packed = torch.from_numpy(key[travels].astype(np.int32)).to(DEVICE)[None]
     for transposed in (False, True):
-        turned = [[[pair[::-1] if transposed else pair for pair in pairs] for pairs in heads] for heads in visits]
+        turned = [
+            [[(b, a, n) if transposed else (a, b, n) for a, b, n in pairs] for pairs in heads] for heads in visits
+        ]
         sides = (np.arange(inner_rows), np.arange(outer_rows))[:: 1 if transposed else -1]
         walk = plan_lists(turned, *sides, block_outer=blocks[0], device=DEVICE, chunk=min(16, blocks[1]))
         rows = (sent[3][walk.outer], walk.inner) if transposed else (walk.outer, sent[3][walk.inner])
@@ -211,15 +217,15 @@ def test_explicit_lists(seed: int, blocks: tuple[int, int]):
         for entry in range(batch):
             for head in range(2):
                 exact, reached = np.zeros((outer_rows, inner_rows), np.int64), np.zeros((outer_rows, inner_rows), bool)
-                for a, b in visits[entry][head]:
-                    exact[np.ix_(a, b)] += 1
+                for a, b, times in visits[entry][head]:
+                    exact[np.ix_(a, b)] += times
                     reached[slice(None) if transposed else a] |= True
                     if transposed:
                         reached[:, b] |= True
                 seen = (low[entry][:, None] <= key[None, :]) & (key[None, :] <= high[entry][:, None])
                 exact = (exact * seen)[:, travels]
                 named = np.zeros(inner_rows if transposed else outer_rows, bool)
-                for a, b in visits[entry][head]:
+                for a, b, _ in visits[entry][head]:
                     named[b if transposed else a] = True
                 if transposed:
                     exact = np.where(named[travels][:, None], exact.T, -1)

@@ -14,7 +14,10 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ring_hilbert.bench.planning import question_of
+from ring_hilbert.integrations.transformers_config import pattern_of
 from ring_hilbert.training.config import load_config
+from ring_hilbert.training.model import model_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -158,6 +161,8 @@ def test_overrides_of_list_elements_that_are_not_there(file: Path, override: str
             "attention.dilation_rates=[0, 1]",
             "dilation_rates[0] must be an integer with 1 <= r <= segment length 256, got 0",
         ),
+        ("attention.weights=[1]", "attention: weights has 1 entries and segment_lengths 2; give one weight per branch"),
+        ("attention.weights=[1, 0.5]", "attention.weights.1: got 0.5"),
         ("attention.order.block=0", "attention.order.block: got 0"),
         ("attention.layers.1.branches=3", "layers.1 keeps 3 of 2 branches; keep 1 to 2 of them"),
         ("attention.layers={1: {branches: 1, dense: true}}", "layers.1 keeps 1 of 2 branches and is dense"),
@@ -176,9 +181,11 @@ def test_wrong_values_name_the_key_and_what_came(file: Path, override: str, mess
     assert message in refused(file, override)
 
 
-def test_block_rule_and_head_shift_exclude_each_other(file: Path) -> None:
+def test_block_rule_excludes_head_shift_and_counting_once(file: Path) -> None:
     message = refused(file, "attention.offset_rule=block", "attention.head_shift=1")
     assert "attention: head_shift=1 needs offset_rule='modulo'; with 'block' it must be 0" in message
+    message = refused(file, "attention.offset_rule=block", "attention.count=once")
+    assert "attention: count='once' needs nested branches, with offset_rule='modulo': (256, 1) and (1024, 4)" in message
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "just words", "\xff"])
@@ -220,6 +227,8 @@ def test_attention_mapping_is_plain_and_survives_json(file: Path) -> None:
         "model.config.hidden_size=128",
         "attention.dilation_rates=[1, 8]",
         "attention.order.block=128",
+        "attention.weights=[1, 4]",
+        "attention.count=once",
         "data.sources.0.weight=2",
         "data.seq_len=2048",
         "optim.lr=1e-4",
@@ -252,6 +261,21 @@ def test_digest_ignores_how_and_where_a_run_is_executed(file: Path) -> None:
     ]
     assert load_config(file, moved).digest() == load_config(file).digest()
     assert load_config(file, ["train.micro_batch=4"]).digest() == load_config(file).digest()
+
+
+def test_how_pairs_count_reaches_the_layers_and_leaves_digests_of_runs_without_it(file: Path) -> None:
+    how = ["attention.weights=[1, 4]", "attention.count=once"]
+    config = load_config(file, [*how, "attention.layers.1.branches=1"])
+    hf_config = model_config(config)
+    first, second = pattern_of(hf_config, 0), pattern_of(hf_config, 1)
+    assert (first.weights, first.count) == ((1, 4), "once") and first == config.attention.pattern(0)
+    assert (second.weights, second.count) == ((1,), "once")
+    assert question_of(config).pattern == first
+    without = load_config(file)
+    for dumped in (without.identity()["attention"], without.attention.to_mapping()):
+        assert {"weights", "count"}.isdisjoint(dumped)
+    said = load_config(file, ["attention.weights=null", "attention.count=per_branch"])
+    assert said.digest() == without.digest()
 
 
 def test_digest_is_the_same_in_another_process(file: Path) -> None:

@@ -87,11 +87,9 @@ def report(_records: list[dict[str, Any]], chosen: argparse.Namespace) -> None:
         for (task, arm), attention in table.attention.items():
             layers = {number: layer.model_dump(exclude_unset=True) for number, layer in attention.layers.items()}
             order = None if attention.order is None else attention.order.model_dump(exclude_none=True)
-            pairs = ", ".join(
-                f"{w or 'all'}/{r}" for w, r in zip(attention.segment_lengths, attention.dilation_rates, strict=True)
-            )
+            pattern = attention.pattern(attention.segment_shift).description
             print(
-                f"{task:12}{arm:28}{table.flops[task, arm] / 1e12:10.4g} TFLOP a step  {pairs}  {order or 'raster'}  {layers}"
+                f"{task:12}{arm:28}{table.flops[task, arm] / 1e12:10.4g} TFLOP a step  {pattern}  {order or 'raster'}  {layers}"
             )
         return
     found = Outcome(table, read_rows(chosen.output), chosen.data)

@@ -65,6 +65,9 @@ class AttentionConfig(Section):
     offset_rule: Literal["modulo", "block"] = "modulo"
     head_shift: int | Literal["auto"] = 0
     segment_shift: int = 0
+    # Left out of dumps where they say nothing, so that the digests of earlier runs stay.
+    weights: list[int] | None = Field(default=None, exclude_if=lambda weights: weights is None)
+    count: Literal["per_branch", "once"] = Field(default="per_branch", exclude_if=lambda count: count == "per_branch")
     order: OrderConfig | None = None
     layers: dict[int, LayerConfig] = {}
     strategy: Literal["exchange", "ring", "ulysses", "auto"] = "auto"
@@ -83,7 +86,8 @@ class AttentionConfig(Section):
         """The pattern of layers with this shift of segments; their `head_shift: auto` is 0."""
         shift = 0 if self.head_shift == "auto" else self.head_shift
         lengths, rates = tuple(self.segment_lengths), tuple(self.dilation_rates)
-        return DilatedPattern(lengths, rates, self.offset_rule, shift, segment_shift)
+        weights = None if self.weights is None else tuple(self.weights)
+        return DilatedPattern(lengths, rates, self.offset_rule, shift, segment_shift, weights=weights, count=self.count)
 
     @model_validator(mode="after")
     def _branches(self) -> AttentionConfig:
