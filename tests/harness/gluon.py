@@ -28,6 +28,12 @@ class Values(np.ndarray):
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
         return values(array)
 
+    def __iadd__(self, other: Any) -> Any:
+        return self + other  # another value: other names keep theirs
+
+    def __isub__(self, other: Any) -> Any:
+        return self - other
+
     def to(self, dtype: Any) -> Values:
         """In another dtype."""
         return values(np.asarray(self).astype(dtype))
