@@ -305,6 +305,7 @@ def dkdv_kernel(
     key_gradient = warpgroup_mma(ds, q_ring.index(gl.maximum(step - 1, 0) % STAGES), key_gradient, is_async=True)
     key_gradient, value_gradient = warpgroup_mma_wait(0, [key_gradient, value_gradient])
 
+    place = in_order(place)
     own, none = outer_rows(outer, place, count, BLOCK_N, 1, gl.SliceLayout(1, COPIED))  # as in forward
     key_gradient = gl.convert_layout((key_gradient * scale).to(dk.dtype.element_ty), COPIED)
     cells, exists = outer_cells(dk, dk_strides, batch, kv_head, own, none, columns, D)

@@ -119,6 +119,12 @@ class Schedule:
     transposed: bool
     block_inner: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables that are not the walk's."""
+        own = (self.order, self.steps, self.runs, self.outer, self.inner)
+        return sum(x.nbytes for x in own if x is not self.walk.outer and x is not self.walk.inner)
+
     def blocks(self) -> int:
         """Blocks visited by all tiles, over kv heads, and over batch entries where these differ; reads from the device."""
         tables = self.walk.tables.long()

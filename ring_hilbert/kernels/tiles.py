@@ -64,7 +64,7 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
 # For compute capability 9.0 and head dims that are multiples of 16: padded head dim and bytes of an element. They replace those
 # above for walks whose masks do not compare segments.
 # Two are kept because they are faster, although the assembler makes dQ's matrix products of heads of 64 wait for one another, and
-# dK and dV of heads of 128 spill 8 to 40 bytes. Backward of the 1B ladder, with them on an H200 and with tiles free of both on an
+# dK and dV of heads of 128 spill up to 24 bytes. Backward of the 1B ladder, with them on an H200 and with tiles free of both on an
 # H100: 23.3 and 25.4 ms with heads of 64, 24.1 and 27.2 with heads of 128; forward took 9.3 and 9.5, 8.9 and 9.0 there.
 HOPPER: dict[tuple[int, int], tuple[Tile, Tile, Tile]] = {
     (64, 2): (Tile(64, 64, 4, 4, 128, gluon=True), Tile(64, 64, 4, 4, 128, gluon=True), Tile(64, 64, 4, 4, gluon=True)),

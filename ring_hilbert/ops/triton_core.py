@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ring_hilbert.ops.core import BackwardState, ForwardState, Incoming, Shard
 from ring_hilbert.ops.nesting import Chain, chains
 from ring_hilbert.ops.pattern import DilatedPattern
 from ring_hilbert.ops.remote_walk import RemoteWalks
-from ring_hilbert.ops.visible import Intervals
+from ring_hilbert.ops.visible import Intervals, Visible
 from ring_hilbert.ops.walk import plan_rows
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ KEPT_WALKS = 512  # for layers with offsets of their own: at most as many as the
 KEPT_BYTES = (
     2**31
 )  # of all walks, beyond which those of unused lengths are evicted: slides come in any number of lengths
+KEPT_SCHEDULES = 2**28  # bytes of all schedules, beyond which those of the cores least recently used are dropped
 
 _walks: OrderedDict[Shard, dict[tuple[Any, ...], Walk]] = OrderedDict()
+_schedules: WeakKeyDictionary[TritonCore, tuple[int, dict[Hashable, Schedule]]] = WeakKeyDictionary()
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -107,6 +110,7 @@ class TritonCore:
         remote: the walks over received rows, if there are any.
         incoming: which of them are sent in this batch, hop by hop.
         tiles: used instead of those in the table.
+        visible: what `own` is of. Schedules are kept until it is refreshed; without it, every launch makes its own.
     """
 
     def __init__(
@@ -121,7 +125,9 @@ class TritonCore:
         remote: RemoteWalks | None = None,
         incoming: Sequence[Incoming] = (),
         tiles: Mapping[Pass, Tile] | None = None,
+        visible: Visible | None = None,
     ) -> None:
+        self.visible = visible
         self.exact = dtype == torch.float32  # float32 keeps the rounding error of lse
         self.own, self.remote, self.incoming, self.device = own, remote, incoming, device
         self.head_dim, self.dtype, self.tiles = head_dim, dtype, tiles
@@ -231,7 +237,7 @@ class TritonCore:
             gradients = state.dk, state.dv
             launch.dkdv(state.q, state.k, state.v, state.terms, gradients, *self.schedule("dkdv"), state.scale)
 
-    # ---- schedules: made anew for every launch, so that nothing is stored and changes by `Prepared.refresh` take effect
+    # ---- schedules
 
     def schedule(self, pass_: Pass) -> tuple[Tile, Schedule]:
         """The tile and the schedule of the local rows over themselves."""
@@ -239,9 +245,12 @@ class TritonCore:
 
         tile, walk = self.local_walk(pass_)
         key, low, high = self.own
-        return tile, prune(
-            walk, low, high, key, block_inner=tile.block_inner, transposed=pass_ == "dkdv", entries=len(key)
-        )
+        size, transposed = tile.block_inner, pass_ == "dkdv"
+
+        def make() -> Schedule:
+            return prune(walk, low, high, key, block_inner=size, transposed=transposed, entries=len(key))
+
+        return tile, self._kept((id(walk), size, transposed), make)
 
     def _remote(self, pass_: Pass, hop: int) -> tuple[Tile, Schedule]:
         """The tile and the schedule of the local rows over those of a hop."""
@@ -250,14 +259,37 @@ class TritonCore:
         assert self.remote is not None
         remote, incoming, transposed = self.remote, self.incoming[hop], pass_ == "dkdv"
         tile, walk = self._tile(pass_, lambda tile: remote.walk(hop, tile, transposed))
-        rows = walk.outer, walk.inner
-        if incoming.place is not None:
-            place = incoming.place
-            rows = (place[walk.outer], walk.inner) if transposed else (walk.outer, place[walk.inner])
-        return tile, prune(
-            walk, self.own.low, self.own.high, incoming.key[None], block_inner=tile.block_inner, transposed=transposed,
-            rows=rows, places=incoming.packed_key[None],
-        )  # fmt: skip
+
+        def make() -> Schedule:
+            rows, place = (walk.outer, walk.inner), incoming.place
+            if place is not None:
+                rows = (place[walk.outer], walk.inner) if transposed else (walk.outer, place[walk.inner])
+            return prune(
+                walk, self.own.low, self.own.high, incoming.key[None], block_inner=tile.block_inner, transposed=transposed,
+                rows=rows, places=incoming.packed_key[None],
+            )  # fmt: skip
+
+        return tile, self._kept((id(walk), tile.block_inner, transposed, hop), make)
+
+    def _kept(self, key: Hashable, make: Callable[[], Schedule]) -> Schedule:
+        """The schedule of `key`, which all layers of a batch share; `key` may contain the id of its walk, which is kept too.
+
+        A CUDA graph makes its own, since other intervals may be written in place before it is replayed. One made on another
+        stream might not be finished.
+        """
+        cuda, visible = self.device.type == "cuda", self.visible
+        if visible is None or visible.replayed or (cuda and torch.cuda.is_current_stream_capturing()):
+            return make()
+        key = key, torch.cuda.current_stream(self.device).cuda_stream if cuda else 0
+        refreshed, kept = _schedules.pop(self, (visible.refreshed, {}))
+        if refreshed != visible.refreshed:
+            kept = {}
+        _schedules[self] = visible.refreshed, kept  # now the last
+        if key not in kept:
+            kept[key] = make()
+            while len(_schedules) > 1 and _kept_bytes() > KEPT_SCHEDULES:
+                del _schedules[next(iter(_schedules))]
+        return kept[key]
 
     def local_walk(self, pass_: Pass) -> tuple[Tile, Walk]:
         """The tile and the walk of the local rows over themselves."""
@@ -292,6 +324,10 @@ class TritonCore:
         shape = (q.shape[0], buffer.shape[0], self.remote.num_kv_heads, buffer.shape[2])
         k, v = (buffer[:, i][None, :, None].expand(shape) for i in range(2))
         return k, v
+
+
+def _kept_bytes() -> int:
+    return sum(schedule.nbytes for _, kept in _schedules.values() for schedule in kept.values())
 
 
 def _local_walk(

@@ -133,6 +133,7 @@ class Visible:
         positions = positions if causal else None
         self._given: Intervals | None = None
         self.refreshed = 0  # how often `refresh` replaced the contents
+        self.replayed = False  # a CUDA graph holds a `refresh`, so that a replay may replace them unseen
         self._host: tuple[np.ndarray, ...] | None = None
         self._on: dict[torch.device, Intervals] = {}
         if positions is not None or documents is not None:
@@ -166,6 +167,7 @@ class Visible:
                     old.copy_(new)
         self._host = None
         self.refreshed += 1
+        self.replayed |= torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
     @property
     def default(self) -> bool:

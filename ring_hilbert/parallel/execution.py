@@ -80,8 +80,9 @@ class Execution:
         own = Intervals(*(plan.layout.cut(rank, x) for x in plan.visible.on(device)))
         remote = remote_walks(plan.crossings, rank, plan.strategy == "ring", self.shard, device) if self.hops else None
         return TritonCore(
-            plan.pattern, shapes.num_kv_heads, self.shard, own, shapes.head_dim, shapes.dtype, device, remote, incoming
-        )
+            plan.pattern, shapes.num_kv_heads, self.shard, own, shapes.head_dim, shapes.dtype, device, remote, incoming,
+            visible=plan.visible,
+        )  # fmt: skip
 
     def _clean(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """K and V with padding rows zeroed: a weight of 0 times NaN is NaN."""

@@ -32,7 +32,7 @@ from ring_hilbert.kernels.tables import Walk
 from ring_hilbert.kernels.tiles import PASSES, Tile, plan_tile, tiles_for
 from ring_hilbert.ops.core import Shard
 from ring_hilbert.ops.nesting import chains
-from ring_hilbert.ops.triton_core import unsupported
+from ring_hilbert.ops.triton_core import KEPT_SCHEDULES, unsupported
 from ring_hilbert.ops.walk import plan_rows
 from ring_hilbert.parallel.execution import remote_walks
 from ring_hilbert.parallel.layout import Layout
@@ -66,7 +66,7 @@ class MemoryPlan:
 
     `gradients` are those of earlier micro-steps; `activations` what forward saves for backward; `temporary` all else alive at the
     peak, including new gradients; `exchange` what the attention then holds internally, of other ranks' rows and for its kernels;
-    `walks` the kernels' static tables; `contexts` driver and NCCL; `slack` what the allocator cannot use. `host` and `offloaded`
+    `walks` the kernels' tables; `contexts` driver and NCCL; `slack` what the allocator cannot use. `host` and `offloaded`
     are not part of the peak but in main memory: the copy from which checkpoints are written in the background, and the inputs of
     layers and ZeRO's states that are offloaded.
     """
@@ -286,7 +286,7 @@ def _zero_states(config: RunConfig, count: int) -> tuple[list[int], int]:
 
 @lru_cache(maxsize=16)
 def _attention(config_json: str, cuda: bool) -> tuple[int, tuple[int, int]]:
-    """Bytes of all layers' walks, and the most that a layer's attention holds internally, in forward and in backward.
+    """Bytes of all layers' walks and schedules, and the most that a layer's attention holds internally, forward and backward.
 
     For the rank that receives most. On CPUs there are no walks, and only what other ranks send is held.
     """
@@ -295,7 +295,8 @@ def _attention(config_json: str, cuda: bool) -> tuple[int, tuple[int, int]]:
     heads, kv_heads, dim = heads_of(text)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     triton = cuda and config.attention.backend != "torch" and unsupported(torch.device("cuda"), dtype, dim) is None
-    walks, forward, backward, alike = 0, 0, 0, dict[Any, tuple[int, int]]()
+    walks, forward, backward, alike = 0, 0, 0, dict[Any, tuple[int, int, int]]()
+    schedules: list[int] = []
     for pattern in {pattern_of(text, layer) for layer in range(text.num_hidden_layers)}:
         made = plan(
             pattern, config.data.seq_len, ranks, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, dtype=dtype,
@@ -310,19 +311,23 @@ def _attention(config_json: str, cuda: bool) -> tuple[int, tuple[int, int]]:
             if key not in alike:
                 alike[key] = _tables(made, rank)
             walks += alike[key][0]
-            shared, sums = alike[key][1], _sums(made, rank)
+            schedules.append(alike[key][1])
+            shared, sums = alike[key][2], _sums(made, rank)
         forward, backward = max(forward, remote + shared), max(backward, remote + shared + sums)
-    return walks, (forward, backward)
+    kept = min(sum(schedules), max(KEPT_SCHEDULES, *schedules, 0))
+    return walks + kept, (forward, backward)
 
 
-def _tables(made: Plan, rank: int) -> tuple[int, int]:
-    """Bytes of a layer's walks, and of what a launch makes of them: its schedule, and rows shared between launches."""
+def _tables(made: Plan, rank: int) -> tuple[int, int, int]:
+    """Bytes of a layer's walks, of the schedules made of them, and of rows shared between launches."""
     shapes, order, cpu = made.shapes, made.visible.order, torch.device("cpu")
     chunks = made.layout.chunks(rank)
     shard = Shard(chunks, made.layout.seq_len, order)
     rows, places = (torch.from_numpy(x[:SAMPLE]) for x in (shard.rows(), shard.places()))
     parts = chains(made.pattern, shapes.num_kv_heads)
     local, remote = dict[tuple[int, int], Walk](), dict[tuple[int, int, bool, int], Walk]()
+    schedules: dict[tuple[int, int, bool], int] = {}
+    scale = max(1, shard.size / SAMPLE)  # tables grow with rows
     received = remote_walks(made.crossings, rank, made.strategy == "ring", shard, cpu) if made.hops(rank) else None
     for pass_ in PASSES:
         tiles = tiles_for(pass_, HOPPER, shapes.head_dim, shapes.dtype)
@@ -335,19 +340,20 @@ def _tables(made: Plan, rank: int) -> tuple[int, int]:
                 )
             return local[key]
 
-        plan_tile(tiles, plan_local)
+        tile, walk = plan_tile(tiles, plan_local)
+        schedules[id(walk), tile.block_inner, pass_ == "dkdv"] = int(scale * walk.schedule_nbytes)
         for hop, visits in enumerate(received.hops if received is not None else ()):
             if received is not None and visits:
                 key = tiles[0].block_outer, tiles[0].chunk, pass_ == "dkdv", hop
                 remote[key] = received.walk(hop, tiles[0], key[2])
-    scale = max(1, shard.size / SAMPLE)  # tables grow with rows
+                schedules[id(remote[key]), tiles[0].block_inner, key[2]] = remote[key].schedule_nbytes
     walks = int(scale * sum(walk.nbytes for walk in local.values())) + sum(walk.nbytes for walk in remote.values())
-    schedule = int(scale * max(walk.schedule_nbytes for walk in local.values()))
+    kept = sum(schedules.values())
     if received is None:
-        return walks, schedule
+        return walks, kept, 0
     walks += received.slots.nbytes + (0 if received.staged is None else received.staged.nbytes)
     staging = 4 * shapes.batch_size * received.number * shapes.num_heads * (shapes.head_dim + 2)
-    return walks, schedule + staging
+    return walks, kept, staging
 
 
 def _sums(made: Plan, rank: int) -> int:

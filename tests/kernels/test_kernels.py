@@ -331,6 +331,48 @@ def test_compare_tells_what_is_wrong():
 
 
 @on_the_cpu
+def test_layers_of_a_batch_share_schedules(monkeypatch: pytest.MonkeyPatch):
+    """One for forward and dQ, one for dK and dV, until other documents are written in place; none once a graph may do that."""
+    from ring_hilbert.kernels import prune
+
+    made = list[bool]()
+    real = prune.prune
+
+    def counted(*args, transposed: bool, **options):
+        made.append(transposed)
+        return real(*args, transposed=transposed, **options)
+
+    monkeypatch.setattr(prune, "prune", counted)
+    x = [torch.randn(1, 64, 2, 16, requires_grad=True) for _ in range(3)]
+    documents = [torch.arange(64) // length for length in (64, 10, 23)]
+
+    def layers(prepared: rh.Prepared, number: int = 2) -> list[Tensor]:
+        made.clear()
+        outs = [rh.dilated_attention(*x, LADDER, backend="triton", prepared=prepared) for _ in range(number)]
+        return [*outs, *torch.autograd.grad(sum(outs), x, torch.ones_like(outs[0]))]
+
+    def same(prepared: rh.Prepared, ids: Tensor) -> bool:
+        fresh = layers(rh.prepare(64, document_ids=ids))
+        return all(torch.equal(a, b) for a, b in zip(layers(prepared), fresh, strict=True))
+
+    prepared = rh.prepare(64, document_ids=documents[0])
+    layers(prepared)
+    assert made == [False, True]
+    assert same(prepared, documents[0]) and made == []
+    prepared.refresh(document_ids=documents[1])
+    assert same(prepared, documents[1]) and made == [False, True]
+    monkeypatch.setattr(triton_core, "KEPT_SCHEDULES", 0)
+    layers(rh.prepare(64, document_ids=documents[0]))
+    layers(prepared)
+    assert made == [False, True]  # those of the batch in between are kept, no others
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_initialized", lambda: True)
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        prepared.refresh(document_ids=documents[2])
+    assert same(prepared, documents[2]) and made == [False, False, *[False, True] * 2]
+
+
+@on_the_cpu
 def test_bench_kernels_times_what_it_says():
     chosen = argparse.Namespace(order=["raster", "hilbert"], dense_limit=64, repeats=1, without=[])
     problem = Problem(LADDER, 128, True, torch.float32, DEVICE, 1, 2, 2, 16)
@@ -352,6 +394,10 @@ def test_bench_kernels_of_shipped_shapes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels_shipped, "SHAPES", (one, replace(one, documents=5, longnet=False)))
     monkeypatch.setattr(kernels_shipped, "DENSE_ROWS", 64)
     records = list(kernels_shipped.rows(argparse.Namespace(repeats=1), DEVICE))
+    made = [r for r in records if r["pass"] == "schedules"]
+    assert [(r["contender"], r["documents"], r["tflops"]) for r in made] == [("ring_hilbert", n, "") for n in (1, 5)]
+    assert all(float(r["ms"]) > 0 for r in made)
+    records = [r for r in records if r not in made]
     assert [(r["contender"].split(",")[0], r["documents"]) for r in records[::2]] == [
         ("ring_hilbert", 1), ("cudnn", 1), ("longnet", 1), ("ring_hilbert", 5), ("cudnn", 5),
     ]  # fmt: skip

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels for compute capability 9.0 against the definition, in NumPy; what only a GPU shows of them is in test_device.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import ring_hilbert as rh
+from ring_hilbert.kernels.tiles import Tile
+from ring_hilbert.ops.core import Shard
+from ring_hilbert.ops.triton_core import TritonCore
+from ring_hilbert.ops.visible import Visible
+from ring_hilbert.ops.visits import Chunk
+from tests.harness.cases import Case
+
+pytest.importorskip("triton.experimental.gluon")
+import tests.harness.gluon as in_numpy
+from tests.kernels.test_kernels import _nothing_is_zero_by_chance, answer, check  # noqa: F401
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU tensors, which only interpreters take")
+TILE = Tile(64, 64, 4, 4, gluon=True)
+LADDER = rh.DilatedPattern((128, 256, None), (1, 2, 4), head_shift=1)
+CASES = {
+    "ladder": Case(LADDER, 256, heads=4, kv_heads=2, head_dim=16),
+    "ragged documents in curve order": Case(
+        rh.DilatedPattern((128, None), (1, 4)), 300, heads=3, kv_heads=1, head_dim=48, documents="shared",
+        order=rh.TokenOrder("hilbert", block=128),
+    ),
+    "padding of two sequences": Case(LADDER, 256, batch=2, head_dim=32, positions="per-batch", documents="padding"),
+    "not causal": Case(rh.DilatedPattern((None,), (1,)), 150, heads=2, kv_heads=1, head_dim=64, causal=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_for_hopper(name: str, monkeypatch: pytest.MonkeyPatch):
+    in_numpy.use(monkeypatch)
+    check(answer(CASES[name], torch.float16, TILE), CASES[name], torch.float16)
+
+
+def test_rows_that_launches_share(monkeypatch: pytest.MonkeyPatch):
+    """Left, passed on and finished as the Triton kernels do."""
+    from ring_hilbert.kernels import launch
+
+    in_numpy.use(monkeypatch)
+    case, cpu = Case(rh.DilatedPattern((64, None), (1, 2)), 128, heads=2, kv_heads=1, head_dim=16), torch.device("cpu")
+    x = case.tensors(torch.float16)
+    q, k, v, rows = x["q"], x["k"], x["v"], case.seq_len
+    own = Visible(rows, True).on(cpu)
+
+    def results(tile: Tile) -> list[Tensor]:
+        tiles = {"forward": tile, "dq": tile, "dkdv": tile}
+        core = TritonCore(case.pattern, 1, Shard((Chunk(0, rows, 0),), rows), own, 16, q.dtype, cpu, tiles=tiles)
+        shared = torch.arange(rows) % 3 == 0
+        places = torch.where(shared, shared.cumsum(0) - 1, -1).int().expand(1, 1, rows).contiguous()
+        found = list[Tensor]()
+        for slots in (places, torch.arange(rows, dtype=torch.int32).expand(1, 1, rows).contiguous()):
+            last = "finish" if slots is places else "pass on"
+            staging = launch.Staging.allocate(q, slots, int(slots.max()) + 1)
+            output = launch.Output.allocate(q, False, clear=True)
+            for stage in ("leave", last):
+                launch.forward(q, k, v, *core.schedule("forward"), 0.25, output, staging, stage=stage)
+            found += [output.out, output.lse, *(staging[1:] if last == "pass on" else ())]
+            terms, gradient = launch.row_terms(x["dout"], output.out, output.lse, None), torch.zeros_like(q)
+            for stage in ("leave", last):
+                launch.dq(q, k, v, terms, gradient, *core.schedule("dq"), 0.25, staging, stage=stage)
+            found += [gradient, *(staging[3:] if last == "pass on" else ())]
+        return found
+
+    for ours, theirs in zip(results(TILE), results(Tile(64, 64, 4, 1)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+
+
+def test_what_is_in_flight_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    """A wait too few is an error, not a result."""
+    for wrong, where in (("wait_for_copies", "not copied yet"), ("wait_for_products", "used in flight")):
+        with monkeypatch.context() as broken:
+            wait = getattr(in_numpy, wrong)
+            broken.setattr(in_numpy, wrong, lambda left, *deps, wait=wait: wait(left + 1, *deps))
+            in_numpy.use(broken)
+            with pytest.raises(AssertionError, match=where):
+                answer(CASES["not causal"], torch.float16, TILE)
