@@ -80,7 +80,8 @@ def _context() -> Any:
     if torch.cuda.is_available():  # which imports may touch, and which does not survive a fork
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([name for name in sys.modules if name.startswith("ring_hilbert")])
+    ours = [name for name in sys.modules if name.startswith("ring_hilbert")]
+    context.set_forkserver_preload(["torch._dynamo", *ours])  # the former is what calls of custom operators import
     return context
 
 
