@@ -75,7 +75,7 @@ def _earliest(failures: list[_Failure]) -> _Failure:
 
 
 @functools.cache
-def _context() -> Any:
+def process_context() -> Any:
     """Where ranks come from: forked by a process that imports once, for all of them, what this one has imported by now."""
     if torch.cuda.is_available():  # which imports may touch, and which does not survive a fork
         return multiprocessing.get_context("spawn")
@@ -89,7 +89,7 @@ class _Rank:
     """One rank's process, seen from the test."""
 
     def __init__(self, stack_file: Path) -> None:
-        context = _context()
+        context = process_context()
         self.connection, theirs = context.Pipe()
         self.stack_file = stack_file
         # daemon: it ends with pytest, and may have no children of its own to leave behind
