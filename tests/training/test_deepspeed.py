@@ -53,7 +53,7 @@ def test_resume_and_export(tmp_path: Path, texts: Path, stage: int) -> None:
         settings = zero({"stage": stage}, train__precision="bf16", parallel__sp=2, optim__decay_steps=8, **places)
         return tiny_config(texts, **settings, train__steps=steps, checkpoint__every=4, **changes)
 
-    whole = run_ranks(run_to, 2, config("whole", 8), timeout=200)[0]
+    whole = run_ranks(run_to, 2, config("whole", 8, train__probe=True), timeout=200)[0]
     run_ranks(run_to, 2, config("parts", 4), timeout=200)
     errors = run_ranks_collect(run_to, 2, config("parts", 8), timeout=200)
     assert all("checkpoint.trust" in str(error) for error in errors)

@@ -55,10 +55,10 @@ def train(
     assert world_size == config.parallel.world_size
     with open_world(config.parallel) as world:
         assert world.rank == rank
-        dataset = PaddedDataset()
+        dataset, held_out = PaddedDataset(), PaddedDataset(16)
         hf_config = model_config(config)
         engine = make_engine(config, hf_config, world)
-        run = Run(config, world, engine, Checkpoints(config, world, {}), dataset, dataset, hf_config)
+        run = Run(config, world, engine, Checkpoints(config, world, {}), dataset, held_out, hf_config)
         assert run.eval_batches is not None
         errors: list[float] = []
         update = engine.step
