@@ -147,7 +147,7 @@ def test_check_of_ranks() -> None:
 
 
 def test_check_says_who_does_not_come() -> None:
-    outcomes = run_ranks_collect(_checked, 2, 1.0, timeout=20)
+    outcomes = run_ranks_collect(_checked, 2, 1.0, timeout=10)
     assert isinstance(outcomes[0], RuntimeError) and "rank 0: not all ranks arrived" in str(outcomes[0])
 
 
