@@ -46,9 +46,9 @@ def outcome(folder: Path) -> tuple[list[tuple[str, int, float]], dict[str, torch
 
 
 def config_in(texts: Path, folder: Path, **changes: Any) -> RunConfig:
-    """A run that reads `texts` and writes below `folder`."""
+    """A run of two micro-steps that reads `texts` and writes below `folder`."""
     places = {"checkpoint__dir": str(folder / "checkpoints"), "log__dir": str(folder / "logs")}
-    return tiny_config(texts, **{**places, "optim__decay_steps": 20, **changes})
+    return tiny_config(texts, **{**places, "optim__decay_steps": 20, "train__micro_batch": 2, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,7 @@ def test_any_layout_of_ranks(tmp_path: Path, texts: Path, alone: Path) -> None:
     layouts = [(2, 1, 1), (1, 2, 2), (2, 2, 1), (1, 1, 3)]  # dp_replicate, dp_shard, sp
     for number, (replicate, shard, sp) in enumerate(layouts, 1):
         layout = {"parallel__dp_replicate": replicate, "parallel__dp_shard": shard, "parallel__sp": sp}
+        layout["train__micro_batch"] = 1
         run_ranks(run_all, replicate * shard * sp, [config_in(texts, tmp_path, **layout, train__steps=5 * number)])
     expected, found = ([x for x in outcome(folder)[0] if x[0] == "train"] for folder in (alone, tmp_path))
     assert [line[1] for line in found] == list(range(1, 21))
