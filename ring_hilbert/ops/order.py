@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from math import isqrt, prod
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,14 @@ _CACHED = 8  # results per cache; the least recently used is evicted first
 # A copy-on-write clone costs microseconds at any length and copies only on a write, so that callers own what they get
 # but cannot modify the cache. A torch without it copies at once: the same results, milliseconds slower.
 _lazy_clone: Callable[[torch.Tensor], torch.Tensor] = getattr(torch, "_lazy_clone", torch.clone)
+
+_Method = TypeVar("_Method", bound=Callable[..., torch.Tensor])
+
+
+def _constant_when_compiled(method: _Method) -> _Method:
+    """`torch.compiler.assume_constant_result`, which does just this, but after importing the compiler, for over a second."""
+    method._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return method
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,7 +107,7 @@ class TokenOrder:
         sides = tuple(_integer(f"grid[{axis}]", side, 1) for axis, side in enumerate(self.grid))
         object.__setattr__(self, "grid", sides)
 
-    @torch.compiler.assume_constant_result
+    @_constant_when_compiled
     def permutation(self, length: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The tokens at rows `start` to `stop` (default `length`): row `s` holds token `permutation[s]`.
 
@@ -120,7 +128,7 @@ class TokenOrder:
             raise ValueError(f"start={start}, stop={stop} must satisfy 0 <= start <= stop <= length={length}")
         return _owned(_permutation, self, length, start, stop)
 
-    @torch.compiler.assume_constant_result
+    @_constant_when_compiled
     def inverse(self, length: int) -> torch.Tensor:
         """The row at which each token stands: `inverse[permutation[s]] == s`. Cached like `permutation`.
 
@@ -279,7 +287,8 @@ def _cacheable(array: np.ndarray) -> torch.Tensor:
         return torch.tensor(array, device="cpu")
 
 
-@torch.compiler.disable()
 def _owned(cached: Callable[..., torch.Tensor], *key: TokenOrder | int) -> torch.Tensor:
     """The caller's own copy of a cached result. Compiled code calls this without tracing into the curves."""
+    if torch.compiler.is_dynamo_compiling():  # as a decorator, `disable` would import the compiler into every program
+        return torch.compiler.disable(_owned)(cached, *key)  # pyright: ignore[reportReturnType]  # untyped
     return _lazy_clone(cached(*key))

@@ -39,7 +39,7 @@ KEPT_WALKS = 512  # for layers with offsets of their own: at most as many as the
 KEPT_BYTES = (
     2**31
 )  # of all walks, beyond which those of unused lengths are evicted: slides come in any number of lengths
-KEPT_SCHEDULES = 2**28  # bytes of all schedules, beyond which those of the cores least recently used are dropped
+KEPT_SCHEDULES = 2**27  # bytes of all schedules, beyond which those of the cores least recently used are dropped
 
 _walks: OrderedDict[Shard, dict[tuple[Any, ...], Walk]] = OrderedDict()
 _schedules: WeakKeyDictionary[TritonCore, tuple[int, dict[Hashable, Schedule]]] = WeakKeyDictionary()

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.model import LossModel
 from ring_hilbert.training.optimizer import adamw, as_configured, state_of
-from ring_hilbert.training.storage.background import Saver, first_failure
+from ring_hilbert.training.storage.background import Saver, State, first_failure
 from ring_hilbert.training.storage.manifest import Manifest
 from ring_hilbert.training.storage.tensors import Reader, Writer, not_finite
 from ring_hilbert.training.weights import Weights, decoder_layers
@@ -79,7 +79,7 @@ class TorchEngine:
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""
-        state, reader = self._state(), Reader(folder)
+        state, reader = self._named_state(), Reader(folder)
         reader.require({key: tensor.shape for key, tensor in state.items()})
         try:
             load(dict(state), storage_reader=reader, process_group=self.world.control)
@@ -89,11 +89,11 @@ class TorchEngine:
 
     def bytes_to_save(self) -> int:
         """See `Engine`."""
-        return sum(tensor.numel() * tensor.itemsize for tensor in self._state().values())
+        return sum(tensor.numel() * tensor.itemsize for tensor in self._named_state().values())
 
     def not_finite(self) -> list[str]:
         """See `Engine`."""
-        return not_finite({key: _local(tensor) for key, tensor in self._state().items()})
+        return not_finite({key: _local(tensor) for key, tensor in self._named_state().items()})
 
     def whole_state(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
@@ -107,16 +107,21 @@ class TorchEngine:
 
     _saver: Saver | None = None
 
-    def _state(self) -> dict[str, torch.Tensor]:
-        """All that is saved, by the names of `storage.tensors`: parameters (tied ones once), persistent buffers, AdamW's state."""
+    def _state(self) -> State:
+        """All that is saved: parameters (tied ones once), persistent buffers, AdamW's state."""
         model = self.model.model
         persistent = model.state_dict().keys()  # this also reshards parameters left gathered by an evaluation
         parameters = dict(model.named_parameters())
         tensors = parameters | {name: x for name, x in model.named_buffers() if name in persistent}
-        state = {f"weight.{name}": tensor.detach() for name, tensor in tensors.items()}
+        state = {"weight": {name: tensor.detach() for name, tensor in tensors.items()}}
         for name, parameter in parameters.items():
-            state |= {f"{kind}.{name}": value for kind, value in state_of(parameter, self.optimizer).items()}
+            for kind, value in state_of(parameter, self.optimizer).items():
+                state.setdefault(kind, {})[name] = value
         return state
+
+    def _named_state(self) -> dict[str, torch.Tensor]:
+        """The same by the names of `storage.tensors`."""
+        return {f"{kind}.{name}": x for kind, tensors in self._state().items() for name, x in tensors.items()}
 
 
 def _shard(model: LossModel, config: RunConfig, world: World) -> None:

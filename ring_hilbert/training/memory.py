@@ -2,8 +2,7 @@
 """How much memory a rank will need, found by running a whole step on fake tensors, without computing or allocating anything.
 
 The torch engine, the model, its checkpointing and its loss are those of the run, with a fake process group; a dispatch mode adds
-up live storage. What the attention holds internally, of other ranks' rows and for its kernels, comes from its plan and walks; the
-share of driver and NCCL from measurements.
+up live storage. What the attention holds internally comes from `attention_memory`; the share of driver and NCCL from measurements.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
 
@@ -27,18 +25,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils._triton import has_triton_package
 from transformers import PretrainedConfig
 
-from ring_hilbert.integrations.transformers_config import heads_of, order_of, pattern_of
-from ring_hilbert.kernels.tables import Walk
-from ring_hilbert.kernels.tiles import PASSES, Tile, plan_tile, tiles_for
-from ring_hilbert.ops.core import Shard
-from ring_hilbert.ops.nesting import chains
-from ring_hilbert.ops.triton_core import KEPT_SCHEDULES, unsupported
-from ring_hilbert.ops.walk import plan_rows
-from ring_hilbert.parallel.execution import remote_walks
 from ring_hilbert.parallel.layout import Layout
-from ring_hilbert.parallel.plan import Plan
-from ring_hilbert.parallel.planning import plan
 from ring_hilbert.parallel.sharding import shard_batch
+from ring_hilbert.training.attention_memory import held_by_attention
 from ring_hilbert.training.config import ParallelConfig, RunConfig
 from ring_hilbert.training.engine_deepspeed import deepspeed_settings
 from ring_hilbert.training.engine_torch import TorchEngine
@@ -47,11 +36,9 @@ from ring_hilbert.training.weights import decoder_layers
 from ring_hilbert.training.world import lay_world
 
 GIB = 2**30
-HOPPER = 90  # the compute capability for which walks are planned: the planning process sees no device
 STARTED = GIB * 6 // 10  # GPU memory of a process outside PyTorch's allocator, measured on an H100: before any kernel
 CONTEXT = GIB * 13 // 10  # the same in training
 COMMUNICATOR = GIB // 2  # per NCCL communicator; a conservative guess
-SAMPLE = 2**16  # most rows for which walks are made; larger ones are extrapolated
 SLACK = 0.02  # fraction of allocated memory lost to fragmentation
 ALIKE = {  # for what attention holds
     "checkpoint_activations": True, "recompute": "all", "recompute_layers": 0, "offload_activations": False, "mlp_tiles": 1,
@@ -135,7 +122,7 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig, cuda: bool) -> Mem
     batch = shard_batch({"input_ids": torch.zeros(config.train.micro_batch, rows, dtype=torch.int64)})
     prepared = batch.pop("ring_hilbert")
     alike = config.train.model_copy(update=ALIKE)
-    walks, inside = _attention(config.model_copy(update={"train": alike}).model_dump_json(), cuda)
+    walks, inside = held_by_attention(config.model_copy(update={"train": alike}).model_dump_json(), cuda)
     # Compiled layers count as uncompiled ones, which hold more.
     skeleton = build_skeleton(config, hf_config, torch.device("cuda") if cuda else None, kinds=("liger",))
     skeleton.fused = None  # pyright: ignore[reportArgumentType]  # the loss by its own passes: nothing is compiled
@@ -282,82 +269,3 @@ def _zero_states(config: RunConfig, count: int) -> tuple[list[int], int]:
         optimizer if where["optimizer"] == "none" else 0,
     ]
     return here, offloaded
-
-
-@lru_cache(maxsize=16)
-def _attention(config_json: str, cuda: bool) -> tuple[int, tuple[int, int]]:
-    """Bytes of all layers' walks and schedules, and the most that a layer's attention holds internally, forward and backward.
-
-    For the rank that receives most. On CPUs there are no walks, and only what other ranks send is held.
-    """
-    config = RunConfig.model_validate_json(config_json)
-    text, ranks = model_config(config).get_text_config(decoder=True), config.parallel.sp
-    heads, kv_heads, dim = heads_of(text)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    triton = cuda and config.attention.backend != "torch" and unsupported(torch.device("cuda"), dtype, dim) is None
-    walks, forward, backward, alike = 0, 0, 0, dict[Any, tuple[int, int, int]]()
-    schedules: list[int] = []
-    for pattern in {pattern_of(text, layer) for layer in range(text.num_hidden_layers)}:
-        made = plan(
-            pattern, config.data.seq_len, ranks, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, dtype=dtype,
-            batch_size=config.train.micro_batch, layout=config.attention.layout, order=order_of(text),
-            strategy=config.attention.strategy,
-        )  # fmt: skip
-        rank = max(range(ranks), key=made.remote_bytes)
-        remote, shared, sums = made.remote_bytes(rank), 0, 0
-        if triton and made.strategy != "ulysses":
-            # Another head_shift or other weights give tables of the same size.
-            key = pattern.branches, pattern.segment_shift, pattern.count
-            if key not in alike:
-                alike[key] = _tables(made, rank)
-            walks += alike[key][0]
-            schedules.append(alike[key][1])
-            shared, sums = alike[key][2], _sums(made, rank)
-        forward, backward = max(forward, remote + shared), max(backward, remote + shared + sums)
-    kept = min(sum(schedules), max(KEPT_SCHEDULES, *schedules, 0))
-    return walks + kept, (forward, backward)
-
-
-def _tables(made: Plan, rank: int) -> tuple[int, int, int]:
-    """Bytes of a layer's walks, of the schedules made of them, and of rows shared between launches."""
-    shapes, order, cpu = made.shapes, made.visible.order, torch.device("cpu")
-    chunks = made.layout.chunks(rank)
-    shard = Shard(chunks, made.layout.seq_len, order)
-    rows, places = (torch.from_numpy(x[:SAMPLE]) for x in (shard.rows(), shard.places()))
-    parts = chains(made.pattern, shapes.num_kv_heads)
-    local, remote = dict[tuple[int, int], Walk](), dict[tuple[int, int, bool, int], Walk]()
-    schedules: dict[tuple[int, int, bool], int] = {}
-    scale = max(1, shard.size / SAMPLE)  # tables grow with rows
-    received = remote_walks(made.crossings, rank, made.strategy == "ring", shard, cpu) if made.hops(rank) else None
-    for pass_ in PASSES:
-        tiles = tiles_for(pass_, HOPPER, shapes.head_dim, shapes.dtype)
-
-        def plan_local(tile: Tile) -> Walk:
-            key = tile.block_outer, tile.chunk
-            if key not in local:
-                local[key] = plan_rows(
-                    parts, made.pattern.segment_shift, rows, places, block_outer=key[0], chunk=key[1]
-                )
-            return local[key]
-
-        tile, walk = plan_tile(tiles, plan_local)
-        schedules[id(walk), tile.block_inner, pass_ == "dkdv"] = int(scale * walk.schedule_nbytes)
-        for hop, visits in enumerate(received.hops if received is not None else ()):
-            if received is not None and visits:
-                key = tiles[0].block_outer, tiles[0].chunk, pass_ == "dkdv", hop
-                remote[key] = received.walk(hop, tiles[0], key[2])
-                schedules[id(remote[key]), tiles[0].block_inner, key[2]] = remote[key].schedule_nbytes
-    walks = int(scale * sum(walk.nbytes for walk in local.values())) + sum(walk.nbytes for walk in remote.values())
-    kept = sum(schedules.values())
-    if received is None:
-        return walks, kept, 0
-    walks += received.slots.nbytes + (0 if received.staged is None else received.staged.nbytes)
-    staging = 4 * shapes.batch_size * received.number * shapes.num_heads * (shapes.head_dim + 2)
-    return walks, kept, staging
-
-
-def _sums(made: Plan, rank: int) -> int:
-    """Bytes of backward's sums: lse and delta of every row and head, dK and dV in float32 if other ranks add to them."""
-    batch, heads, kv_heads, dim, _ = made.shapes
-    wide = 2 * kv_heads * dim if made.layout.world_size > 1 else 0
-    return 4 * batch * made.layout.lengths[rank] * (2 * heads + wide)

@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, get_args
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -101,6 +102,15 @@ class Case:
         )
         out.backward(x["dout"])
         return {"out": out.detach(), "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}  # type: ignore[dict-item]
+
+
+def interpreted(backend: str) -> None:
+    """Have the kernels of a backend take CPU tensors; skip the test where they cannot."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("of CPU tensors, which only the interpreter takes")
+        import tests.harness.interpreter  # noqa: F401
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-10) -> None:

@@ -51,12 +51,40 @@ def _patched_once(_: Any, patch: Any = interpreter._patch_lang) -> Any:
     return scope
 
 
+def _block_type(self: Any, element_ty: Any, shape: Any, make: Any = tl.block_type.__init__) -> None:
+    """Equal types share their fields, which otherwise take a fifth of the time."""
+    key = element_ty.name, *shape
+    if key not in _types:
+        make(self, element_ty, shape)
+        _types[key] = vars(self)
+    self.__dict__ = _types[key]
+
+
+def _tensor(self: Any, handle: Any, type: Any, make: Any = tl.tensor.__init__) -> None:  # noqa: A002
+    """Tensors of a type share what follows from it."""
+    known = vars(type)
+    if "of_tensors" not in known:
+        make(self, None, type)
+        known["of_tensors"] = vars(self).copy()
+    vars(self).update(known["of_tensors"], handle=handle)
+
+
+def _numpy_dtype(dtype: Any, find: Any = interpreter._get_np_dtype) -> np.dtype:
+    known = vars(dtype)
+    if "of_numpy" not in known:
+        known["of_numpy"] = find(dtype)
+    return known["of_numpy"]
+
+
 _running: list[Any] = []  # the launch, if there is one
+_types: dict[tuple[Any, ...], dict[str, Any]] = {}
 interpreter._patch_lang = _patched_once
 interpreter.interpreter_builder.options.__dict__["sanitize_overflow"] = (
     False  # a third of the time, and no test is that large
 )
 interpreter._patch_lang_tensor = _scalars_are_integers
+interpreter._get_np_dtype = _numpy_dtype
+tl.block_type.__init__, tl.tensor.__init__ = _block_type, _tensor
 builder: Any = interpreter.InterpreterBuilder
 builder.create_dot = _dot_of_numbers
 builder.cast_impl = _rounded

@@ -71,9 +71,7 @@ def config_in(folder: Path, engine: str) -> RunConfig:
     places = {"checkpoint__dir": str(folder / "checkpoints"), "log__dir": str(folder / "logs")}
     sizes = {"train__steps": STEPS, "checkpoint__every": 2, "parallel__sp": RANKS, "data__eval": None}
     texts = folder.parent / "texts"
-    return tiny_config(
-        texts, **places, **sizes, engine=engine, train__probe=False, **(zero if engine == "deepspeed" else {})
-    )
+    return tiny_config(texts, **places, **sizes, engine=engine, **(zero if engine == "deepspeed" else {}))
 
 
 def trial(folder: Path, engine: str, strike: Strike) -> str:

@@ -75,12 +75,13 @@ def _earliest(failures: list[_Failure]) -> _Failure:
 
 
 @functools.cache
-def _context() -> Any:
+def process_context() -> Any:
     """Where ranks come from: forked by a process that imports once, for all of them, what this one has imported by now."""
     if torch.cuda.is_available():  # which imports may touch, and which does not survive a fork
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([name for name in sys.modules if name.startswith("ring_hilbert")])
+    ours = [name for name in sys.modules if name.startswith("ring_hilbert")]
+    context.set_forkserver_preload(["torch._dynamo", *ours])  # the former is what calls of custom operators import
     return context
 
 
@@ -88,7 +89,7 @@ class _Rank:
     """One rank's process, seen from the test."""
 
     def __init__(self, stack_file: Path) -> None:
-        context = _context()
+        context = process_context()
         self.connection, theirs = context.Pipe()
         self.stack_file = stack_file
         # daemon: it ends with pytest, and may have no children of its own to leave behind

@@ -131,8 +131,8 @@ def test_collective_that_one_rank_never_joins_fails_on_the_others(monkeypatch: p
 
 def test_dead_rank_is_named() -> None:
     with pytest.raises(ChildProcessError, match="rank 1 of 2 died with exit code 7"):
-        run_ranks(_die_on, 2, 1, timeout=20)
-    value, error = run_ranks_collect(_die_on, 2, 1, timeout=20)
+        run_ranks(_die_on, 2, 1, timeout=10)
+    value, error = run_ranks_collect(_die_on, 2, 1, timeout=10)
     assert value == 0
     assert isinstance(error, ChildProcessError)
 

@@ -54,7 +54,7 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
             "eval": {"path": str(folder / "eval"), "every": 10},
         },
         "optim": {"lr": 3e-3, "warmup_steps": 4},
-        "train": {"steps": 20, "global_batch_tokens": 4 * SEQ_LEN, "checkpoint_activations": False},
+        "train": {"steps": 20, "global_batch_tokens": 4 * SEQ_LEN, "checkpoint_activations": False, "probe": False},
         "checkpoint": {"dir": str(folder / "checkpoints"), "every": 10},
         "log": {"dir": str(folder / "logs"), "tensorboard": False, "memory_plan": False},
     }
@@ -68,14 +68,17 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
 
 
 class PaddedDataset:
-    """Numbered sequences of documents; some end in padding, some are nothing else.
+    """`size` numbered sequences of documents; some end in padding, some are nothing else.
 
     In every four sequences the second is padding in its last three quarters and the fourth in all of it, so that some sp rank,
     and some dp rank, has only padding.
     """
 
+    def __init__(self, size: int = 80) -> None:
+        self.size = size
+
     def __len__(self) -> int:
-        return 80
+        return self.size
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         generator = torch.Generator().manual_seed(number)

@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from ring_hilbert.integrations.accelerate import ShardedLoader, loss_for_backward
 from ring_hilbert.integrations.trainer import SequenceParallelTrainer
+from tests.harness.launched import Launched
 from tests.harness.loops import EpochStream
 
 EXAMPLES = Path(__file__).parents[2] / "launch" / "examples"
@@ -40,17 +40,22 @@ STARTS = {
 }
 
 
-def launched(script: str, ranks: int) -> str:
-    """What a script prints under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(EXAMPLES / f"{script}.py")]
+def run_script(path: str, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    sys.argv = [path]
+    runpy.run_path(path, run_name="__main__")
+
+
+def launched(script: str, ranks: int, folder: Path) -> str:
+    """What a script prints, and its ranks to stderr."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": path, **STARTS[script]}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=280
-    )  # DeepSpeed may build its extension
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": path, **STARTS[script]}
+    with Launched(folder, ranks, run_script, str(EXAMPLES / f"{script}.py"), environment) as run:
+        for process in run.processes:
+            process.join(280)  # DeepSpeed may build its extension
+        told = "".join(map(run.told, range(ranks)))
+        assert all(process.exitcode == 0 for process in run.processes), told[-3000:]
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +81,13 @@ def one_process() -> list[float]:
 
 
 @pytest.mark.parametrize("script", STARTS)
-def test_example(script: str, one_process: list[float]) -> None:
+def test_example(script: str, one_process: list[float], tmp_path: Path) -> None:
     """Two ranks of one sequence, two micro-steps: every printed loss."""
     if script == "deepspeed_loop":
         pytest.importorskip("deepspeed")
         if shutil.which("g++") is None:
             pytest.skip("DeepSpeed builds its CPU extension with g++")
-    printed = re.findall(r"\bloss'?:? '?([\d.]+)", launched(script, 2))
+    printed = re.findall(r"\bloss'?:? '?([\d.]+)", launched(script, 2, tmp_path))
     digits = 1e-3 if script == "trainer" else 1e-5  # the Trainer prints four
     assert [float(loss) for loss in printed] == pytest.approx(one_process, rel=digits)
 

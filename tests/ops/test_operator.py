@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 
 import ring_hilbert as rh
-from tests.harness.cases import Case, assert_close, cases, replace
+from tests.harness.cases import Case, assert_close, cases, interpreted, replace
 
 LONGNET = rh.DilatedPattern((16, 32, None), (1, 2, 5))
 
@@ -130,6 +130,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast(backend: str, compiled: bool):
     """float32 under autocast is the same as bfloat16 without it, to the bit, with gradients in float32; float64 stays."""
+    interpreted(backend)
     case = Case(rh.DilatedPattern((16, 64), (1, 4)), 70, heads=4, head_dim=16)
     x = case.tensors(torch.float32)
 
@@ -250,8 +251,7 @@ def test_impossible_patterns_are_named(arguments: tuple, message: str):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_nothing_may_see_reaches_nothing(backend: str, value: float):
     """NaN and Inf in K and V of padding rows, wherever these are: out and gradients of real rows are as with zeros there."""
-    if backend == "triton" and (pytest.importorskip("triton") is None or torch.cuda.is_available()):
-        pytest.skip("of CPU tensors, which only the interpreter takes")
+    interpreted(backend)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 48, 2, 16, generator=generator) for _ in range(3))
     documents = torch.zeros(2, 48, dtype=torch.int64)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
+import warnings
 from itertools import permutations, product
 from math import isqrt, prod
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from ring_hilbert.ops import order as order_module
 from ring_hilbert.ops.curves import CURVES, hilbert
@@ -298,6 +300,21 @@ def test_compiled_code_takes_a_permutation_as_a_constant():
     order = TokenOrder("hilbert", grid=(4, 4))
     compiled = torch.compile(lambda x: x[order.permutation(16)] + 1, backend="eager", fullgraph=True)
     assert torch.equal(compiled(torch.arange(16)), order.permutation(16) + 1)
+
+
+def test_compiled_code_with_graph_breaks_does_not_trace_the_curves():
+    """Where the compiler gives up on a caller, it compiles what that calls."""
+    order, frames = TokenOrder("hilbert", block=16), CompileCounter()
+
+    def permuted(x):
+        with warnings.catch_warnings():
+            torch._dynamo.graph_break()  # inside of `with`, so that nothing of this function can be compiled
+        return x[order.permutation(40)] + order.inverse(40)
+
+    compiled = torch.compile(permuted, backend=frames)
+    for _ in range(3):
+        assert torch.equal(compiled(torch.arange(40)), order.permutation(40) + order.inverse(40))
+    assert frames.frame_count == 0
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 cannot take a symbolic length for a constant")

@@ -12,6 +12,7 @@ from torch import Tensor
 import ring_hilbert as rh
 from ring_hilbert.ops.visible import HIDDEN, Visible, intervals, reached
 from ring_hilbert.parallel.layout import Layout
+from tests.harness.cases import interpreted
 
 NUMBERS = st.one_of(st.integers(0, 4), st.integers(-(2**63), 2**63 - 1))
 
@@ -90,8 +91,7 @@ PATTERN = rh.DilatedPattern((8, 32, None), (1, 2, 4))
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_other_documents_in_place(backend: str):
     """`refresh` gives what a fresh `prepare` gives, forward and backward."""
-    if backend == "triton" and (pytest.importorskip("triton") is None or torch.cuda.is_available()):
-        pytest.skip("of CPU tensors, which only the interpreter takes")
+    interpreted(backend)
     generator = torch.Generator().manual_seed(0)
     x = [torch.randn(1, 64, 2, 16, generator=generator, requires_grad=True) for _ in range(3)]
     documents = [torch.arange(64) // length for length in (64, 10, 23)]

@@ -439,6 +439,6 @@ def _peer_goes_missing(rank: int, world: int, phase: str):
     ("phase", "collective"), [("forward", "exchange of K and V rows"), ("backward", "K and V rows")]
 )
 def test_a_peer_that_goes_missing_is_an_error_that_names_the_layer(phase: str, collective: str):
-    outcome = run_ranks_collect(_peer_goes_missing, 2, phase, timeout=20)[0]
+    outcome = run_ranks_collect(_peer_goes_missing, 2, phase, timeout=10)[0]
     assert isinstance(outcome, RuntimeError)
     assert all(words in str(outcome) for words in ("rank 0", collective, "layer 7", "did not complete")), outcome

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import random
 import signal
@@ -19,14 +18,11 @@ import torch
 import torch.distributed as dist
 
 import ring_hilbert as rh
-from tests.harness.ranks import run_ranks
+from tests.harness.ranks import process_context, run_ranks
 
 WORLD, ROWS, TIMEOUT = 3, 512, 5.0  # seconds that the group waits
 PATTERN = rh.DilatedPattern((256, None), (1, 4))
 PHASES = ("prepare", "forward", "backward")
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed", "ring_hilbert"])
 
 
 def _train(rank: int, store: str, phase: str, number: signal.Signals, victim: int, delay: float, report: Connection):
@@ -67,9 +63,9 @@ def _strike(folder: Path, phase: str, number: signal.Signals, seed: int) -> list
     victim, delay = dice.randrange(WORLD), dice.uniform(0, 0.04)
     pipes, processes = [], []
     for rank in range(WORLD):
-        mine, theirs = _context.Pipe()
+        mine, theirs = process_context().Pipe()
         arguments = (rank, str(folder / "store"), phase, number, victim, delay, theirs)
-        processes.append(_context.Process(target=_train, args=arguments, daemon=True))
+        processes.append(process_context().Process(target=_train, args=arguments, daemon=True))
         processes[-1].start()
         theirs.close()
         pipes.append(mine)

@@ -51,9 +51,9 @@ def test_resume_and_export(tmp_path: Path, texts: Path, stage: int) -> None:
     def config(name: str, steps: int, **changes: Any) -> RunConfig:
         places = {"checkpoint__dir": str(tmp_path / name), "log__dir": str(tmp_path / f"{name}-logs")}
         settings = zero({"stage": stage}, train__precision="bf16", parallel__sp=2, optim__decay_steps=8, **places)
-        return tiny_config(texts, **settings, train__steps=steps, checkpoint__every=4, **changes)
+        return tiny_config(texts, **settings, train__steps=steps, train__micro_batch=2, checkpoint__every=4, **changes)
 
-    whole = run_ranks(run_to, 2, config("whole", 8), timeout=200)[0]
+    whole = run_ranks(run_to, 2, config("whole", 8, train__probe=True), timeout=200)[0]
     run_ranks(run_to, 2, config("parts", 4), timeout=200)
     errors = run_ranks_collect(run_to, 2, config("parts", 8), timeout=200)
     assert all("checkpoint.trust" in str(error) for error in errors)
@@ -79,6 +79,9 @@ PAIRS += [  # in bfloat16, where ZeRO-0 is refused, DeepSpeed has another optimi
 ]
 
 
+HALVES = {"optim__decay_steps": 20, "data__eval": None, "train__micro_batch": 2}
+
+
 @pytest.fixture(scope="module")
 def halves(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """By engine and precision, on two ranks: the losses of twenty steps, and the folder of a run that has done ten of them."""
@@ -87,7 +90,7 @@ def halves(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def of(engine: str, precision: str) -> tuple[list[float], Path]:
         if (engine, precision) not in made:
             folder = tmp_path_factory.mktemp(engine)
-            shared = {"parallel__sp": 2, "optim__decay_steps": 20, "data__eval": None, "train__precision": precision}
+            shared = {"parallel__sp": 2, "train__precision": precision, **HALVES}
             settings = {**ENGINES[engine], **shared}
             for name, steps in (("whole", 20), ("half", 10)):
                 places = {"checkpoint__dir": str(folder / name), "log__dir": str(folder / f"{name}-logs")}
@@ -105,8 +108,7 @@ def test_between_engines(tmp_path: Path, texts: Path, halves: Any, before: str, 
     expected, half = halves(before, precision)
     ranks = 3 if after == "zero3" else 2
     places = {"checkpoint__dir": str(tmp_path / "common"), "log__dir": str(tmp_path / "logs")}
-    shared = {"parallel__sp": ranks, "optim__decay_steps": 20, "data__eval": None, "train__precision": precision}
-    shared["train__steps"] = 20
+    shared = {"parallel__sp": ranks, "train__precision": precision, "train__steps": 20, **HALVES}
     refused = tiny_config(texts, **{**ENGINES[after], **shared, **places, "checkpoint__dir": str(half)})
     with pytest.raises(
         ValueError, match=r"was written by engine .* and this run has engine .*ring-hilbert convert .*/half"

@@ -143,7 +143,9 @@ def test_liger_on_two_ranks(tmp_path: Path, model_type: str):
     pytest.importorskip("liger_kernel")
     truth = true_gradients(model_of(model_type, tmp_path))
     plain = run_ranks(train, 1, model_of(model_type, tmp_path, train__fused="none", train__micro_batch=4), truth)[0]
-    config = model_of(model_type, tmp_path, train__fused="liger", parallel__sp=2, train__mlp_tiles=3)
+    config = model_of(
+        model_type, tmp_path, train__fused="liger", train__micro_batch=2, parallel__sp=2, train__mlp_tiles=3
+    )
     check(run_ranks(train_with_stand_ins, 2, config, truth, timeout=280), plain, 1e-4)
 
 

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import datetime
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -22,38 +20,25 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from ring_hilbert.training import watchdog as watchdog_module
 from ring_hilbert.training.config import ParallelConfig, RunConfig
+from ring_hilbert.training.loop import pretrain
 from ring_hilbert.training.watchdog import STATUS, RankLost
 from ring_hilbert.training.world import open_world
 from tests.harness.deepspeed_rank import zero
+from tests.harness.launched import Launched
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny_run import tiny_config, write_texts
 
 WORLD, LIMIT = 4, 8.0  # ranks, and seconds of timeouts.step
 PLACE = r"in (?P<collective>[^,;]+), (?P<part>(forward|backward|optimizer|reading a batch|sum of the loss|a step)[^,]*), step \d+"
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ring_hilbert.training.loop", "tests.harness.tiny_run"])
 
-
-def _rank(rank: int, config: RunConfig, port: int, output: Path, slow: bool) -> None:
-    """What torchrun would start, without the seconds that imports take. `slow`: every linear layer takes 5 ms more."""
-    file = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    from ring_hilbert.training.loop import pretrain
-
-    if slow:
+def _rank(config: RunConfig, slow: int | None) -> None:
+    """`slow`: the rank for which every linear layer takes 5 ms more."""
+    if os.environ["RANK"] == str(slow):
         forward = torch.nn.Linear.forward
         torch.nn.Linear.forward = lambda *arguments: (time.sleep(0.005), forward(*arguments))[1]  # type: ignore[method-assign]
     try:
@@ -63,8 +48,8 @@ def _rank(rank: int, config: RunConfig, port: int, output: Path, slow: bool) -> 
         os._exit(1)
 
 
-class Run:
-    """Ranks in training; their output, one file each, is in `folder`."""
+class Run(Launched):
+    """Ranks in training."""
 
     def __init__(self, folder: Path, slow: int | None = None, **changes: Any) -> None:
         write_texts(folder)
@@ -76,24 +61,13 @@ class Run:
         }
         steps = {"train__steps": 100000, "checkpoint__every": 100000, "data__eval": None}
         self.config = tiny_config(folder, **options, **steps, **changes)
-        self.store = dist.TCPStore("127.0.0.1", 0, None, True, datetime.timedelta(seconds=60), wait_for_workers=False)
-        self.outputs = [folder / f"output{rank}" for rank in range(WORLD)]
         self.metrics = folder / "logs" / "metrics.jsonl"
-        self.processes = [
-            _context.Process(target=_rank, args=(rank, self.config, self.store.port, output, rank == slow), daemon=True)
-            for rank, output in enumerate(self.outputs)
-        ]
+        super().__init__(folder, WORLD, _rank, self.config, slow)
 
     def __enter__(self) -> Run:
-        for process in self.processes:
-            process.start()
+        super().__enter__()
         self.wait(lambda: self.metrics.exists() and self.metrics.read_text().count("\n") >= 3, 120)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
 
     def wait(self, what: Callable[[], bool], seconds: float) -> float:
         """How long it took."""
@@ -102,10 +76,6 @@ class Run:
             assert time.monotonic() - began < seconds, "\n".join(self.told(rank)[-2000:] for rank in range(WORLD))
             time.sleep(0.05)
         return time.monotonic() - began
-
-    def told(self, rank: int) -> str:
-        """Its output."""
-        return self.outputs[rank].read_text(errors="replace") if self.outputs[rank].exists() else ""
 
     def strike(self, seed: int, number: signal.Signals) -> int:
         """Send a signal to some rank at some moment, not before it has reported on its steps; returns which."""

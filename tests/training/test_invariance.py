@@ -55,10 +55,10 @@ def train(
     assert world_size == config.parallel.world_size
     with open_world(config.parallel) as world:
         assert world.rank == rank
-        dataset = PaddedDataset()
+        dataset, held_out = PaddedDataset(), PaddedDataset(16)
         hf_config = model_config(config)
         engine = make_engine(config, hf_config, world)
-        run = Run(config, world, engine, Checkpoints(config, world, {}), dataset, dataset, hf_config)
+        run = Run(config, world, engine, Checkpoints(config, world, {}), dataset, held_out, hf_config)
         assert run.eval_batches is not None
         errors: list[float] = []
         update = engine.step
@@ -187,7 +187,12 @@ def train_own_heads(
         return [train(rank, world_size, *run, steps=1) for run in zip(configs, truths, strict=True)]
 
 
-SAVING = {"train__checkpoint_activations": True, "train__offload_activations": True, "train__mlp_tiles": 3}
+SAVING = {
+    "train__checkpoint_activations": True,
+    "train__offload_activations": True,
+    "train__mlp_tiles": 3,
+    "train__micro_batch": 2,
+}
 
 
 def test_what_saves_memory_changes_nothing(tmp_path: Path, truth: Gradients, one_rank: dict[str, list[float]]) -> None:
@@ -261,7 +266,7 @@ def test_deepspeed_in_bf16_starts_with_float32_weights(tmp_path: Path) -> None:
 
 def test_bf16_keeps_float32_weights(tmp_path: Path, truth: Gradients, one_rank: dict[str, list[float]]) -> None:
     """Computing in bfloat16 follows the exact run closely, over ranks and micro-steps too."""
-    config = tiny_config(tmp_path, train__precision="bf16", parallel__sp=2)
+    config = tiny_config(tmp_path, train__precision="bf16", train__micro_batch=2, parallel__sp=2)
     losses = run_ranks(train, 2, config, truth)[0]["losses"]
     assert losses == pytest.approx(one_rank["losses"], rel=5e-3)
     assert losses != one_rank["losses"]

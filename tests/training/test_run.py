@@ -38,9 +38,9 @@ def run(rank: int, world_size: int, config: RunConfig) -> Summary:
 
 def test_a_run_learns_and_says_so(tmp_path: Path, texts: Path) -> None:
     """Two ranks; metrics of every step and evaluation, plots, TensorBoard, a model better than token frequencies."""
-    changes = {"optim__lr": 1e-2, "log__tensorboard": True, "parallel__sp": 2}
+    changes = {"optim__lr": 1e-2, "log__tensorboard": True, "parallel__sp": 2, "train__probe": True}
     untied = {"model__config__tie_word_embeddings": False}  # learns faster
-    config = tiny_config(texts, **in_folder(tmp_path), train__steps=40, **changes, **untied)
+    config = tiny_config(texts, **in_folder(tmp_path), train__steps=40, train__micro_batch=2, **changes, **untied)
     first, second = run_ranks(run, 2, config)
     assert first == second
     assert first.eval_loss < 0.9 * first.unigram_loss

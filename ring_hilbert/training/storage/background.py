@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 
 from ring_hilbert.training.storage.tensors import Writer
 
+State = dict[str, dict[str, Tensor]]  # by kind and parameter; saved as `<kind>.<parameter>`. An outer key costs 0.1 ms
+
 
 class _HostCopies(StateDictStager):
     """Keeps its memory from save to save: in PyTorch 2.11 a `DefaultStager` closes its own after every copy."""
@@ -49,15 +51,15 @@ class Saver:
         self._stager = self._make_stager() if asynchronous else None
         self._copied: Future[None] | None = None
 
-    def prepare(self, tensors: dict[str, Tensor]) -> None:
+    def prepare(self, tensors: State) -> None:
         """Allocate the host memory now, rather than at the first save: locking its pages takes seconds."""
         if self._stager is not None and self._on_cuda:
             self._wait_for_device()
-            copied = self._stager.stage(_by_kind(tensors))
+            copied = self._stager.stage(tensors)
             assert isinstance(copied, Future)
             copied.result()
 
-    def save(self, tensors: dict[str, Tensor], writer: Writer) -> Future[Any]:
+    def save(self, tensors: State, writer: Writer) -> Future[Any]:
         """Start writing `tensors`, which must not change before `fence`; returns a future done once published or failed."""
         if self._stager is None:
             done: Future[Any] = Future()
@@ -67,9 +69,7 @@ class Saver:
                 done.set_exception(error)
             return done
         self._wait_for_device()
-        begun = async_save(
-            _by_kind(tensors), storage_writer=writer, async_stager=self._stager, process_group=self._group
-        )
+        begun = async_save(tensors, storage_writer=writer, async_stager=self._stager, process_group=self._group)
         assert isinstance(begun, AsyncSaveResponse)
         self._copied = begun.staging_completion
         return begun.upload_completion
@@ -103,15 +103,6 @@ class Saver:
         """Synchronise: the copies are made on a separate stream, which waits for no other."""
         if self._on_cuda:
             torch.cuda.current_stream().synchronize()
-
-
-def _by_kind(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors `<kind>.<parameter>` by kind and parameter, which are saved by the same names: each outer key costs 0.1 ms."""
-    nested: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        kind, name = key.split(".", 1)
-        nested.setdefault(kind, {})[name] = tensor
-    return nested
 
 
 def first_failure(error: CheckpointException) -> tuple[int, BaseException]:
