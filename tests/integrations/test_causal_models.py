@@ -168,3 +168,11 @@ def test_buffers_of_the_head_are_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def _adds_a_buffer(self, input_ids, **options):
     return CausalLMOutput(logits=self.lm_head(self.model(input_ids, **options)[0]) + self.final_logits_bias)
+
+
+def test_a_loss_beside_that_of_the_tokens_is_not_left_out() -> None:
+    config = tiny_config("mixtral", full_attention=True)
+    check_model(config)
+    config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits adds a loss that balances experts"):
+        check_model(config)
