@@ -206,7 +206,7 @@ class SequenceParallelTrainer(Trainer):
         logits = getattr(outputs, "logits", None)  # None by fused losses
         if not self._loss_compared and logits is not None and num_items_in_batch:
             parts = zip(
-                logits.detach().flatten(0, 1).split(4096), inputs["shift_labels"].flatten().split(4096), strict=True
+                logits.detach().flatten(0, 1).split(256), inputs["shift_labels"].flatten().split(256), strict=True
             )
             own = torch.stack([cross_entropy(rows.float(), labels, reduction="sum") for rows, labels in parts]).sum()
             own = own / num_items_in_batch * self.accelerator.num_processes

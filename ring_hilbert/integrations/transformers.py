@@ -54,8 +54,8 @@ UNSUPPORTED = {
     "seq_idx": DOCUMENTS,
     "position_bias": "a model without relative position bias",
 }
-IGNORED = {  # keyword arguments of the model call that come this far without a meaning here
-    "cache_position", "cu_seq_lens_k", "document_ids", "labels", "max_length_k", "max_length_q", "num_items_in_batch",
+HARMLESS = {  # keyword arguments of the model call that come this far without a meaning here
+    "cache_position", "cu_seq_lens_k", "deterministic", "document_ids", "labels", "max_length_k", "max_length_q", "num_items_in_batch",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "shift_labels", "use_cache",
 }  # fmt: skip
 COMPILED_DOCUMENTS = (
@@ -107,7 +107,7 @@ def _number_layers(
 def _require_attention(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Runs behind a model's forward: sharded rows must have met in our attention."""
     prepared = kwargs.get(NAME)
-    if prepared is not None and not torch.compiler.is_compiling() and prepared.attended is not model.config:
+    if prepared is not None and not torch.compiler.is_compiling() and not prepared.used:
         raise ValueError(
             f"no attention layer of {type(model).__name__} was given the ring_hilbert= of the model call: its layers drop keyword "
             "arguments, or have attention of their own or none"
@@ -132,8 +132,9 @@ def _check_number(module: nn.Module, number: int) -> None:
 def attention_mask(
     *,
     batch_size: int,
-    q_length: int,
     mask_function: Callable[..., Any],
+    q_length: int = 0,
+    cache_position: Tensor | None = None,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
@@ -146,7 +147,7 @@ def attention_mask(
     Raises:
         ValueError: for a mask that the model lays over the usual one, as for images.
     """
-    kind = mask_function.__qualname__.partition(".")[0]  # of the outermost function, by which it was made
+    kind = getattr(mask_function, "__qualname__", "").partition(".")[0]  # by what the outermost function was made
     if attention_mask is not None or local_size is not None:  # local layers are refused by themselves
         return attention_mask
     if use_vmap or kind == "or_masks":
@@ -154,6 +155,8 @@ def attention_mask(
             "attn_implementation='ring_hilbert' has no masks of a model's own (here one laid over the causal mask, as for images "
             "or prefixes); leave out the inputs that it is made for, such as token_type_ids"
         )
+    if cache_position is not None:  # Transformers 5.0
+        q_length, device = len(cache_position), cache_position.device
     if kind != "and_masks" or q_length < 2:
         return None
     rows, entries = torch.arange(q_length, device=device), torch.arange(batch_size, device=device)[:, None]
@@ -194,7 +197,7 @@ def attention_forward(
             key-value caches, cross-attention, other masks; and for any other argument, as it may change the attention.
     """
     for name, given in kwargs.items():
-        if given is not None and name not in IGNORED:
+        if given is not None and name not in HARMLESS:
             got = list(given.shape) if isinstance(given, Tensor) else repr(given)
             instead = UNSUPPORTED.get(name, f"a call or a model without it: {type(module).__name__} passes it on")
             raise ValueError(f"attn_implementation='ring_hilbert' has no {name} (got {got}); use {instead}")
@@ -234,7 +237,7 @@ def attention_forward(
         if (
             not torch.compiler.is_compiling()
         ):  # compiled code neither reads nor writes state that changes within a batch
-            ring_hilbert.position_ids_checked, ring_hilbert.attended = position_ids, config
+            ring_hilbert.position_ids_checked, ring_hilbert.attended = position_ids, True
         return dilated_attention(q, k, v, **call, prepared=ring_hilbert), None
 
     order, documents = order_of(config), None

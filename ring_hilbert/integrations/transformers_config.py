@@ -60,8 +60,9 @@ def settings_of(config: Any) -> Mapping[str, Any]:
 
 
 def layer_types(config: Any) -> set[str]:
-    """The kinds of layers that a configuration lists; none if it does not."""
-    return set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+    """The kinds of layers that a configuration lists, and "mamba" if it has settings of those."""
+    listed = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+    return listed | ({"mamba"} if any(name.startswith("mamba_") for name in vars(config)) else set())
 
 
 def pattern_of(config: Any, layer: int) -> DilatedPattern:

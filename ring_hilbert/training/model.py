@@ -288,7 +288,10 @@ def _refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) ->
     """Refuse ids that mean other tokens to the model in a folder."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return
-    theirs = {number: token for token, number in load_tokenizer(str(folder)).get_vocab().items()}
+    try:
+        theirs = {number: token for token, number in load_tokenizer(str(folder)).get_vocab().items()}
+    except ValueError as error:
+        raise ValueError(f"model.path: its tokenizer cannot be compared with data.tokenizer: {error}") from error
     for token, number in tokenizer.get_vocab().items():
         if theirs.get(number, token) != token:
             raise ValueError(
