@@ -55,8 +55,8 @@ UNSUPPORTED = {
     "position_bias": "a model without relative position bias",
 }
 HARMLESS = {  # keyword arguments of the model call that come this far without a meaning here
-    "cache_position", "cu_seq_lens_k", "deterministic", "document_ids", "labels", "max_length_k", "max_length_q", "num_items_in_batch",
-    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "shift_labels", "use_cache",
+    "cache_position", "cu_seq_lens_k", "deterministic", "document_ids", "labels", "max_length_k", "max_length_q",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "shift_labels", "use_cache",
 }  # fmt: skip
 COMPILED_DOCUMENTS = (
     "a compiled model takes padding and packed documents by model(**rh.shard_batch(batch)), not by attention_mask or "
