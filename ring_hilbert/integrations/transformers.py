@@ -56,7 +56,8 @@ UNSUPPORTED = {
 }
 HARMLESS = {  # keyword arguments of the model call that come this far without a meaning here
     "cache_position", "cu_seq_lens_k", "deterministic", "document_ids", "labels", "max_length_k", "max_length_q",
-    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "shift_labels", "use_cache",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "shift_labels",
+    "use_cache",
 }  # fmt: skip
 COMPILED_DOCUMENTS = (
     "a compiled model takes padding and packed documents by model(**rh.shard_batch(batch)), not by attention_mask or "
