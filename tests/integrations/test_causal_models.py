@@ -20,7 +20,7 @@ RIGHT = [  # logits multiplied, divided and capped, with a bias; features scaled
 ]  # fmt: skip
 REFUSED = {
     "falcon": "KeyError: .* Transformers looks up by name",  # a table of its own
-    "falcon_h1": "NaN in rows .1. of 4",  # a recurrence beside the attention of every layer
+    "falcon_h1": "mamba layers mix rows",  # a recurrence beside the attention of every layer
     "gpt_oss": "no sliding_window",
     "mamba": "NaN in rows .1. of 4",
     "mllama": "no linear output layer over a base model",
