@@ -124,6 +124,7 @@ def test_what_cannot_be_scored(dense: Path, tmp_path: Path, capsys: pytest.Captu
     wrong = {
         "give either --data PATH ... or --tasks": [],
         "65 tokens, but the model has positions for 64": ["--data", str(text), "--seq-len", "65"],
+        "data.bos is true, but the tokenizer has no bos token": ["--data", str(text), "--bos"],
         "matches no file": ["--data", str(tmp_path / "none")],
         "cannot be loaded": ["--data", str(text), "--model", str(tmp_path)],
     }
