@@ -115,8 +115,7 @@ def check_run(
 def refuse_other_model(path: Path, model: dict[str, Any]) -> None:
     """Raise ValueError if a checkpoint is of a model with other values than are `written` of this one."""
     theirs = read_run(path).get("model", {})
-    both = theirs.keys() & model.keys()  # versions of Transformers differ in the others
-    changed = list(_differences(*({key: of[key] for key in both} for of in (theirs, model))))
+    changed = list(_differences(*_shared(theirs, model)))
     if changed:
         raise ValueError(
             f"{path} is of a model with another configuration: {', '.join(changed)}; the files in model.path, or what Transformers "
@@ -135,13 +134,17 @@ def check_model(path: Path, config: RunConfig, model: dict[str, Any]) -> list[st
     run = read_run(path)
     theirs, ours = run["identity"]["model"], config.identity()["model"]
     then, now = run.get("model") or theirs["config"] or {}, model or ours["config"] or {}
-    both = [{key: of[key] for key in then.keys() & now.keys()} for of in (then, now)]
-    other = [f"model.config.{key}: {both[0][key]}, now {both[1][key]}" for key in MEANING if _differ(*both, key)]
+    then, now = _shared(then, now)
+    other = [
+        f"model.config.{key}: {then[key]}, now {now[key]}"
+        for key in MEANING
+        if None not in (then.get(key), now.get(key)) and then[key] != now[key]
+    ]
     if other:
         raise ValueError(f"checkpoint.init: {path} is of another model: {', '.join(other)}; give this one its values")
     changes = [*_differences(theirs, ours, "model")]
     if theirs["config"] is None and ours["config"] is None:  # of folders the values, not only the paths
-        changes += _differences(*both, "model.config")
+        changes += _differences(then, now, "model.config")
     return [f"checkpoint.init has weights of a model with another {change}" for change in changes]
 
 
@@ -227,8 +230,10 @@ def _what_then(before: list[int], folder: Path, key: str) -> str:
     )
 
 
-def _differ(old: dict[str, Any], new: dict[str, Any], key: str) -> bool:
-    return None not in (old.get(key), new.get(key)) and old[key] != new[key]
+def _shared(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both without the keys that one lacks: versions of Transformers differ in these."""
+    keys = a.keys() & b.keys()
+    return {key: a[key] for key in keys}, {key: b[key] for key in keys}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], section: str = "") -> Iterator[str]:

@@ -50,10 +50,11 @@ class Scorer:
             self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
             if getattr(self.config, NAME, None) is None:
                 self.config.ring_hilbert = DENSE
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, config=self.config, dtype=dtype, attn_implementation=NAME, local_files_only=True,
                 output_loading_info=True,
             )  # fmt: skip
+            model, loading = loaded
         except (ValueError, OSError) as error:
             raise ValueError(f"model folder {str(folder)!r} cannot be loaded: {error}") from error
         for found, keys in (("lack", "missing_keys"), ("have what the model has not:", "unexpected_keys")):
