@@ -55,7 +55,7 @@ UNSUPPORTED = {
     "position_bias": "a model without relative position bias",
 }
 HARMLESS = {  # keyword arguments of the model call that come this far without a meaning here
-    "cache_position", "cu_seq_lens_k", "deterministic", "document_ids", "labels", "max_length_k", "max_length_q",
+    "cache_position", "cu_seq_lens_k", "deterministic", "document_ids", "labels", "logits_to_keep", "max_length_k", "max_length_q",
     "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "shift_labels",
     "use_cache",
 }  # fmt: skip
