@@ -49,7 +49,8 @@ def _documents(scorer: Scorer, chosen: argparse.Namespace, tokenizer: str) -> di
     if length is None or length < 2:
         raise ValueError(f"--seq-len {length} must be at least 2; this model does not say how many positions it has")
     held_out = EvalConfig(path=chosen.data, field=chosen.field, sequences=chosen.sequences)
-    data = DataConfig(sources=[SourceConfig(path=chosen.data)], tokenizer=tokenizer, seq_len=length, eval=held_out)
+    sources = [SourceConfig(path=chosen.data)]
+    data = DataConfig(sources=sources, tokenizer=tokenizer, bos=chosen.bos, seq_len=length, eval=held_out)
     found = score(scorer, data)
     positions = {str(first): loss for first, loss in found.by_position().items()}
     return {

@@ -16,7 +16,7 @@ loss of a saved model on documents, by position, alone or under torchrun; likeli
 Score documents with a saved model: mean loss in nats per token, and by position. Nothing is generated.
 
 examples:
-  ring-hilbert score --model runs/quickstart/checkpoints/final --data /my/held_out --json score.json
+  ring-hilbert score --model runs/quickstart/checkpoints/model --data /my/held_out --json score.json
   torchrun --nproc-per-node 8 -m ring_hilbert.cli score --model /my/model --data /my/rows.jsonl --seq-len 1048576
   ring-hilbert score --model /my/model --tasks my_task --include-path /my/tasks      # pip install 'ring_hilbert[lm-eval]'
 
@@ -35,6 +35,10 @@ def add_score(commands: Any) -> None:
     parser.add_argument(
         "--tokenizer", metavar="NAME", help='a folder, or "bytes"; default: what the model was saved with'
     )
+    parser.add_argument(
+        "--bos", action=argparse.BooleanOptionalAction, default=None,
+        help="documents begin with BOS or with nothing, as data.bos of the run said; default: as the tokenizer begins a text",
+    )  # fmt: skip
     parser.add_argument(
         "--seq-len", type=int, metavar="S", help="tokens of a sequence; default: all the model's positions"
     )

@@ -18,6 +18,7 @@ import torch
 from accelerate.data_loader import IterableDatasetShard, prepare_data_loader
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
@@ -94,6 +95,7 @@ class SequenceParallelTrainer(Trainer):
         self._logits_bytes = 0  # that are held
         self._held: tuple[int, int] | None = None  # rows and batches, 0 if not known; None if held one batch at a time
         self._preprocess: Callable[[Any, Tensor], Any] | None = None
+        self._loss_compared = False
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This rank's rows of its group's share of the data, reshuffled in every epoch by `data_seed` or `seed`."""
@@ -191,6 +193,32 @@ class SequenceParallelTrainer(Trainer):
             return gather_rows(x, prepared)
 
         return mean, recursively_apply(whole, outputs, test_type=lambda _: True), labels
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As in the Trainer; the first loss is compared with the logits.
+
+        Raises:
+            ValueError: on all ranks, if a model does not take `shift_labels` and `num_items_in_batch`, or adds to its loss.
+        """
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        logits = getattr(outputs, "logits", None)  # None by fused losses
+        if not self._loss_compared and logits is not None and num_items_in_batch:
+            parts = zip(
+                logits.detach().flatten(0, 1).split(256), inputs["shift_labels"].flatten().split(256), strict=True
+            )
+            own = torch.stack([cross_entropy(rows.float(), labels, reduction="sum") for rows, labels in parts]).sum()
+            own = own / num_items_in_batch * self.accelerator.num_processes
+            wrong: Any = self.accelerator.reduce(((loss.detach() - own).abs() > 1e-4 * own + 1e-6).float(), "sum")
+            if wrong.item():
+                raise ValueError(
+                    f"{type(self.accelerator.unwrap_model(model)).__name__} has the loss {loss.item():.6g} where the targets of "
+                    f"all ranks and micro-steps give {own.item():.6g}: it does not take shift_labels and num_items_in_batch, or "
+                    "adds another loss (config.output_router_logits)"
+                )
+            self._loss_compared = True
+        return (loss, outputs) if return_outputs else loss
 
     @property
     def _text_config(self) -> Any:

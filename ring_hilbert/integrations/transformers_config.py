@@ -23,6 +23,10 @@ NAME = "ring_hilbert"
 SAVED_NAME = "_attn_implementation"  # the key that every Transformers 5 reads from config.json
 PATTERN_KEYS = ("segment_lengths", "dilation_rates", "offset_rule", "head_shift", "segment_shift", "weights", "count")
 KEYS = (*PATTERN_KEYS, "order", "layers", "strategy", "backend", "layout")
+# Of a configuration's layer_types: attention over all rows (sliding windows are refused where one is given), what sees one row
+# only, and what mixes rows in their natural order, on one device. All others are some other attention.
+OURS, OF_A_ROW = {"full_attention", "attention", "sliding_attention"}, {"moe", "mlp", "sparse", "dense"}
+MIXING = {"linear_attention", "conv", "hybrid", "mamba", "recurrent"}
 LAYER_KEYS = ("dense", "head_shift", "segment_shift", "branches")
 LOCAL_ROPE = (
     "rope_type {!r} derives its frequencies from the longest position on a rank, so that the ranks of a sequence would "
@@ -34,7 +38,7 @@ def settings_of(config: Any) -> Mapping[str, Any]:
     """The checked mapping `config.ring_hilbert`.
 
     Raises:
-        ValueError: if it is not set, or has unknown or missing keys.
+        ValueError: if it is not set, has unknown or missing keys, or the model has layers with another kind of attention.
     """
     settings = getattr(config, NAME, None)
     if not isinstance(settings, Mapping):
@@ -47,7 +51,18 @@ def settings_of(config: Any) -> Mapping[str, Any]:
         raise ValueError(
             f"config.ring_hilbert has unknown keys {sorted(unknown)} and lacks {sorted(missing)}; it may have {', '.join(KEYS)}"
         )
+    other = layer_types(config) - OURS - OF_A_ROW - MIXING
+    if other:
+        raise ValueError(
+            f"attn_implementation='ring_hilbert' has no {' nor '.join(sorted(other))}; use config.layer_types all 'full_attention'"
+        )
     return settings
+
+
+def layer_types(config: Any) -> set[str]:
+    """The kinds of layers that a configuration lists, and "mamba" if it has settings of those."""
+    listed = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+    return listed | ({"mamba"} if any(name.startswith("mamba_") for name in vars(config)) else set())
 
 
 def pattern_of(config: Any, layer: int) -> DilatedPattern:
@@ -80,6 +95,10 @@ def layer_rule(config: Any) -> LayerRule:
                 f"config.ring_hilbert['layers']['{key}'] has unknown keys {sorted(unknown)}; it may have {LAYER_KEYS}"
             )
         number, dense = int(key), bool(own.get("dense"))
+        if number >= getattr(config, "num_hidden_layers", number + 1):
+            raise ValueError(
+                f"config.ring_hilbert['layers'] has layer {number}; the model's are 0 to {config.num_hidden_layers - 1}"
+            )
         own_head, own_segment = own.get("head_shift"), own.get("segment_shift")
         own_head = head_shift if own_head is None else own_head
         own_head = step * number if own_head == "auto" else own_head

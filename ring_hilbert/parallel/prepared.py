@@ -67,7 +67,8 @@ class Prepared:
         rows: int64 `[1 or B, S_local]`, on the device of the batch: the natural token index of every local row.
         position_ids: int64 `[B, S_local]`, those that `shard_batch` returned, or None; integrations check that the model was given
             them.
-        position_ids_checked: whether that was checked for this batch.
+        position_ids_checked: the tensor of which that was found, so that the layers after the first need not compare it again.
+        attended: set by integrations when they give this to the operator; see `used`.
         handle: int64 `[]` on the CPU, by which compiled graphs and autograd refer to this metadata and keep it alive. So
             nobody needs to keep this object until backward, except compiled code under hooks that save copies of tensors
             (`torch.autograd.graph.save_on_cpu`).
@@ -88,7 +89,9 @@ class Prepared:
     ) -> None:
         self.layout, self.rank, self.group, self.visible = layout, rank, group, visible
         self.order, self.strategy, self.save_remote = order, strategy, save_remote
-        self.position_ids, self.position_ids_checked = position_ids, False
+        self.position_ids = position_ids
+        self.position_ids_checked: Tensor | bool | None = False  # none yet
+        self.attended = False
         self.rows = torch.from_numpy(layout.rows(rank))[None] if rows is None else rows
         self._executions: dict[_Key, Execution | Ulysses] = {}
         self._travels: dict[_Key, list[HopTravel]] = {}
@@ -112,6 +115,11 @@ class Prepared:
     def local_len(self) -> int:
         """Rows of this rank."""
         return self.layout.lengths[self.rank]
+
+    @property
+    def used(self) -> bool:
+        """Whether rows of this batch have met in the operator, in compiled code too."""
+        return self.attended or bool(self._executions)
 
     @property
     def causal(self) -> bool:

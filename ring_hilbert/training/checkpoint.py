@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import PretrainedConfig
 
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.content import contents, differences
 from ring_hilbert.training.documents import Documents
 from ring_hilbert.training.engine import Engine
 from ring_hilbert.training.random_state import random_file, read_random, seed_rank, write_random
-from ring_hilbert.training.resume import check_engine, check_model, check_run, choose, engine_of, newest_whole
+from ring_hilbert.training.resume import check_engine, check_model, check_run, choose, engine_of, newest_whole, written
 from ring_hilbert.training.schedule import with_decay_steps
 from ring_hilbert.training.storage.background import first_failure
 from ring_hilbert.training.storage.folder import (
@@ -62,17 +63,21 @@ class Checkpoints:
 
     Args:
         data: the run's data, by their names in the configuration.
+        model: its model's configuration, to be compared with that of another run; None leaves that out.
 
     Attributes:
         notes: on rank 0, messages for the user: data that changed, checkpoints that were damaged or set aside.
     """
 
-    def __init__(self, config: RunConfig, world: World, data: Mapping[str, Documents]) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, data: Mapping[str, Documents], model: PretrainedConfig | None = None
+    ) -> None:
         self.config = config
         self.world = world
         self.folder = Path(config.checkpoint.dir)
         self.data = data
         self.contents = contents(data)
+        self.model = {} if model is None else written(model)
         self.notes: list[str] = []
         self._lock: FolderLock | None = None
         self._aside: list[tuple[Path, str]] = []  # to be set aside by `load`, and why
@@ -97,7 +102,9 @@ class Checkpoints:
         path, self._aside = choice.path, choice.aside
         self.notes += choice.notes
         if path is not None:
-            self.notes += self.world.from_main(lambda: check_run(path, self.config, self.data, self.world.size))
+            self.notes += self.world.from_main(
+                lambda: check_run(path, self.config, self.data, self.world.size, self.model)
+            )
         return path
 
     def load(self, path: Path, engine: Engine) -> Progress:
@@ -133,7 +140,7 @@ class Checkpoints:
             raise ValueError(f"checkpoint.init: there is no checkpoint in {folder}")
         self.notes += choice.notes
         self.world.from_main(lambda: check_engine(path, self.config, self.world.size, "checkpoint.init"))
-        self.notes += self.world.from_main(lambda: check_model(path, self.config))
+        self.notes += self.world.from_main(lambda: check_model(path, self.config, self.model))
         return path
 
     def start_from(self, path: Path, engine: Engine) -> None:
@@ -256,6 +263,7 @@ class Checkpoints:
             "digest": self.config.digest(),
             "identity": self.config.identity(),
             "data": self.contents,
+            "model": self.model,
             "resume": self.config.checkpoint.resume,
             "torch": torch.__version__,
         }

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.export import write_model
 from ring_hilbert.training.model import model_config
+from ring_hilbert.training.resume import refuse_other_model, written
 from ring_hilbert.training.storage.folder import (
     COMMON,
     ENGINE,
@@ -90,9 +91,11 @@ def export_checkpoint(config: RunConfig, target: Path, step: int | None = None) 
     run = read_run(path)
     if run["identity"]["model"] != config.identity()["model"]:
         raise ValueError(f"model: {path} is of the model {run['identity']['model']}, not of the configuration's")
+    hf_config = model_config(config)
+    refuse_other_model(path, written(hf_config))
     tensors = _whole(path, run["engine"], config.checkpoint.trust, "checkpoint.trust=true")
     state = {key.removeprefix("weight."): tensors[key].float() for key in tensors if key.startswith("weight.")}
-    write_model(config, model_config(config), state, target)
+    write_model(config, hf_config, state, target)
     return path
 
 

@@ -75,7 +75,7 @@ def pretrain(config: RunConfig) -> Summary:
         with world.together():
             train_set, eval_set = _open_data(config, hf_config)
         documents = train_set.documents | ({} if eval_set is None else eval_set.documents)
-        with closing(Checkpoints(config, world, documents)) as checkpoints:
+        with closing(Checkpoints(config, world, documents, hf_config)) as checkpoints:
             found = checkpoints.latest()
             initial = checkpoints.initial() if found is None else None
             release_memory(world.device)  # of the previous stage

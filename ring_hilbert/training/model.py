@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import traceback
@@ -15,7 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ring_hilbert.checkpointing import checkpoint_contexts, selective_contexts
 from ring_hilbert.integrations.transformers import ROWS_ALONE
@@ -24,17 +25,18 @@ from ring_hilbert.training.breakdown import marked_loss
 from ring_hilbert.training.check import check_head, check_rows
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.fused import Fused, fuse
-from ring_hilbert.training.head import OwnHead, output_layer
+from ring_hilbert.training.head import INSTEAD, OwnHead, output_layer
 from ring_hilbert.training.loss import LossHead
 from ring_hilbert.training.tokens import load_tokenizer
 from ring_hilbert.training.weights import Weights, decoder_layers
 
-_LEGACY_KEYS = {
-    "rope_theta",
-    "rope_scaling",
-    "torch_dtype",
-    "dtype",
-}  # still accepted, but no fields of a configuration class
+_LEGACY_ROPE = {"rope_theta", "rope_scaling"}
+_LEGACY_KEYS = _LEGACY_ROPE | {"torch_dtype", "dtype"}  # still accepted, but no fields of a configuration class
+_ROPE_KEYS = (
+    "rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings", "attention_factor",
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor", "low_freq_factor",
+    "high_freq_factor",
+)  # fmt: skip
 
 
 def model_config(config: RunConfig) -> PretrainedConfig:
@@ -43,15 +45,20 @@ def model_config(config: RunConfig) -> PretrainedConfig:
     A new model takes its maximum position from data.seq_len and its special tokens from the tokenizer, unless given.
 
     Raises:
-        ValueError: if Transformers knows no such model_type, key, value or folder, or the tokenizer cannot be loaded.
+        ValueError: if Transformers knows no such model_type, key, value or folder, or the tokenizer cannot be loaded, or is not
+            that of the folder.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
+    if config.model.path is not None and config.model.path != config.data.tokenizer:
+        _refuse_other_tokenizer(tokenizer, Path(config.model.path))
     try:
         if config.model.path is not None:
             hf_config = AutoConfig.from_pretrained(config.model.path, local_files_only=True)
-            _refuse_unknown(hf_config, config.model.changes)
+            changes = copy.deepcopy(config.model.changes)  # Transformers adds to mappings that it is given
+            _refuse_unknown(hf_config, changes)
+            _refuse_forgotten(hf_config.to_dict(), changes)
             longest = max(hf_config.max_position_embeddings, config.data.seq_len)
-            changed = hf_config.to_dict() | {"max_position_embeddings": longest} | config.model.changes
+            changed = hf_config.to_dict() | {"max_position_embeddings": longest} | changes
             hf_config = type(hf_config).from_dict(changed)
         else:
             assert config.model.config is not None  # checked by RunConfig
@@ -59,8 +66,9 @@ def model_config(config: RunConfig) -> PretrainedConfig:
                 "max_position_embeddings": config.data.seq_len,
                 "bos_token_id": tokenizer.bos_token_id,
                 "eos_token_id": tokenizer.eos_token_id,
-                **config.model.config,
+                **copy.deepcopy(config.model.config),
             }
+            _refuse_misspelt_rope(keys.get("rope_parameters"))
             hf_config = AutoConfig.for_model(keys.pop("model_type"), **keys)
             _refuse_unknown(hf_config, keys)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
@@ -203,8 +211,13 @@ def check_model(hf_config: PretrainedConfig) -> None:
 
     Raises:
         ValueError: if the model cannot be made or run, needs what our attention does not support, lets rows see each other
-            elsewhere, or has logits that cannot be derived from its hidden states.
+            elsewhere, has logits that cannot be derived from its hidden states, or is to be trained on another loss as well.
     """
+    if getattr(hf_config.get_text_config(decoder=True), "output_router_logits", False):
+        raise ValueError(
+            "model: output_router_logits adds a loss that balances experts, and the loss here is the cross-entropy alone; set it "
+            f"to false, or {INSTEAD}"
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with a few rows, more would only wait for each other
     try:
@@ -271,6 +284,22 @@ class LossModel(torch.nn.Module):
             return self.head(features, shift_labels, after)
 
 
+def _refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse ids that mean other tokens to the model in a folder."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    try:
+        theirs = {number: token for token, number in load_tokenizer(str(folder)).get_vocab().items()}
+    except ValueError as error:
+        raise ValueError(f"model.path: its tokenizer cannot be compared with data.tokenizer: {error}") from error
+    for token, number in tokenizer.get_vocab().items():
+        if theirs.get(number, token) != token:
+            raise ValueError(
+                f"data.tokenizer: its id {number} is {token!r}, and {theirs[number]!r} to the model in model.path; use "
+                f"data.tokenizer: {folder}, or take the tokenizer out of that folder to train the model on another one"
+            )
+
+
 def _refuse_unknown(hf_config: PretrainedConfig, keys: dict[str, Any]) -> None:
     """Refuse unknown keys: Transformers would keep a misspelt one as an attribute that nothing reads."""
     if not dataclasses.is_dataclass(hf_config):
@@ -281,3 +310,28 @@ def _refuse_unknown(hf_config: PretrainedConfig, keys: dict[str, Any]) -> None:
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise ValueError(f"{type(hf_config).__name__} has no key {key!r}{hint}")
+
+
+def _refuse_forgotten(saved: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Refuse changes of RoPE that would have no effect, or take back more of it than they name."""
+    for key in _LEGACY_ROPE & changes.keys():
+        raise ValueError(
+            f"changes.{key} would not take effect beside rope_parameters; change these: {saved['rope_parameters']}"
+        )
+    old, new = saved.get("rope_parameters") or {}, changes.get("rope_parameters")
+    if not isinstance(new, dict):
+        return
+    _refuse_misspelt_rope(new)
+    own = {key for key, value in old.items() if key in _ROPE_KEYS[:3] or isinstance(value, dict)}
+    if own - new.keys():
+        raise ValueError(
+            f"changes.rope_parameters replaces all of {old}, and has no {', '.join(sorted(own - new.keys()))}; give it in full"
+        )
+
+
+def _refuse_misspelt_rope(rope: Any) -> None:
+    """Refuse what Transformers would only warn of, and leave out."""
+    for key in rope if isinstance(rope, dict) else ():
+        nearest = difflib.get_close_matches(key, _ROPE_KEYS, n=1, cutoff=0.8)
+        if nearest and key not in _ROPE_KEYS and not isinstance(rope[key], dict):
+            raise ValueError(f"rope_parameters has no key {key!r}; did you mean {nearest[0]}?")

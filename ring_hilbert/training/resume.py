@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
+from ring_hilbert.integrations.transformers_config import NAME
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.content import differences
 from ring_hilbert.training.documents import Documents
@@ -18,6 +21,8 @@ from ring_hilbert.training.storage.folder import COMMON, checkpoint_at, checkpoi
 from ring_hilbert.training.storage.manifest import check_files, read_manifest
 from ring_hilbert.training.world import RankError, World
 
+# Keys of a model's configuration that say how it is stored and run, beside those that begin with "_".
+HOW = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", NAME}
 # Keys of a model's configuration that give tensors of the same shapes another meaning.
 MEANING = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim")
 
@@ -70,11 +75,22 @@ def newest_whole(candidates: list[Path], config: RunConfig, world: World, key: s
     raise ValueError(f"{key}: {'; '.join(faults)}. {_what_then(before, candidates[0].parent, key)}")
 
 
-def check_run(path: Path, config: RunConfig, data: Mapping[str, Documents], ranks: int) -> list[str]:
+def written(model: PretrainedConfig) -> dict[str, Any]:
+    """A model's whole configuration as JSON values, but for `HOW`: that of a folder, or of another Transformers, may change."""
+    values = json.loads(model.to_json_string(use_diff=False))
+    return {key: value for key, value in values.items() if key not in HOW and not key.startswith("_")}
+
+
+def check_run(
+    path: Path, config: RunConfig, data: Mapping[str, Documents], ranks: int, model: dict[str, Any]
+) -> list[str]:
     """Check that a run may resume from a checkpoint; returns notes for the user.
 
+    Args:
+        model: what is `written` of it.
+
     Raises:
-        ValueError: if it was written by a run with another configuration, engine or data.
+        ValueError: if it was written by a run with another configuration, engine or data, or of another model.
     """
     run = read_run(path)
     check_engine(path, config, ranks, "checkpoint.dir")
@@ -85,6 +101,7 @@ def check_run(path: Path, config: RunConfig, data: Mapping[str, Documents], rank
             f"checkpoint.dir: {path} was written by a run with another configuration: {changed}{hint}; to resume from it "
             "use its values, to start afresh use another checkpoint.dir"
         )
+    refuse_other_model(path, model)
     changes = list(differences(run["data"], data))
     if changes and config.checkpoint.changed_data == "refuse":
         raise ValueError(
@@ -95,25 +112,40 @@ def check_run(path: Path, config: RunConfig, data: Mapping[str, Documents], rank
     return [f"accepted by checkpoint.changed_data: {change}" for change in changes]
 
 
-def check_model(path: Path, config: RunConfig) -> list[str]:
+def refuse_other_model(path: Path, model: dict[str, Any]) -> None:
+    """Raise ValueError if a checkpoint is of a model with other values than are `written` of this one."""
+    theirs = read_run(path).get("model", {})
+    changed = list(_differences(*_shared(theirs, model)))
+    if changed:
+        raise ValueError(
+            f"{path} is of a model with another configuration: {', '.join(changed)}; the files in model.path, or what Transformers "
+            "assumes, have changed since: give the model those values"
+        )
+
+
+def check_model(path: Path, config: RunConfig, model: dict[str, Any]) -> list[str]:
     """Whether the weights in the checkpoint of `checkpoint.init` mean in this model what they meant in theirs, shapes aside.
 
-    Returns the values that differ, as the user should know of them.
+    Returns the values that differ, as the user should know of them. `model`: what is `written` of this one.
 
     Raises:
         ValueError: one of `MEANING` does.
     """
-    theirs, ours = read_run(path)["identity"]["model"], config.identity()["model"]
-    values = [(key, *((model["config"] or {}).get(key) for model in (theirs, ours))) for key in MEANING]
+    run = read_run(path)
+    theirs, ours = run["identity"]["model"], config.identity()["model"]
+    then, now = run.get("model") or theirs["config"] or {}, model or ours["config"] or {}
+    then, now = _shared(then, now)
     other = [
-        f"model.config.{key}: {old}, now {new}" for key, old, new in values if None not in (old, new) and old != new
+        f"model.config.{key}: {then[key]}, now {now[key]}"
+        for key in MEANING
+        if None not in (then.get(key), now.get(key)) and then[key] != now[key]
     ]
     if other:
         raise ValueError(f"checkpoint.init: {path} is of another model: {', '.join(other)}; give this one its values")
-    return [
-        f"checkpoint.init has weights of a model with another {change}"
-        for change in _differences(theirs, ours, "model")
-    ]
+    changes = [*_differences(theirs, ours, "model")]
+    if theirs["config"] is None and ours["config"] is None:  # of folders the values, not only the paths
+        changes += _differences(then, now, "model.config")
+    return [f"checkpoint.init has weights of a model with another {change}" for change in changes]
 
 
 def check_engine(path: Path, config: RunConfig, ranks: int, key: str) -> None:
@@ -196,6 +228,12 @@ def _what_then(before: list[int], folder: Path, key: str) -> str:
         f"To resume from step {before[-1]} set {back}checkpoint.on_damage=previous, which uses the newest intact one and sets "
         "the damaged one aside without deleting it"
     )
+
+
+def _shared(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both without the keys that one lacks: versions of Transformers differ in these."""
+    keys = a.keys() & b.keys()
+    return {key: a[key] for key in keys}, {key: b[key] for key in keys}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], section: str = "") -> Iterator[str]:

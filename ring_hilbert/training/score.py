@@ -50,11 +50,18 @@ class Scorer:
             self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
             if getattr(self.config, NAME, None) is None:
                 self.config.ring_hilbert = DENSE
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, config=self.config, dtype=dtype, attn_implementation=NAME, local_files_only=True
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=self.config, dtype=dtype, attn_implementation=NAME, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
+            model, loading = loaded
         except (ValueError, OSError) as error:
             raise ValueError(f"model folder {str(folder)!r} cannot be loaded: {error}") from error
+        for found, keys in (("lack", "missing_keys"), ("have what the model has not:", "unexpected_keys")):
+            if loading[keys]:  # Transformers draws or drops them, and only logs it
+                raise ValueError(
+                    f"model folder {str(folder)!r}: its files {found} {', '.join(sorted(loading[keys])[:3])}"
+                )
         kind = local_rope(self.config.get_text_config(decoder=True)) if world.size > 1 else None
         if kind is not None:
             raise ValueError(f"model folder {str(folder)!r}: {LOCAL_ROPE.format(kind)}, or score on one rank")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+# Numbers of other dtypes are quantised, and mean nothing by themselves.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Weights:
@@ -33,7 +37,7 @@ class Weights:
         only_buffers: leave parameters out.
 
     Raises:
-        ValueError: if the folder has no such files.
+        ValueError: if the folder has no such files, or weights in them that the model would be without.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class Weights:
         self.only_buffers = only_buffers
         self.seed = seed
         self.files = None if folder is None else _Files(folder)
+        if self.files is not None and not only_buffers:
+            self.files.require_used(skeleton)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Tensors by name on the CPU, float32 if floating, one layer or other module at a time.
@@ -50,7 +56,8 @@ class Weights:
         Tied parameters come once. Buffers are included, even those not in the state dict.
 
         Raises:
-            ValueError: if the folder lacks a parameter or holds it in another shape.
+            ValueError: if the folder lacks a parameter or holds it in another shape; or the model says by no `_init_weights` what a
+                parameter or buffer begins with.
         """
         seen: set[int] = set()
         for name, module in _parts(self.skeleton):
@@ -64,6 +71,13 @@ class Weights:
             if self.files is not None:
                 saved = {key: b for key, b in buffers.items() if _join(name, key) in self.files.place}
                 part |= {key: self.files.read(_join(name, key), t) for key, t in (parameters | saved).items()}
+            for key, value in part.items():
+                if value is drawn.get(key) and _has_unset(value):
+                    raise ValueError(
+                        f"model: {type(self.skeleton).__name__} gives {_join(name, key)} its first value in a constructor, not in "
+                        "_init_weights, so that it cannot be drawn; "
+                        + ("use a saved model, by model.path" if key in parameters else "use another class")
+                    )
             yield {_join(name, key): _float32(value) for key, value in part.items()}
 
     def fill(self, model: nn.Module) -> None:
@@ -78,8 +92,12 @@ class Weights:
         real = copy.deepcopy(module).to_empty(device="cpu", recurse=True)
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for value in (*real.parameters(), *real.buffers()):
+                if value.dtype != torch.bool:
+                    value.fill_(_unset(value.dtype))
             torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            for part in real.modules():
+            # Inner ones first: GPT-2's attention draws the weights of its own layers again, with another spread.
+            for part in sorted(real.modules(), key=_depth_below):
                 self.skeleton._init_weights(part)
         return {**dict(real.named_parameters()), **dict(real.named_buffers())}
 
@@ -96,6 +114,33 @@ class _Files:
                 self.place = dict.fromkeys(file.keys(), SINGLE)
         else:
             raise ValueError(f"model.path: {folder} has neither {SINGLE} nor {INDEX}")
+        if (folder / ADAPTER).is_file():
+            raise ValueError(
+                f"model.path: {folder} has an adapter ({ADAPTER}); merge it into the weights, and save these alone"
+            )
+
+    def require_used(self, model: PreTrainedModel) -> None:
+        """Raise ValueError for tensors that would be left out, except those that Transformers leaves out of this class."""
+        names = dict[int, list[str]]()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        if any(self.place.keys().isdisjoint(tied) for tied in names.values()):
+            return  # `read` says which are missing
+        ours = {*(name for tied in names.values() for name in tied), *(name for name, _ in model.named_buffers())}
+        ignored = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]
+        left = [name for name in self.place if name not in ours and not any(re.search(rule, name) for rule in ignored)]
+        if left:
+            raise ValueError(
+                f"model.path: the files of {self.folder} have {left[0]}{f' and {len(left) - 1} others' * (len(left) > 1)}, which "
+                f"this {type(model).__name__} has not; mend its configuration, or load and save the model once with Transformers"
+            )
+        for first, *others in ([name for name in tied if name in self.place] for tied in names.values()):
+            for other in others:
+                if not torch.equal(self._tensor(first), self._tensor(other)):
+                    raise ValueError(
+                        f"model.path: {first} and {other} in {self.folder} differ, but the configuration makes them one; set "
+                        "model.changes.tie_word_embeddings=false"
+                    )
 
     def read(self, name: str, like: Tensor) -> Tensor:
         if name not in self.place:
@@ -103,13 +148,21 @@ class _Files:
                 f"model.path: the files of {self.folder} have no {name}; if they are of an older format, load and save the model "
                 "once with Transformers (from_pretrained, save_pretrained)"
             )
-        with ExitStack() as stack:
-            value = stack.enter_context(safe_open(self.folder / self.place[name], "pt")).get_tensor(name)
+        value = self._tensor(name)
         if value.shape != like.shape:
             raise ValueError(
                 f"model.path: {name} in {self.folder} is {list(value.shape)}, the model's is {list(like.shape)}"
             )
+        if like.is_floating_point() and value.dtype not in FLOATS:
+            raise ValueError(
+                f"model.path: {name} in {self.folder} is quantised, {value.dtype}; load the model with Transformers, dequantise() "
+                "it, and save it in bfloat16"
+            )
         return value
+
+    def _tensor(self, name: str) -> Tensor:
+        with ExitStack() as stack:
+            return stack.enter_context(safe_open(self.folder / self.place[name], "pt")).get_tensor(name)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -127,6 +180,22 @@ def _parts(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     yield name, own
     for child, module in model.named_children():
         yield from _parts(module, _join(name, child))
+
+
+def _unset(dtype: torch.dtype) -> float:
+    """A number that no initial value is."""
+    return torch.nan if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max
+
+
+def _has_unset(value: Tensor) -> bool:
+    if value.dtype == torch.bool:  # all that it can be are initial values
+        return False
+    return bool((value.isnan() if value.is_floating_point() else value == _unset(value.dtype)).any())
+
+
+def _depth_below(module: nn.Module) -> int:
+    """Levels of modules in `module`, itself included."""
+    return 1 + max(map(_depth_below, module.children()), default=0)
 
 
 def _join(name: str, key: str) -> str:

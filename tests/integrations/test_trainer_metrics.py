@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments, default_data_collator
+from transformers import DataCollatorWithFlattening, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from ring_hilbert.integrations.trainer import SequenceParallelTrainer
 from tests.harness.loops import VOCAB, accelerate_rank, documents, tiny_model
@@ -99,6 +99,46 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
                 np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
         else:
             assert found[name] == pytest.approx(value, rel=1e-5), name
+
+
+class _Mean(LlamaForCausalLM):
+    """Divides by the targets of this rank and micro-step, as models do that compute their loss without Transformers' function."""
+
+    def forward(self, labels: Any = None, num_items_in_batch: Any = None, **inputs: Any) -> Any:
+        return super().forward(labels=labels, **inputs)
+
+
+class _Shifts(LlamaForCausalLM):
+    """Shifts what is shifted already."""
+
+    def forward(self, labels: Any = None, shift_labels: Any = None, **inputs: Any) -> Any:
+        return super().forward(labels=labels, **inputs)
+
+
+class _Adds(LlamaForCausalLM):
+    """As a mixture of experts with output_router_logits, on every rank and in every micro-step."""
+
+    def forward(self, labels: Any = None, **inputs: Any) -> Any:
+        outputs = super().forward(labels=labels, **inputs)
+        outputs.loss = outputs.loss + 0.01
+        return outputs
+
+
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, _Mean, _Shifts, _Adds])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_loss_that_is_not_that_of_all_targets_is_refused(tmp_path: Path, cls: Any, training: bool) -> None:
+    settings: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 2}
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = SequenceParallelTrainer(
+        cls(tiny_model().config), TrainingArguments(str(tmp_path), **settings),
+        train_dataset=padded(), eval_dataset=padded(),
+    )  # fmt: skip
+    run = trainer.train if training else trainer.evaluate
+    if cls is LlamaForCausalLM or (cls is _Mean and not training):  # one batch at a time it is right
+        run()
+        return
+    with pytest.raises(ValueError, match=f"{cls.__name__} has the loss .* num_items_in_batch, or adds another loss"):
+        run()
 
 
 CASES: list[tuple[int, str, int, dict[str, Any]]] = [

@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
+import copy
+from inspect import signature
+
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.utils.generic import TransformersKwargs
 
 import ring_hilbert as rh
+from tests.harness import causal_models
 from tests.harness.ranks import run_ranks, run_ranks_collect
 
 SETTINGS = {
@@ -121,7 +128,7 @@ def test_shard_batch_reads_position_ids_as_the_model_does(lengths: tuple[int, ..
 def test_a_dense_layer_and_shifts_of_a_layer():
     from ring_hilbert.integrations.transformers_config import pattern_of
 
-    config = tiny_model().config
+    config = tiny_model(num_hidden_layers=3).config
     assert [pattern_of(config, layer).head_shift for layer in range(3)] == [0, 2, 4]
     config.ring_hilbert = SETTINGS | {"layers": {"1": {"dense": True}, "2": {"head_shift": 1, "segment_shift": 8}}}
     assert pattern_of(config, 1) == rh.DilatedPattern((None,), (1,))
@@ -129,6 +136,9 @@ def test_a_dense_layer_and_shifts_of_a_layer():
     config.ring_hilbert = SETTINGS | {"layers": {"1": {"branches": 1}}}
     assert pattern_of(config, 1) == rh.DilatedPattern((16,), (1,), head_shift=2)
     assert len(pattern_of(config, 0).branches) == 3
+    config.ring_hilbert = SETTINGS | {"layers": {"3": {"dense": True}}}
+    with pytest.raises(ValueError, match="has layer 3; the model's are 0 to 2"):
+        pattern_of(config, 1)
     config.ring_hilbert = SETTINGS | {"layers": {"1": {"branches": 4}}}
     with pytest.raises(ValueError, match="has branches 4; the first 1 to 3"):
         pattern_of(config, 1)
@@ -193,9 +203,109 @@ def test_sliding_windows_and_masks_of_other_kinds_are_refused():
         tiny_model()(tokens()["input_ids"], attention_mask=torch.ones(2, 1, 61, 61), use_cache=False)
 
 
+def pair(model_type: str, **changes):
+    """A model with dense ring_hilbert attention, and the same with Transformers' own."""
+    config = causal_models.tiny_config(model_type, full_attention=changes.pop("full_attention", True))
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    made = [AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="ring_hilbert").eval()]
+    made.append(AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval())
+    for p in made[0].parameters():
+        p.data.normal_(0, 0.5)
+    made[1].load_state_dict(made[0].state_dict())
+    return made
+
+
+@pytest.mark.skipif("is_causal" not in TransformersKwargs.__annotations__, reason="needs Transformers 5.10")
+@pytest.mark.parametrize("by", ["call", "configuration"])
+@pytest.mark.parametrize("padding", [0, 9])
+def test_an_attention_that_is_made_to_see_both_ways(by: str, padding: int):
+    """By `is_causal`, which goes before what the layers say of themselves."""
+    ours, theirs = pair("llama", **({"is_causal": False} if by == "configuration" else {}))
+    ids, mask = tokens()["input_ids"], torch.ones(2, 61, dtype=torch.int64)
+    mask[1, 61 - padding :] = 0
+    options = {"attention_mask": mask} | ({"is_causal": False} if by == "call" else {})
+    expected = theirs(ids, **options).logits
+    torch.testing.assert_close(ours(ids, **options).logits[mask > 0], expected[mask > 0], rtol=1e-4, atol=1e-4)
+    assert (theirs(ids, attention_mask=mask, is_causal=True).logits - expected).abs().max() > 1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llama4_text"])
+def test_documents_by_position_ids_in_layers_that_are_not_given_them(model_type: str):
+    """Llama 4 does not pass position ids on to its attention; Transformers tells documents in the mask."""
+    ours, theirs = pair(model_type)
+    ids, positions = tokens(1)["input_ids"], torch.cat((torch.arange(20), torch.arange(41)))[None]
+    expected = torch.cat([theirs(part).logits for part in ids.split((20, 41), 1)], 1)
+    torch.testing.assert_close(theirs(ids, position_ids=positions).logits, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours(ids, position_ids=positions).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "given", "message"),
+    [
+        ("llama4_text", {"full_attention": False}, {}, "has no chunked_attention"),
+        ("bloom", {}, {}, "has attention of its own or none"),
+        ("mamba", {}, {}, "has attention of its own or none"),
+        ("llama", {"is_encoder_decoder": True}, {}, "has no cross-attention"),
+        (
+            "llama",
+            {},
+            {"cu_seq_lens_q": torch.tensor([0, 20, 61])},
+            r"has no cu_seq_lens_q \(got \[3\]\); use position_ids",
+        ),
+        ("llama", {}, {"seq_idx": torch.zeros(2, 61)}, "has no seq_idx"),
+        ("llama", {}, {"position_bias": torch.zeros(61, 61)}, "has no position_bias"),
+        (
+            "llama",
+            {},
+            {"indices": [1]},
+            r"has no indices \(got \[1\]\); use a call or a model without it: LlamaAttention",
+        ),
+    ],
+)
+def test_what_would_change_the_attention_is_refused(model_type: str, changes: dict, given: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        pair(model_type, **changes)[0](tokens()["input_ids"], use_cache=False, **given)
+
+
+@pytest.mark.skipif(
+    "block_sequence_ids" not in signature(create_causal_mask).parameters, reason="Transformers is older"
+)
+@pytest.mark.parametrize("overlay", ["or_mask_function", "and_mask_function", "block_sequence_ids"])
+def test_masks_that_a_model_lays_over_the_causal_one_are_refused(overlay: str):
+    """As of images, within which all sees all."""
+    given = torch.zeros(1, 8, dtype=torch.int64) if "ids" in overlay else lambda b, h, q, kv: q == kv
+    call = (tiny_model().config, torch.zeros(1, 8, 32), None, None)
+    assert create_causal_mask(*call) is None
+    with pytest.raises(ValueError, match="has no masks of a model's own"):
+        create_causal_mask(*call, **{overlay: given})
+
+
+def test_recurrent_layers_are_not_sharded():
+    with pytest.raises(ValueError, match="layers mix rows and know neither their order nor documents nor other ranks"):
+        pair("falcon_h1")[0](**rh.shard_batch({"input_ids": tokens(1, 24)["input_ids"]}))
+
+
+def test_layers_that_drop_keyword_arguments_are_not_sharded(monkeypatch: pytest.MonkeyPatch):
+    """Every rank would attend by itself, and in another order."""
+    model, forward = tiny_model(), LlamaAttention.forward
+    monkeypatch.setattr(
+        LlamaAttention, "forward", lambda self, hidden_states, position_embeddings, attention_mask, **_: forward(
+            self, hidden_states, position_embeddings, attention_mask
+        )
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match="no attention layer of LlamaModel was given the ring_hilbert= of the model call"
+    ):
+        model(**rh.shard_batch({"input_ids": tokens()["input_ids"]}))
+
+
 def _without_positions(rank: int, world: int, how: str):
     model, batch = tiny_model(), rh.shard_batch({"input_ids": tokens()["input_ids"]}, dist.group.WORLD)
-    if how == "none":
+    if how == "again":
+        model(**batch)
+    if how in ("none", "again"):
         batch.pop("position_ids")
     if how == "prepare":
         batch = {
@@ -208,7 +318,13 @@ def _without_positions(rank: int, world: int, how: str):
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [("none", "position_ids"), ("prepare", "position_ids"), ("mask", "belongs in shard_batch")]
+    ("how", "message"),
+    [
+        ("none", "position_ids"),
+        ("again", "position_ids"),
+        ("prepare", "position_ids"),
+        ("mask", "belongs in shard_batch"),
+    ],
 )
 def test_sharded_calls_without_position_ids_are_refused(how: str, message: str):
     outcomes = run_ranks_collect(_without_positions, 2, how, timeout=40)

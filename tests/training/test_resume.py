@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ring_hilbert.training.config import RunConfig
+from ring_hilbert.training.convert import export_checkpoint
 from ring_hilbert.training.loop import Summary, pretrain
 from ring_hilbert.training.metrics import read_metrics
 from tests.harness.ranks import run_ranks, run_ranks_collect
@@ -153,6 +155,29 @@ def test_another_configuration_is_refused(tmp_path: Path, texts: Path) -> None:
     assert (tmp_path / "logs" / "metrics.jsonl").read_bytes() == before
     (done,) = run_ranks(run_all, 1, [config_in(texts, tmp_path, train__steps=4, optim__decay_steps=2)])
     assert done.progress.step == 4
+
+
+def test_a_model_folder_that_changed_is_refused(tmp_path: Path, texts: Path) -> None:
+    """Its path is the same, and so are the shapes."""
+    folder = tmp_path / "folder"
+    given = AutoConfig.for_model(
+        "llama", vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(given).save_pretrained(folder)
+    config = config_in(texts, tmp_path, model={"path": str(folder)}, train__steps=2)
+    run_ranks(run_all, 1, [config])
+    changed = given.to_dict()
+    changed["rope_parameters"]["rope_theta"] = 500.0
+    (folder / "config.json").write_text(json.dumps(changed))
+    longer = config_in(texts, tmp_path, model={"path": str(folder)}, train__steps=3)
+    message = r"step_00000002 is of a model with another configuration: rope_parameters.rope_theta: 10000.0, now 500.0;"
+    with pytest.raises(ValueError, match=message):
+        run_ranks(run_all, 1, [longer])
+    with pytest.raises(ValueError, match=message):
+        export_checkpoint(longer, tmp_path / "exported")
+    given.save_pretrained(folder)
+    (done,) = run_ranks(run_all, 1, [longer])
+    assert done.progress.step == 3
 
 
 def test_data_that_moved_are_the_same(tmp_path: Path, texts: Path, alone: Path) -> None:

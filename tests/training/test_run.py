@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ring_hilbert.training.checkpoint import Checkpoints
 from ring_hilbert.training.config import RunConfig
@@ -20,6 +24,7 @@ from ring_hilbert.training.export import export_model
 from ring_hilbert.training.loop import Run, Summary, pretrain
 from ring_hilbert.training.metrics import read_metrics
 from ring_hilbert.training.model import model_config
+from ring_hilbert.training.tokens import load_tokenizer
 from ring_hilbert.training.world import open_world
 from tests.harness.ranks import run_ranks, run_ranks_collect
 from tests.harness.tiny_run import SEQ_LEN, VOCAB, tiny_config
@@ -102,6 +107,73 @@ def test_continues_from_an_exported_model(tmp_path: Path, texts: Path) -> None:
     places = in_folder(tmp_path / "second")
     again = tiny_config(texts, **places, model={"path": str(first.model)}, train__steps=1, optim__lr=1e-9)
     assert pretrain(again).eval_loss == pytest.approx(first.eval_loss, rel=1e-5)
+
+
+def test_a_model_is_not_continued_on_the_ids_of_another_tokenizer(tmp_path: Path) -> None:
+    """Bytes are the default, and ids that any model takes."""
+    model, other = tmp_path / "model", tmp_path / "other"
+    AutoConfig.for_model("llama", vocab_size=VOCAB, hidden_size=32, num_attention_heads=4).save_pretrained(model)
+    continued = tiny_config(tmp_path, model={"path": str(model)})
+    model_config(continued)  # nobody knows its tokenizer
+    load_tokenizer("bytes").save_pretrained(model)
+    model_config(continued)
+    pieces = {"</s>": 0, "one": 1, "two": 2}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(pieces)), eos_token="</s>").save_pretrained(other)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(other / name, model / name)
+    with pytest.raises(ValueError, match=r"data.tokenizer: its id 0 is '<pad>', and '</s>' to the model in model.path"):
+        model_config(continued)
+    model_config(tiny_config(tmp_path, model={"path": str(model)}, data__tokenizer=str(other)))
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_theta": 1e6}, "changes.rope_theta would not take effect beside rope_parameters"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "changes.rope_scaling would not take effect"),
+        (
+            {"rope_parameters": {"factor": 32.0}},
+            "replaces all of .*, and has no rope_theta, rope_type; give it in full",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "and has no rope_theta; give it in full"),
+        ({"rope_parameters": {**LLAMA3, "beta_fsat": 32.0}}, "has no key 'beta_fsat'; did you mean beta_fast"),
+        ({"rope_parameters": {**LLAMA3, "factor": 32.0}}, None),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}}, None),
+    ],
+)
+def test_rope_is_changed_as_said_or_not_at_all(tmp_path: Path, changes: dict[str, Any], message: str | None) -> None:
+    """Transformers would ignore an older name, and take a default of its own for what a mapping leaves out."""
+    folder = str(tmp_path / "model")
+    AutoConfig.for_model(
+        "llama", vocab_size=VOCAB, hidden_size=32, num_attention_heads=4, rope_parameters=LLAMA3
+    ).save_pretrained(folder)
+    config = tiny_config(tmp_path, model={"path": folder, "changes": copy.deepcopy(changes)})
+    if message is None:
+        assert model_config(config).rope_parameters == changes["rope_parameters"]
+    else:
+        with pytest.raises(ValueError, match=message):
+            model_config(config)
+    assert (
+        config.model.changes == changes
+    )  # nor does it write into the configuration, of which checkpoints keep a digest
+
+
+def test_rope_of_a_new_model_is_not_misspelt(tmp_path: Path) -> None:
+    """It would be the default one."""
+    rope = {"rop_type": "llama3", "rope_theta": 5e5}
+    with pytest.raises(ValueError, match="rope_parameters has no key 'rop_type'; did you mean rope_type"):
+        model_config(tiny_config(tmp_path, model__config__rope_parameters=rope))
+    rope = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 2.0}
+    config = tiny_config(tmp_path, model__config__rope_parameters=rope)
+    digest = config.digest()
+    model_config(config)
+    assert config.digest() == digest
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [

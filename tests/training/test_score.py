@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ring_hilbert.cli import main
@@ -122,6 +124,7 @@ def test_what_cannot_be_scored(dense: Path, tmp_path: Path, capsys: pytest.Captu
     wrong = {
         "give either --data PATH ... or --tasks": [],
         "65 tokens, but the model has positions for 64": ["--data", str(text), "--seq-len", "65"],
+        "data.bos is true, but the tokenizer has no bos token": ["--data", str(text), "--bos"],
         "matches no file": ["--data", str(tmp_path / "none")],
         "cannot be loaded": ["--data", str(text), "--model", str(tmp_path)],
     }
@@ -130,6 +133,18 @@ def test_what_cannot_be_scored(dense: Path, tmp_path: Path, capsys: pytest.Captu
     for words, flags in wrong.items():
         assert main(["score", "--model", str(dense), *flags]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lack lm_head.weight", "have what the model has not: model.layers.0.mlp.gate.bias"])
+def test_weights_that_a_folder_lacks_or_has_in_vain(dense: Path, tmp_path: Path, kind: str) -> None:
+    """Transformers would draw the one and drop the other."""
+    shutil.copytree(dense, tmp_path / "copy")
+    file, bias = tmp_path / "copy" / "model.safetensors", {"model.layers.0.mlp.gate.bias": torch.zeros(64)}
+    tensors = load_file(file)
+    less = {key: x for key, x in tensors.items() if key != "lm_head.weight"}
+    save_file(less if "lack" in kind else tensors | bias, file, {"format": "pt"})
+    with open_world(ParallelConfig()) as world, pytest.raises(ValueError, match=f"its files {kind}"):
+        Scorer(tmp_path / "copy", world)
 
 
 @pytest.mark.full

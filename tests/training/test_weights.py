@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ring_hilbert.training.weights import Weights
@@ -33,7 +36,7 @@ def filled(weights: Weights) -> Any:
     return model
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma", "phi3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma", "phi3", "gpt2"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_drawn(model_type: str, tied: bool) -> None:
     """Everything gets a value, with the spread that Transformers gives it, and the same one every time."""
@@ -47,10 +50,11 @@ def test_drawn(model_type: str, tied: bool) -> None:
             assert mine.std().item() == pytest.approx(expected.std().item(), rel=0.3), name
     again = filled(Weights(skeleton(model_type, tie_word_embeddings=tied), 3, None))
     other = filled(Weights(skeleton(model_type, tie_word_embeddings=tied), 4, None))
-    draws = [dict(x.named_parameters())["model.layers.1.mlp.down_proj.weight"] for x in (model, again, other)]
+    last = "transformer.h.1.mlp.c_proj.weight" if model_type == "gpt2" else "model.layers.1.mlp.down_proj.weight"
+    draws = [dict(x.named_parameters())[last] for x in (model, again, other)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
-    assert not torch.equal(draws[0], dict(model.named_parameters())["model.layers.0.mlp.down_proj.weight"])
+    assert not torch.equal(draws[0], dict(model.named_parameters())[last.replace(".1.", ".0.")])
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma"])
@@ -82,3 +86,69 @@ def test_wrong_folders(tmp_path: Path) -> None:
         list(Weights(skeleton("llama", num_hidden_layers=3), 0, tmp_path))
     with pytest.raises(ValueError, match=r"embed_tokens\.weight in .* is \[100, 32\], the model's is \[101, 32\]"):
         list(Weights(skeleton("llama", vocab_size=101), 0, tmp_path))
+
+
+def quantised(dtype: torch.dtype) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """As DeepSeek's files in FP8: a scale beside a matrix, whose name and shape stay."""
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        name = "model.layers.0.mlp.down_proj.weight"
+        scale = tensors[name].abs().max() / 100
+        return tensors | {name: (tensors[name] / scale).to(dtype)}
+
+    return change
+
+
+def with_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {"model.layers.0.mlp.down_proj.weight_scale_inv": torch.ones(1, 1)}
+
+
+def twice(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+
+TIED = {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    ("saved", "change", "ours", "message"),
+    [
+        ({}, quantised(torch.float8_e4m3fn), {}, "down_proj.weight in .* is quantised, torch.float8_e4m3fn"),
+        ({}, quantised(torch.int8), {}, "down_proj.weight in .* is quantised, torch.int8"),
+        ({}, with_scale, {}, "have model.layers.0.mlp.down_proj.weight_scale_inv, which this LlamaForCausalLM has not"),
+        ({"attention_bias": True}, dict, {}, "have model.layers.0.self_attn.k_proj.bias and 7 others"),
+        ({"num_hidden_layers": 3}, dict, {}, "have model.layers.2.input_layernorm.weight and 8 others"),
+        ({"tie_word_embeddings": False}, dict, TIED, "model.embed_tokens.weight and lm_head.weight in .* differ"),
+        (TIED, twice, TIED, None),
+    ],
+)
+def test_no_weight_of_a_folder_is_left_out_or_misread(
+    tmp_path: Path,
+    saved: dict[str, Any],
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    ours: dict[str, Any],
+    message: str | None,
+) -> None:
+    AutoModelForCausalLM.from_config(skeleton("llama", **saved).config).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    if message is None:
+        assert list(Weights(skeleton("llama", **ours), 0, tmp_path))
+        return
+    with pytest.raises(ValueError, match=message):
+        list(Weights(skeleton("llama", **ours), 0, tmp_path))
+
+
+def test_an_adapter_is_not_left_out(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(skeleton("llama").config).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has an adapter"):
+        Weights(skeleton("llama"), 0, tmp_path)
+
+
+def test_what_only_a_constructor_sets_is_not_left_to_chance() -> None:
+    """Apertus' activations have learned numbers that nothing else initialises: the memory there would be anything."""
+    with pytest.raises(
+        ValueError, match=r"gives model\.layers\.0\.mlp\.act_fn\.alpha_p its first value in a constructor"
+    ):
+        list(Weights(skeleton("apertus"), 0, None))

@@ -14,7 +14,8 @@ from ring_hilbert.training.config.section import Section
 class ModelConfig(Section):
     """The Transformers model: a configuration to initialise (`config`, with a `model_type`) or a folder (`path`).
 
-    `changes`: keys of the folder's configuration that get other values, `rope_parameters` for a longer context for instance.
+    `changes`: keys of the folder's configuration that get other values, for instance all of `rope_parameters` for a longer
+    context. A tokenizer in the folder must be that of `data.tokenizer`.
     """
 
     config: dict[str, Any] | None = None
