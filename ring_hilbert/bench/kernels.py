@@ -168,12 +168,11 @@ def _core(problem: Problem, curve: str, tiles: dict[Pass, Tile] | None = None) -
     if curve != "raster":
         block = min(w or problem.length for w in problem.pattern.segment_lengths)
         order = rh.TokenOrder(curve, block=block)
-    seen = Visible(problem.length, problem.causal, order=order)
+    seen = Visible(problem.length, problem.causal, order=order).on(problem.device)
     shard = Shard((Chunk(0, problem.length, 0),), problem.length, order)
     return TritonCore(
-        problem.pattern, problem.kv_heads, shard, seen.on(problem.device), problem.head_dim, problem.dtype, problem.device,
-        tiles=tiles, visible=seen,
-    )  # fmt: skip
+        problem.pattern, problem.kv_heads, shard, seen, problem.head_dim, problem.dtype, problem.device, tiles=tiles
+    )
 
 
 def _executed(core: TritonCore, problem: Problem, pass_: Pass) -> float:
