@@ -91,7 +91,8 @@ def _number_layers(
     config: Any = model.config
     if getattr(config, NAME, None) is None:
         return
-    model.register_forward_hook(_require_attention, with_kwargs=True)
+    offset = next((name for name, module in model.named_modules() if _has_offset(name, module)), None)
+    model.register_forward_hook(partial(_check_rows, offset), with_kwargs=True)
     if config._attn_implementation == NAME and not any(
         hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS") for module in model.modules()
     ):
@@ -105,10 +106,24 @@ def _number_layers(
             _number(module)
 
 
-def _require_attention(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Runs behind a model's forward: sharded rows must have met in our attention."""
+def _has_offset(name: str, module: nn.Module) -> bool:
+    """Whether a module embeds positions as RoBERTa does, which counts them from behind the number of its padding token."""
+    return "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None
+
+
+def _check_rows(
+    offset: str | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Runs behind a model's forward: sharded rows must have their positions, and have met in our attention."""
     prepared = kwargs.get(NAME)
-    if prepared is not None and not torch.compiler.is_compiling() and not prepared.used:
+    if prepared is None:
+        return
+    if offset is not None:
+        raise ValueError(
+            f"{type(model).__name__} counts positions from padding_idx + 1 on ({offset}), and the position_ids of shard_batch from "
+            "0; use a model that counts from 0, or one device without ring_hilbert="
+        )
+    if not torch.compiler.is_compiling() and not prepared.used:
         raise ValueError(
             f"no attention layer of {type(model).__name__} was given the ring_hilbert= of the model call: its layers drop keyword "
             "arguments, or have attention of their own or none"
