@@ -163,17 +163,17 @@ def attention_mask(
     Raises:
         ValueError: for a mask that the model lays over the usual one, as for images.
     """
-    kind = getattr(mask_function, "__qualname__", "").partition(".")[0]  # by what the outermost function was made
+    kind = getattr(mask_function, "__name__", "")  # of the outermost function
     if attention_mask is not None or local_size is not None:  # local layers are refused by themselves
         return attention_mask
-    if use_vmap or kind == "or_masks":
+    if use_vmap or kind == "or_mask":
         raise ValueError(
             "attn_implementation='ring_hilbert' has no masks of a model's own (here one laid over the causal mask, as for images "
             "or prefixes); leave out the inputs that it is made for, such as token_type_ids"
         )
     if cache_position is not None:  # Transformers 5.0
         q_length, device = len(cache_position), cache_position.device
-    if kind != "and_masks" or q_length < 2:
+    if kind != "and_mask" or q_length < 2:
         return None
     rows, entries = torch.arange(q_length, device=device), torch.arange(batch_size, device=device)[:, None]
     joined = mask_function(entries, 0, rows, (rows - 1).clamp_min(0))  # rows that see the one before

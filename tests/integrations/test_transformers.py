@@ -274,7 +274,9 @@ def test_positions_that_begin_behind_the_padding_token_are_refused():
     batch = tokens()
     model = pair("roberta", is_decoder=True)[0]
     model(batch["input_ids"], use_cache=False)
-    with pytest.raises(ValueError, match=r"RobertaModel counts positions from padding_idx \+ 1 on \(.*position_embeddings\)"):
+    with pytest.raises(
+        ValueError, match=r"RobertaModel counts positions from padding_idx \+ 1 on \(.*position_embeddings\)"
+    ):
         model(**rh.shard_batch(batch), use_cache=False)
     bert = pair("bert", is_decoder=True)[0]
     bert(**rh.shard_batch(batch), use_cache=False)

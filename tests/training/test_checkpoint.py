@@ -398,7 +398,8 @@ def save_not_finite(rank: int, world_size: int, config: RunConfig, key: str) -> 
         checkpoints = Checkpoints(config, world, {})
         checkpoints.save(engine, checkpoint_module.Progress(step=1))
         if rank == world_size - 1:
-            engine._state()[key].to_local().view(-1)[3] = float("nan")
+            kind, _, name = key.partition(".")
+            engine._state()[kind][name].to_local().view(-1)[3] = float("nan")
         try:
             checkpoints.save(engine, checkpoint_module.Progress(step=2))
             checkpoints.wait()
