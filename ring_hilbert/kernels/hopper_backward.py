@@ -148,6 +148,12 @@ def dq_kernel(
 
 
 @gluon.jit
+def row_ring(dtype: gl.constexpr, ROWS: gl.constexpr):
+    """A ring of vectors in shared memory."""
+    return gl.allocate_shared_memory(dtype, [STAGES, ROWS], FLAT)
+
+
+@gluon.jit
 def send_queries(
     q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, member, rows, flat, columns,
     q_ring, dout_ring, terms, bounds, step, is_masked, D: gl.constexpr,
@@ -158,11 +164,11 @@ def send_queries(
     send_rows(q_ring.index(to), q + head * q_strides[2], rows, q_strides[1], columns, D)
     send_rows(dout_ring.index(to), dout + head * dout_strides[2], rows, dout_strides[1], columns, D)
     cells = flat * lse_strides[1] + head * lse_strides[2]
-    send(terms.index(2 * to), lse2 + cells, flat >= 0)
-    send(terms.index(2 * to + 1), delta + cells, flat >= 0)
+    send(terms[0].index(to), lse2 + cells, flat >= 0)
+    send(terms[1].index(to), delta + cells, flat >= 0)
     if is_masked:
-        send(bounds.index(2 * to), low + flat, flat >= 0)
-        send(bounds.index(2 * to + 1), high + flat, flat >= 0)
+        send(bounds[0].index(to), low + flat, flat >= 0)
+        send(bounds[1].index(to), high + flat, flat >= 0)
     async_copy.commit_group()
 
 
@@ -208,14 +214,14 @@ def add_queries(
         at, left, member = next_of_group(at, run, left, member, full + masked, BLOCK_M, GROUP)
         rows = step_rows(at, index, BLOCK_M, INDEXED, ROWS)
         flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(gl.num_warps()))
-        log = terms.index(2 * here).load(COLUMN)
+        log = terms[0].index(here).load(COLUMN)
         scores = warpgroup_mma_wait(2, [scores])
         exact = gl.exp2(scores * scale2 - gl.expand_dims(log - weight, 0))
         if MASKED:
-            first, last = bounds.index(2 * here).load(COLUMN), bounds.index(2 * here + 1).load(COLUMN)
+            first, last = bounds[0].index(here).load(COLUMN), bounds[1].index(here).load(COLUMN)
             own = gl.expand_dims(key, 1)
             exact = gl.where((own >= gl.expand_dims(first, 0)) & (own <= gl.expand_dims(last, 0)), exact, 0.0)
-        shift = terms.index(2 * here + 1).load(COLUMN)
+        shift = terms[1].index(here).load(COLUMN)
         p = gl.convert_layout(exact.to(keys.dtype), OPERAND, assert_trivial=True)
         dv = warpgroup_mma(p, dout_ring.index(here), dv, is_async=True)
         dp = warpgroup_mma_wait(2, [dp])
@@ -260,8 +266,9 @@ def dkdv_kernel(
     values = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_D], operand(BLOCK_N, BLOCK_D, dtype))
     q_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], operand(BLOCK_M, BLOCK_D, dtype))
     dout_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], operand(BLOCK_M, BLOCK_D, dtype))
-    terms = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], FLAT)
-    bounds = gl.allocate_shared_memory(gl.int32, [2 * STAGES, BLOCK_M], FLAT)
+    # Blocks of their own, since the compiler puts a barrier between copies to the same block.
+    terms = row_ring(gl.float32, BLOCK_M), row_ring(gl.float32, BLOCK_M)
+    bounds = row_ring(gl.int32, BLOCK_M), row_ring(gl.int32, BLOCK_M)
     columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPIED))
     own, none = outer_rows(outer, place, count, BLOCK_N, 1, gl.SliceLayout(1, COPIED))
     send(keys, *outer_cells(k, k_strides, batch, kv_head, own, none, columns, D))
