@@ -171,8 +171,9 @@ def _core(problem: Problem, curve: str, tiles: dict[Pass, Tile] | None = None) -
     seen = Visible(problem.length, problem.causal, order=order).on(problem.device)
     shard = Shard((Chunk(0, problem.length, 0),), problem.length, order)
     return TritonCore(
-        problem.pattern, problem.kv_heads, shard, seen, problem.head_dim, problem.dtype, problem.device, tiles=tiles
-    )
+        problem.pattern, problem.kv_heads, shard, seen, problem.head_dim, problem.dtype, problem.device, tiles=tiles,
+        group=problem.heads // problem.kv_heads,
+    )  # fmt: skip
 
 
 def _executed(core: TritonCore, problem: Problem, pass_: Pass) -> float:

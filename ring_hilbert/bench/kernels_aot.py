@@ -79,7 +79,7 @@ def rows(
                     facts = compiled(
                         VARIANTS[name],
                         pass_,
-                        tiles_for(pass_, capability, head_dim, dtype),
+                        tiles_for(pass_, capability, head_dim, dtype, VARIANTS[name].group),
                         head_dim,
                         dtype,
                         capability,
@@ -140,6 +140,8 @@ def _arguments(
     if tile.gluon:
         from ring_hilbert.kernels import hopper_backward as backward
         from ring_hilbert.kernels import hopper_forward as forward
+    if tile.specialized:
+        from ring_hilbert.kernels import hopper_specialized_forward as forward
     kernel = {"forward": forward.forward_kernel, "dq": backward.dq_kernel, "dkdv": backward.dkdv_kernel}[pass_]
     if not hasattr(kernel, "_pack_args"):
         raise ValueError("kernels are interpreted in this process; unset TRITON_INTERPRET")

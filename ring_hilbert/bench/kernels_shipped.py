@@ -120,9 +120,9 @@ def _measure(shape: Shape, repeats: int, device: torch.device) -> Iterator[dict[
     seen = Visible(shape.length, True, order=shape.order, documents=ids)
     shard = Shard((Chunk(0, shape.length, 0),), shape.length, shape.order)
     facts = shape.pattern, shape.kv_heads, shard, seen.on(device), shape.head_dim, problem.dtype, device
-    count = pairs_of(shape, seen, device) * shape.heads
+    count, group = pairs_of(shape, seen, device) * shape.heads, shape.heads // shape.kv_heads
     contenders: dict[str, tuple[tuple[Callable[[], object], Callable[[], object]], float]] = {
-        name: (core_passes(TritonCore(*facts, visible=visible), x, shape.head_dim**-0.5), count)
+        name: (core_passes(TritonCore(*facts, visible=visible, group=group), x, shape.head_dim**-0.5), count)
         for name, visible in (("ring_hilbert", None), (KEPT, seen))
     }
 

@@ -96,17 +96,26 @@ def forward(
         "STAGED": 0 if staging is None else STAGES[stage],
     }
     results: tuple[Tensor, ...] = output.out, output.lse
-    if tile.gluon:
+    more: tuple[Any, ...] = ()
+    heads: int | None = members(tile, q, k)
+    grid = _grid(schedule, q, q.shape[2], heads)
+    if tile.specialized:
+        from ring_hilbert.kernels.hopper_specialized_forward import forward_kernel as kernel
+
+        assert heads == 2, "a specialized tile is for two heads of a group"
+        more, heads = (torch.zeros(1, dtype=torch.int32, device=q.device), grid[1:]), None
+        grid = min(grid[0] * grid[1] * grid[2], _processors(q.device)), 1, 1
+    elif tile.gluon:
         from ring_hilbert.kernels.hopper_forward import forward_kernel as kernel
     else:
         kernel = forward_kernel
         results += (output.lse if output.lse_error is None else output.lse_error,)
         sizes["LSE_ERROR"] = output.lse_error is not None
-    _on(kernel, _grid(schedule, q, q.shape[2], members(tile, q, k)))(
+    _on(kernel, grid)(
         q, k, v, *results, slots, maximum, total, values,
         _strides(q), _strides(k), _strides(v), _strides(output.out), _row_strides(output.lse), _slot_strides(staging),
         (0, 0, 0) if staging is None else _row_strides(maximum), _strides(values),
-        *_tables(schedule), _in_twos(positive), **sizes, **_options(q, k, schedule, tile, precision, members(tile, q, k)),
+        *_tables(schedule), _in_twos(positive), *more, **sizes, **_options(q, k, schedule, tile, precision, heads),
     )  # fmt: skip
 
 
@@ -221,6 +230,11 @@ def dkdv(
 def members(tile: Tile, q: Tensor, k: Tensor) -> int:
     """The number of heads of a group that one program processes together, sharing keys and values."""
     return 2 if tile.gluon and (q.shape[2] // k.shape[2]) % 2 == 0 else 1
+
+
+def _processors(device: torch.device) -> int:
+    """Programs that stay resident, one on each multiprocessor; on the CPU, where they are interpreted, a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: Tile) -> tuple[Tensor, Tensor, Tensor, float]:

@@ -21,7 +21,8 @@ class Tile(NamedTuple):
 
     `registers`: limit per thread, where a few more would reduce the tiles resident at once; 0: no limit.
     `gluon`: use the kernels for compute capability 9.0, whose pipeline length is fixed; `warps` are per head, and `registers`
-    for two heads (of a single one, shared memory limits the tiles resident).
+    for two heads (of a single one, shared memory limits the tiles resident). `specialized`: forward with warps of their own for
+    copies, for two heads together.
     """
 
     block_outer: int
@@ -30,6 +31,7 @@ class Tile(NamedTuple):
     stages: int
     registers: int = 0
     gluon: bool = False
+    specialized: bool = False
 
     @property
     def chunk(self) -> int:
@@ -62,7 +64,7 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
     (0, 256, 4): ((Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),)),
 }  # fmt: skip
 # For compute capability 9.0 and head dims that are multiples of 16: padded head dim and bytes of an element. They replace those
-# above for walks whose masks do not compare segments.
+# above for walks whose masks do not compare segments; `PAIRED` replaces forward's where kv heads have an even number of heads.
 # Two are kept because they are faster, although the assembler makes dQ's matrix products of heads of 64 wait for one another, and
 # dK and dV of heads of 128 spill up to 24 bytes. Backward of the 1B ladder, with them on an H200 and with tiles free of both on an
 # H100: 23.3 and 25.4 ms with heads of 64, 24.1 and 27.2 with heads of 128; forward took 9.3 and 9.5, 8.9 and 9.0 there.
@@ -70,6 +72,7 @@ HOPPER: dict[tuple[int, int], tuple[Tile, Tile, Tile]] = {
     (64, 2): (Tile(64, 64, 4, 4, 128, gluon=True), Tile(64, 64, 4, 4, 128, gluon=True), Tile(64, 64, 4, 4, gluon=True)),
     (128, 2): (Tile(64, 64, 4, 4, gluon=True), Tile(64, 64, 4, 4, gluon=True), Tile(64, 32, 4, 4, gluon=True)),
 }
+PAIRED: dict[tuple[int, int], Tile] = {(128, 2): Tile(64, 128, 4, 2, gluon=True, specialized=True)}
 INTERPRETER = Tile(32, 32, 1, 1)  # wherever there is no GPU
 
 
@@ -92,26 +95,34 @@ def demand(walk: Walk) -> int:
     return 2 * walk.segments + walk.indexed
 
 
-def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """The tiles, by demand, of a pass at a compute capability (90: 9.0); ValueError if the table has none."""
+def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype, group: int = 1) -> tuple[Tile, ...]:
+    """The tiles, by demand, of a pass at a compute capability (90: 9.0); ValueError if the table has none.
+
+    `group`: query heads per kv head.
+    """
     for (least, dim, size), passes in TILES.items():
         if capability >= least and padded_head_dim(head_dim) <= dim and dtype.itemsize == size:
             tiles = passes[PASSES.index(pass_)]
             kind = padded_head_dim(head_dim), size
             if capability // 10 == 9 and head_dim % 16 == 0 and kind in HOPPER and has_gluon():
-                return (*(HOPPER[kind][PASSES.index(pass_)],) * 2, *tiles[2:])
+                tile = HOPPER[kind][PASSES.index(pass_)]
+                if pass_ == "forward" and group % 2 == 0:
+                    tile = PAIRED.get(kind, tile)
+                return (*(tile,) * 2, *tiles[2:])
             return tiles
     raise ValueError(
         f"the Triton kernels have no tiles for head dim {head_dim} in {dtype}; at most 256, fp16, bf16 or fp32"
     )
 
 
-def device_tiles(pass_: Pass, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tile, ...]:
+def device_tiles(
+    pass_: Pass, head_dim: int, dtype: torch.dtype, device: torch.device, group: int = 1
+) -> tuple[Tile, ...]:
     """The tiles for a device."""
     if device.type != "cuda":
         return (INTERPRETER,)
     major, minor = torch.cuda.get_device_capability(device)
-    return tiles_for(pass_, 10 * major + minor, head_dim, dtype)
+    return tiles_for(pass_, 10 * major + minor, head_dim, dtype, group)
 
 
 def plan_tile(tiles: tuple[Tile, ...], plan: Callable[[Tile], Walk]) -> tuple[Tile, Walk]:

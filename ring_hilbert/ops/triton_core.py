@@ -111,6 +111,7 @@ class TritonCore:
         incoming: which of them are sent in this batch, hop by hop.
         tiles: used instead of those in the table.
         visible: what `own` is of. Schedules are kept until it is refreshed; without it, every launch makes its own.
+        group: query heads per kv head, by which tiles are chosen.
     """
 
     def __init__(
@@ -126,8 +127,9 @@ class TritonCore:
         incoming: Sequence[Incoming] = (),
         tiles: Mapping[Pass, Tile] | None = None,
         visible: Visible | None = None,
+        group: int = 1,
     ) -> None:
-        self.visible = visible
+        self.visible, self.group = visible, group
         self.exact = dtype == torch.float32  # float32 keeps the rounding error of lse
         self.own, self.remote, self.incoming, self.device = own, remote, incoming, device
         self.head_dim, self.dtype, self.tiles = head_dim, dtype, tiles
@@ -300,8 +302,9 @@ class TritonCore:
         return self._tile(pass_, plan)
 
     def _tile(self, pass_: Pass, plan: Callable[[Tile], Walk]) -> tuple[Tile, Walk]:
-        tiles = (self.tiles[pass_],) if self.tiles else device_tiles(pass_, self.head_dim, self.dtype, self.device)
-        return plan_tile(tiles, plan)
+        if self.tiles:
+            return plan_tile((self.tiles[pass_],), plan)
+        return plan_tile(device_tiles(pass_, self.head_dim, self.dtype, self.device, self.group), plan)
 
     @property
     def _staged(self) -> Tensor | None:

@@ -81,7 +81,7 @@ class Execution:
         remote = remote_walks(plan.crossings, rank, plan.strategy == "ring", self.shard, device) if self.hops else None
         return TritonCore(
             plan.pattern, shapes.num_kv_heads, self.shard, own, shapes.head_dim, shapes.dtype, device, remote, incoming,
-            visible=plan.visible,
+            visible=plan.visible, group=shapes.num_heads // shapes.num_kv_heads,
         )  # fmt: skip
 
     def _clean(self, *tensors: Tensor) -> tuple[Tensor, ...]:

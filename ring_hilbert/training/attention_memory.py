@@ -72,7 +72,7 @@ def _tables(made: Plan, rank: int) -> tuple[int, int, int]:
     scale = max(1, shard.size / SAMPLE)  # tables grow with rows
     received = remote_walks(made.crossings, rank, made.strategy == "ring", shard, cpu) if made.hops(rank) else None
     for pass_ in PASSES:
-        tiles = tiles_for(pass_, HOPPER, shapes.head_dim, shapes.dtype)
+        tiles = tiles_for(pass_, HOPPER, shapes.head_dim, shapes.dtype, shapes.num_heads // shapes.num_kv_heads)
 
         def plan_local(tile: Tile) -> Walk:
             key = tile.block_outer, tile.chunk

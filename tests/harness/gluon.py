@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gluon in NumPy: runs the kernels for compute capability 9.0 on the CPU, one program after another, with float32 products.
 
-Copies and products are done at once but count as in flight until they are waited for. What uses either too early, or overwrites
-what a product in flight reads, is an error. Layouts mean nothing here, and all warps of a program advance together.
+Products are done at once but count as in flight until they are waited for, and copies are done then. What uses either too early,
+or overwrites what a product in flight reads, is an error. Layouts mean nothing here, and all warps of a program advance together;
+the functions of a `warp_specialize` are threads, and their barriers are real.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-MODULES = [f"ring_hilbert.kernels.hopper_{name}" for name in ("steps", "forward", "backward")]
+MODULES = [f"ring_hilbert.kernels.hopper_{name}" for name in ("steps", "forward", "specialized_forward", "backward")]
+PATIENCE = 60.0  # seconds at a barrier, then it is a deadlock
 
 
 class Values(np.ndarray):
@@ -67,24 +70,49 @@ class Product:
         self.result, self.reads, self.shape, self.done = result, reads, result.shape, False
 
 
-class Program:
-    """What a program has in flight, oldest first."""
+class Program(threading.local):
+    """The program that a thread runs, or its part of one, and what that has in flight, oldest first."""
 
-    def __init__(self, ids: tuple[int, ...], warps: int) -> None:
-        self.ids, self.warps = ids, warps
-        self.copies: list[list[np.ndarray]] = [[]]  # where to, by groups; the last one is open
+    def begin(self, ids: tuple[int, ...], grid: tuple[int, ...], warps: int) -> None:
+        """Nothing is in flight."""
+        self.ids, self.grid, self.warps = ids, grid, warps
+        self.copies: list[list[tuple[np.ndarray, Any]]] = [[]]  # where to and what, by groups; the last one is open
         self.products: list[Product] = []
 
     def ready(self, array: np.ndarray) -> np.ndarray:
         """`array` in shared memory, which no copy may still be writing."""
-        assert not any(np.may_share_memory(array, to) for group in self.copies for to in group), "not copied yet"
+        assert not any(np.may_share_memory(array, to) for group in self.copies for to, _ in group), "not copied yet"
         return array
+
+
+class Barrier:
+    """An mbarrier: phases that end with a number of arrivals."""
+
+    changed = threading.Condition()
+
+    def __init__(self, count: int) -> None:
+        self.count, self.left, self.phase = count, count, 0
+
+    def arrive(self, count: int) -> None:
+        """So many arrive."""
+        with self.changed:
+            self.left -= count
+            assert self.left >= 0, "too many arrivals"
+            if self.left == 0:
+                self.left, self.phase = self.count, self.phase + 1
+                self.changed.notify_all()
+
+    def wait(self, parity: Any) -> None:
+        """Until the last phase that ended had this parity; before the first, one of parity 1 is taken to have ended."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: (self.phase + 1) % 2 == parity, PATIENCE), "deadlock"
 
 
 class Shared:
     """A block of shared memory."""
 
-    program: Program
+    program = Program()
+    barriers: ClassVar[dict[int, Barrier]] = {}  # by their address
 
     def __init__(self, array: np.ndarray) -> None:
         self.array, self.shape, self.dtype = array, list(array.shape), array.dtype.type
@@ -102,6 +130,15 @@ class Shared:
         """What lies here."""
         return values(Shared.program.ready(self.array).copy())
 
+    def store(self, x: Values) -> None:
+        """Write here."""
+        self.array[...] = x
+
+    @property
+    def barrier(self) -> Barrier:
+        """The mbarrier here."""
+        return Shared.barriers[self.array.ctypes.data]
+
 
 def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Values:
     offset, mask = pointer.cells(mask)
@@ -117,14 +154,21 @@ def send(to: Shared, pointer: Pointer, mask: Any = None) -> None:
     program = Shared.program
     reads = [array for product in program.products for array in product.reads]
     assert not any(np.may_share_memory(to.array, array) for array in reads), "still read by a product"
-    to.array[...] = load(pointer, mask)
-    program.copies[-1].append(to.array)
+    program.copies[-1].append((to.array, load(pointer, mask)))
+    to.array[...] = np.nan if np.issubdtype(to.dtype, np.floating) else -7
 
 
 def wait_for_copies(left: int) -> None:
     """`cp.async.wait_group`: copies after the last commit are not waited for."""
     copies = Shared.program.copies
-    del copies[: max(0, len(copies) - 1 - left)]
+    done = max(0, len(copies) - 1 - left)
+    _arrived(copies[:done])
+    del copies[:done]
+
+
+def _arrived(groups: Sequence[Sequence[tuple[np.ndarray, Any]]]) -> None:
+    for to, what in (copy for group in groups for copy in group):
+        to[...] = what
 
 
 def product(a: Any, b: Shared, sums: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
@@ -155,6 +199,55 @@ def in_flight(sums: Values) -> Product:
     return begun
 
 
+def copies_arrive(to: Shared, increment_count: bool) -> None:
+    """`cp.async.mbarrier.arrive.noinc` of all threads: they arrive when their copies so far are done, which here is now."""
+    assert not increment_count
+    program = Shared.program
+    _arrived(program.copies)
+    program.copies = [[]]
+    to.barrier.arrive(32 * program.warps)
+
+
+def new_barrier(at: Shared, count: int) -> None:
+    Shared.barriers[at.array.ctypes.data] = Barrier(count)
+
+
+def arrive(at: Shared, count: int) -> None:
+    at.barrier.arrive(count)
+
+
+def specialize(functions: Sequence[tuple[Any, Any]], warps: Sequence[int], registers: Sequence[int]) -> None:
+    """`warp_specialize`: each function in a thread."""
+    program, failures = Shared.program, list[BaseException]()
+    ids, grid = program.ids, program.grid
+
+    def run(function: Any, args: Any, number: int) -> None:
+        Shared.program.begin(ids, grid, number)
+        try:
+            with np.errstate(all="ignore"):
+                function(*args)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [
+        threading.Thread(target=run, args=(function, args, number))
+        for (function, args), number in zip(functions, (program.warps, *warps), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def atomic_add(pointer: Pointer, value: int) -> Values:
+    with Barrier.changed:
+        before = pointer.memory[int(pointer.offset)]
+        pointer.memory[int(pointer.offset)] += value
+    return values(before)
+
+
 class Kernel:
     """Started like Triton's: `kernel[grid](*arguments, **constants)`."""
 
@@ -166,7 +259,7 @@ class Kernel:
             given = [_pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
             with np.errstate(all="ignore"):
                 for ids in np.ndindex(*grid):
-                    Shared.program = Program(ids, num_warps)
+                    Shared.program.begin(ids, grid, num_warps)
                     self.function(*given, **constants)
 
         return run
@@ -209,6 +302,8 @@ def _language() -> types.ModuleType:
         load=load, store=store, allocate_shared_memory=_allocate, inline_asm_elementwise=_assembly, static_range=range,
         constexpr=lambda x: x, num_warps=lambda: Shared.program.warps,
         program_id=lambda axis: values(Shared.program.ids[axis], np.int32),
+        num_programs=lambda axis: values(Shared.program.grid[axis], np.int32),
+        warp_specialize=specialize, barrier=lambda: None, atomic_add=atomic_add,
         arange=lambda start, stop, layout: values(np.arange(start, stop, dtype=np.int32)),
         full=lambda shape, value, dtype, layout: values(np.full(shape, value, dtype)),
         zeros=lambda shape, dtype, layout: values(np.zeros(shape, dtype)),
@@ -230,7 +325,11 @@ def use(monkeypatch: pytest.MonkeyPatch) -> None:
     hopper, gluon = types.ModuleType("hopper"), types.ModuleType("gluon")
     vars(hopper).update(
         async_copy=types.SimpleNamespace(
-            async_load=send, commit_group=lambda: Shared.program.copies.append([]), wait_group=wait_for_copies
+            async_load=send, commit_group=lambda: Shared.program.copies.append([]), wait_group=wait_for_copies,
+            mbarrier_arrive=copies_arrive,
+        ),
+        mbarrier=types.SimpleNamespace(
+            MBarrierLayout=_Layout, init=new_barrier, arrive=arrive, wait=lambda at, phase: at.barrier.wait(phase)
         ),
         fence_async_shared=lambda: None, warpgroup_mma=product, warpgroup_mma_wait=wait_for_products,
         warpgroup_mma_init=in_flight,

@@ -201,7 +201,7 @@ def test_staged_rows_continue(order: rh.TokenOrder | None, head_dim: int):
         torch.randn(1, ROWS, h, head_dim, generator=generator, device="cuda").bfloat16() for h in (8, 2, 2, 8)
     )
     own = Visible(ROWS, True, order=order).on(q.device)
-    core = TritonCore(PATTERN, 2, Shard((Chunk(0, ROWS, 0),), ROWS, order), own, head_dim, q.dtype, q.device)
+    core = TritonCore(PATTERN, 2, Shard((Chunk(0, ROWS, 0),), ROWS, order), own, head_dim, q.dtype, q.device, group=4)
     scale = head_dim**-0.5
     out, lse, _ = core.finish(core.begin(q, k, v, scale))
     staged = torch.arange(ROWS, device="cuda") % 3 == 0

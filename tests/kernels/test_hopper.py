@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from tests.kernels.test_kernels import _nothing_is_zero_by_chance, answer, check
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU tensors, which only interpreters take")
 TILE = Tile(64, 64, 4, 4, gluon=True)
+SPECIALIZED = Tile(64, 128, 4, 2, gluon=True, specialized=True)
 LADDER = rh.DilatedPattern((128, 256, None), (1, 2, 4), head_shift=1)
 CASES = {
     "ladder": Case(LADDER, 256, heads=4, kv_heads=2, head_dim=16),
@@ -39,7 +42,15 @@ def test_kernels_for_hopper(name: str, monkeypatch: pytest.MonkeyPatch):
     check(answer(CASES[name], torch.float16, TILE), CASES[name], torch.float16)
 
 
-def test_rows_that_launches_share(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", CASES)
+def test_warps_that_copy_and_warps_that_compute(name: str, monkeypatch: pytest.MonkeyPatch):
+    in_numpy.use(monkeypatch)
+    case = replace(CASES[name], heads=2 * CASES[name].kv_heads)
+    check(answer(case, torch.float16, SPECIALIZED), case, torch.float16)
+
+
+@pytest.mark.parametrize("tile", [TILE, SPECIALIZED], ids=["together", "specialized"])
+def test_rows_that_launches_share(tile: Tile, monkeypatch: pytest.MonkeyPatch):
     """Left, passed on and finished as the Triton kernels do."""
     from ring_hilbert.kernels import launch
 
@@ -68,7 +79,7 @@ def test_rows_that_launches_share(monkeypatch: pytest.MonkeyPatch):
             found += [gradient, *(staging[3:] if last == "pass on" else ())]
         return found
 
-    for ours, theirs in zip(results(TILE), results(Tile(64, 64, 4, 1)), strict=True):
+    for ours, theirs in zip(results(tile), results(Tile(64, 64, 4, 1)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
 
 

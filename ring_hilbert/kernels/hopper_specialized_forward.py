@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward for compute capability 9.0 with warp groups of their own for copies and for products, in Gluon.
+
+Programs stay: each takes one item, a tile for two heads, after the other. One warp group copies, up to two steps ahead and on
+into the next item, while two others compute, a head each, so that the softmax of one overlaps the products of the other
+(FlashAttention-3, arXiv 2407.08608, section 3.1). The keys of a step are free half a step before its values, and each have a
+ring of their own, so two steps of 128 rows suffice.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ring_hilbert.kernels.hopper_forward import slot_of, summed
+from ring_hilbert.kernels.hopper_steps import (
+    COUNT,
+    FLAT,
+    PLACE,
+    RUN,
+    WIDTH,
+    copied,
+    in_order,
+    next_step,
+    operand,
+    outer_cells,
+    outer_rows,
+    products,
+    row_cells,
+    seen,
+    send,
+    send_rows,
+    step_rows,
+    step_weight,
+    vectors,
+    walk_from,
+)
+from ring_hilbert.kernels.steps import VARIES
+
+# Of the threads of a warp group; the second is the name in Triton 3.6.
+together = getattr(gl, "barrier", None) or gl.thread_barrier
+
+RING = gl.constexpr(2)  # steps whose keys, or values, are in shared memory
+REGISTERS = gl.constexpr(216)  # of a thread that computes
+COPIER = gl.constexpr(72)  # of one that copies: together 3 * 168, as without these numbers
+FACTS = gl.constexpr(8)  # numbers by which an item is told, at most
+
+
+@gluon.jit
+def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Barriers, each of whose phases ends after so many arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
+
+
+@gluon.jit
+def wait_for(bar, number, SLOTS: gl.constexpr):
+    """Wait at the barrier of a slot until the `number`-th use of the slots has arrived there; if it is negative, not at all."""
+    mbarrier.wait(bar.index((number + SLOTS) % SLOTS), ((number + SLOTS) // SLOTS + 1) & 1)
+
+
+@gluon.jit
+def tell(told, number, item, items, work, GROUP: gl.constexpr):
+    """Look up the `number`-th item of this program and put what is needed of it into shared memory; head -1: there is none."""
+    tables, order, tiles, steps, table_strides, num_tiles, tile_width, num_runs, pairs = work
+    facts, known, free = told
+    exists = item < items
+    item = gl.minimum(item, items - 1)
+    rank, pair = item % num_tiles, item // num_tiles
+    batch, head = pair // pairs, (pair % pairs) * 2
+    table = gl.load(tables + batch.to(gl.int64) * table_strides[0] + head // GROUP).to(gl.int64)
+    entry = table + batch.to(gl.int64) * table_strides[1]
+    name = gl.load(order + entry * num_tiles + rank)
+    tile = tiles + (table * num_tiles + name) * tile_width
+    steps += (entry * num_tiles + name) * 2
+    run = (entry * num_runs + gl.load(tile + RUN)).to(gl.int32)
+    place, count = gl.load(tile + PLACE), gl.load(tile + COUNT)
+    numbers = gl.where(exists, head, -1), batch, place, count, run, gl.load(steps), gl.load(steps + 1)
+    wait_for(free, number - 2, 2)
+    for i in gl.static_range(7):
+        value = gl.full([1], numbers[i], gl.int32, vectors(gl.num_warps()))
+        facts.index((number % 2) * FACTS + i).store(value)
+    together()
+    mbarrier.arrive(known.index(number % 2), count=1)
+
+
+@gluon.jit
+def fact(facts, number, i: gl.constexpr):
+    """A number that the `number`-th item was told by."""
+    return gl.sum(facts.index((number % 2) * FACTS + i).load(vectors(gl.num_warps())), 0)
+
+
+@gluon.jit
+def item_of(told, number, runs):
+    """The `number`-th item: `(head, batch, place, rows, run, steps without a mask, with one)`."""
+    facts, known, free = told
+    wait_for(known, number, 2)
+    head, batch = fact(facts, number, 0), fact(facts, number, 1).to(gl.int64)
+    place, count = fact(facts, number, 2), fact(facts, number, 3)
+    run = runs + fact(facts, number, 4).to(gl.int64) * WIDTH
+    full, masked = fact(facts, number, 5), fact(facts, number, 6)
+    together()
+    mbarrier.arrive(free.index(number % 2), count=1)
+    return head, batch, place, count, run, full, masked
+
+
+@gluon.jit
+def copy(
+    told, rings, signals, operands, ticket, first, items, work,
+    GROUP: gl.constexpr, D: gl.constexpr, INDEXED: gl.constexpr,
+):  # fmt: skip
+    """Copy the queries of every item, and its keys and values step by step."""
+    q, k, v, key, q_strides, k_strides, v_strides, interval_stride, outer, index, runs = operands
+    queries, k_ring, v_ring, key_ring = rings
+    q_ready, q_free, k_ready, k_free, v_ready, v_free, _ = signals
+    M: gl.constexpr = queries.shape[1]
+    BLOCK: gl.constexpr = k_ring.shape[1]
+    COPIED: gl.constexpr = copied(k_ring.shape[2], gl.num_warps())
+    ROWS: gl.constexpr = gl.SliceLayout(1, COPIED)
+    columns = gl.arange(0, k_ring.shape[2], gl.SliceLayout(0, COPIED))
+    number, turn, step = items * 0, items * 0, items * 0
+    tell(told, number, first, items, work, GROUP)
+    head, batch, place, count, run, full, masked = item_of(told, number, runs)
+    while head >= 0:
+        if count > 0:
+            own_k = k + batch * k_strides[0] + (head // GROUP) * k_strides[2]
+            own_v = v + batch * v_strides[0] + (head // GROUP) * v_strides[2]
+            steps = gl.maximum(full + masked, 1)
+            at = walk_from(run)
+            rows = step_rows(at, index, BLOCK, INDEXED, ROWS)
+            for i in range(steps):
+                to = step % RING
+                wait_for(k_free, step - RING, RING)
+                send_rows(k_ring.index(to), own_k, rows, k_strides[1], columns, D)
+                if (i >= full) | (i == 0):
+                    send(key_ring.index(to), key + batch * interval_stride + rows, rows >= 0)
+                async_copy.mbarrier_arrive(k_ready.index(to), increment_count=False)
+                if i == 0:
+                    wait_for(q_free, turn - 1, 1)
+                    for m in gl.static_range(2):
+                        own, none = outer_rows(outer, in_order(place), count, M, 1, ROWS)
+                        send(queries.index(m), *outer_cells(q, q_strides, batch, head + m, own, none, columns, D))
+                    async_copy.mbarrier_arrive(q_ready.index(0), increment_count=False)
+                wait_for(v_free, step - RING, RING)
+                send_rows(v_ring.index(to), own_v, rows, v_strides[1], columns, D)
+                async_copy.mbarrier_arrive(v_ready.index(to), increment_count=False)
+                at = next_step(at, BLOCK)
+                rows = step_rows(at, index, BLOCK, INDEXED, ROWS)
+                if i == gl.minimum(steps, RING) - 1:  # now there is time
+                    tell(told, number + 1, gl.atomic_add(ticket, 1) + gl.num_programs(0), items, work, GROUP)
+                step += 1
+            turn += 1
+        else:
+            tell(told, number + 1, gl.atomic_add(ticket, 1) + gl.num_programs(0), items, work, GROUP)
+        number += 1
+        head, batch, place, count, run, full, masked = item_of(told, number, runs)
+
+
+@gluon.jit
+def highest(x):
+    """The maximum of each row of `x [M, N]`, over neighbours first: chains of half the length."""
+    pairs = gl.max(gl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2]), 3)
+    return gl.convert_layout(gl.max(gl.max(pairs, 1), 1), gl.SliceLayout(1, x.type.layout))
+
+
+@gluon.jit
+def weighed(scores, maximum, weight, scale2, MASKED: gl.constexpr):
+    """The weights of `scores` relative to the new row maximum, that maximum, and the decay of the sums so far."""
+    higher = gl.maximum(maximum, highest(scores) * scale2)
+    finite = higher
+    if MASKED:
+        finite = gl.where(higher == float("-inf"), 0.0, higher)
+    return gl.exp2(scores * scale2 - gl.expand_dims(finite - weight, 1)), higher, gl.exp2(maximum - finite)
+
+
+@gluon.jit
+def by_row(x, factor):
+    """`x` times a factor for each of its rows."""
+    return x * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout)), 1)
+
+
+@gluon.jit
+def attend(
+    values, maximum, total, p, at, step, queries, rings, signals, number, low, high, scale2,
+    MEMBER: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Merge `number` blocks of keys into the running softmax; the last one's `p` is not in `values` yet."""
+    _, k_ring, v_ring, key_ring = rings
+    _, _, k_ready, k_free, v_ready, v_free, turns = signals
+    M: gl.constexpr = queries.shape[0]
+    BLOCK: gl.constexpr = k_ring.shape[1]
+    SCORES: gl.constexpr = products(BLOCK, gl.num_warps())
+    VALUES: gl.constexpr = products(k_ring.shape[2], gl.num_warps())
+    zeros = gl.zeros([M, BLOCK], gl.float32, SCORES)
+    for _ in range(number):
+        here, before = step % RING, (step - 1) % RING
+        wait_for(k_ready, step, RING)
+        wait_for(v_ready, step - 1, RING)
+        wait_for(turns[MEMBER], step - 1 + MEMBER, 1)
+        fence_async_shared()
+        scores = warpgroup_mma(queries, k_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        values = warpgroup_mma(p, v_ring.index(before), values, is_async=True)
+        mbarrier.arrive(turns[1 - MEMBER].index(0), count=1)
+        weight = step_weight(at)
+        at = next_step(at, BLOCK)
+        scores = warpgroup_mma_wait(1, [scores])
+        if MASKED:
+            scores = gl.where(seen(key_ring.index(here), low, high, SCORES), scores, float("-inf"))
+        together()
+        mbarrier.arrive(k_free.index(here), count=1)
+        exact, maximum, decay = weighed(scores, maximum, weight, scale2, MASKED)
+        total = by_row(total, decay) + summed(exact)
+        exact = gl.convert_layout(exact.to(p.dtype), gl.DotOperandLayout(0, VALUES, 2), assert_trivial=True)
+        step = in_order(step)
+        values, p = warpgroup_mma_wait(0, [values, exact])
+        together()
+        mbarrier.arrive(v_free.index(before), count=1)
+        values = by_row(values, decay)
+        step += 1
+    return values, maximum, total, p, at, step
+
+
+@gluon.jit
+def bounds(low, high, stride, batch, row):
+    """The intervals of keys that rows see."""
+    at = batch * stride + row
+    return gl.load(low + at, mask=row >= 0, other=0), gl.load(high + at, mask=row >= 0, other=0)
+
+
+@gluon.jit
+def compute(
+    told, rings, signals, results, intervals, items, runs, scale2,
+    GROUP: gl.constexpr, D: gl.constexpr, STAGED: gl.constexpr, MEMBER: gl.constexpr,
+):  # fmt: skip
+    """Attend the rows of every item for one of its heads."""
+    out, lse, slots, s_maximum, s_total, s_values = results[0]
+    out_strides, lse_strides, slot_strides, row_strides, values_strides = results[1]
+    outer, low, high, interval_stride = intervals
+    queries, k_ring, v_ring, key_ring = rings
+    q_ready, q_free, k_ready, k_free, v_ready, v_free, turns = signals
+    M: gl.constexpr = queries.shape[1]
+    BLOCK: gl.constexpr = k_ring.shape[1]
+    BLOCK_D: gl.constexpr = k_ring.shape[2]
+    SCORES: gl.constexpr = products(BLOCK, gl.num_warps())
+    VALUES: gl.constexpr = products(BLOCK_D, gl.num_warps())
+    COPIED: gl.constexpr = copied(BLOCK_D, gl.num_warps())
+    OWN: gl.constexpr = gl.SliceLayout(1, SCORES)
+    dtype: gl.constexpr = out.dtype.element_ty
+    own_queries = queries.index(MEMBER)
+    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPIED))
+    number, turn, step = items * 0, items * 0, items * 0
+    head, batch, place, count, run, full, masked = item_of(told, number, runs)
+    while head >= 0:
+        if count > 0:
+            kv_head = head // GROUP
+            head += MEMBER
+            row, member = outer_rows(outer, place, count, M, 1, OWN)
+            maximum = gl.full([M], float("-inf"), gl.float32, OWN)
+            if STAGED >= 2:
+                own_slots = slots + batch * slot_strides[0] + kv_head * slot_strides[2]
+                slot, s_row = slot_of(own_slots, slot_strides, row_strides, batch, head, row, member)
+                maximum = gl.load(s_maximum + s_row, mask=slot >= 0, other=float("-inf"))
+
+            # The first step, with a mask whether it needs one or not: there is no product with values yet.
+            first, last = bounds(low, high, interval_stride, batch, row)
+            at = walk_from(run)
+            here = step % RING
+            wait_for(q_ready, turn, 1)
+            wait_for(k_ready, step, RING)
+            wait_for(turns[MEMBER], step - 1 + MEMBER, 1)
+            fence_async_shared()
+            zeros = gl.zeros([M, BLOCK], gl.float32, SCORES)
+            scores = warpgroup_mma(own_queries, k_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            mbarrier.arrive(turns[1 - MEMBER].index(0), count=1)
+            weight = step_weight(at)
+            at = next_step(at, BLOCK)
+            scores = warpgroup_mma_wait(0, [scores])
+            scores = gl.where(seen(key_ring.index(here), first, last, SCORES), scores, float("-inf"))
+            together()
+            mbarrier.arrive(k_free.index(here), count=1)
+            exact, maximum, decay = weighed(scores, maximum, weight, scale2, True)
+            p = gl.convert_layout(exact.to(dtype), gl.DotOperandLayout(0, VALUES, 2), assert_trivial=True)
+            total = summed(exact)
+            values = gl.zeros([M, BLOCK_D], gl.float32, VALUES)
+            if STAGED >= 2:
+                before = decay * gl.load(s_total + s_row, mask=slot >= 0, other=0.0)
+                before = gl.convert_layout(before, gl.SliceLayout(1, total.type.layout))
+                one = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, total.type.layout)), 0) == 0
+                total += gl.where(one, gl.expand_dims(before, 1), 0.0)
+                slot = gl.convert_layout(slot, gl.SliceLayout(1, COPIED))
+                none = gl.zeros([M], gl.int32, gl.SliceLayout(1, COPIED))
+                s_cells, staged = outer_cells(s_values, values_strides, batch, head, slot, none, columns, D)
+                values = by_row(gl.convert_layout(gl.load(s_cells, mask=staged, other=0.0), VALUES), decay)
+                step = in_order(step)
+                # Lest ptxas scale them in the loop, where products would wait for that.
+                values, p = warpgroup_mma_wait(0, [values, p])
+            step += 1
+
+            nowhere = gl.zeros([M], gl.int32, OWN)
+            values, maximum, total, p, at, step = attend(
+                values, maximum, total, p, at, step, own_queries, rings, signals, full - 1, nowhere, nowhere, scale2,
+                MEMBER, False,
+            )  # fmt: skip
+            # Rows are loaded again, so as not to occupy registers during the loops.
+            place = in_order(place)
+            row, member = outer_rows(outer, place, count, M, 1, OWN)
+            first, last = bounds(low, high, interval_stride, batch, row)
+            left = masked - (full == 0).to(gl.int32)
+            values, maximum, total, p, at, step = attend(
+                values, maximum, total, p, at, step, own_queries, rings, signals, left, first, last, scale2,
+                MEMBER, True,
+            )  # fmt: skip
+            mbarrier.arrive(q_free.index(0), count=1)
+            wait_for(v_ready, step - 1, RING)
+            fence_async_shared()
+            values = warpgroup_mma(p, v_ring.index((step - 1) % RING), values)
+            together()
+            mbarrier.arrive(v_free.index((step - 1) % RING), count=1)
+
+            place = in_order(place)
+            own, none = outer_rows(outer, place, count, M, 1, gl.SliceLayout(1, COPIED))
+            row, member = outer_rows(outer, place, count, M, 1, OWN)
+            exists = row >= 0
+            whole = gl.convert_layout(gl.sum(total, 1), OWN)
+            if STAGED == 1 or STAGED == 3:
+                own_slots = slots + batch * slot_strides[0] + kv_head * slot_strides[2]
+                slot, s_row = slot_of(own_slots, slot_strides, row_strides, batch, head, row, member)
+                gl.store(s_maximum + s_row, maximum, mask=slot >= 0)
+                gl.store(s_total + s_row, whole, mask=slot >= 0)
+                own_slot = gl.convert_layout(slot, gl.SliceLayout(1, COPIED))
+                s_cells, staged = outer_cells(s_values, values_strides, batch, head, own_slot, none, columns, D)
+                gl.store(s_cells, gl.convert_layout(values, COPIED), mask=staged)
+                exists = exists & (slot < 0)
+                own = gl.where(own_slot < 0, own, -1)
+            if STAGED != 3:  # else all rows of the tile have a slot
+                some = whole > 0
+                whole = gl.where(some, whole, 1.0)
+                values = values / gl.expand_dims(gl.convert_layout(whole, gl.SliceLayout(1, VALUES)), 1)
+                cells, there = outer_cells(out, out_strides, batch, head, own, none, columns, D)
+                gl.store(cells, gl.convert_layout(values.to(dtype), COPIED), mask=there)
+                rounded = gl.where(some, (maximum + gl.log2(whole)) * 0.6931471805599453, float("-inf"))
+                gl.store(lse + row_cells(lse_strides, batch, head, row, member), rounded, mask=exists)
+            turn += 1
+        number += 1
+        head, batch, place, count, run, full, masked = item_of(told, number, runs)
+
+
+@gluon.jit(do_not_specialize=[*VARIES, "sizes"])
+def forward_kernel(
+    q, k, v, out, lse, slots, s_maximum, s_total, s_values,
+    q_strides, k_strides, v_strides, out_strides, lse_strides, slot_strides, row_strides, values_strides,
+    tables, order, tiles, steps, runs, outer, index, low, high, key,
+    table_strides, num_tiles, tile_width, num_runs, interval_strides, scale2, ticket, sizes,
+    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    INDEXED: gl.constexpr, STAGED: gl.constexpr,
+):  # fmt: skip
+    """As `hopper_forward`'s, but with any number of programs. `ticket`: 0; `sizes`: pairs of heads, batch entries."""
+    dtype: gl.constexpr = k.dtype.element_ty
+    facts = gl.allocate_shared_memory(gl.int32, [2 * FACTS, 1], FLAT)
+    queries = gl.allocate_shared_memory(dtype, [2, BLOCK_M, BLOCK_D], operand(BLOCK_M, BLOCK_D, dtype))
+    k_ring = gl.allocate_shared_memory(dtype, [RING, BLOCK_N, BLOCK_D], operand(BLOCK_N, BLOCK_D, dtype))
+    v_ring = gl.allocate_shared_memory(dtype, [RING, BLOCK_N, BLOCK_D], operand(BLOCK_N, BLOCK_D, dtype))
+    key_ring = gl.allocate_shared_memory(gl.int32, [RING, BLOCK_N], FLAT)
+    rings = queries, k_ring, v_ring, key_ring
+    told = facts, barriers(2, 1), barriers(2, 3)
+    # Copies arrive for each thread of the copying warp group, everything else once for each reader.
+    signals = (
+        barriers(1, 128), barriers(1, 2), barriers(RING, 128), barriers(RING, 2), barriers(RING, 128), barriers(RING, 2),
+        (barriers(1, 1), barriers(1, 1)),
+    )  # fmt: skip
+    fence_async_shared()
+    together()
+    work = tables, order, tiles, steps, table_strides, num_tiles, tile_width, num_runs, sizes[0]
+    items = num_tiles * sizes[0] * sizes[1]
+    strides = out_strides, lse_strides, slot_strides, row_strides, values_strides
+    results = (out, lse, slots, s_maximum, s_total, s_values), strides
+    operands = q, k, v, key, q_strides, k_strides, v_strides, interval_strides[1], outer, index, runs
+    first, scale, rows = gl.program_id(0), scale2[0], (outer, low, high, interval_strides[0])
+    gl.warp_specialize(
+        [
+            (compute, (told, rings, signals, results, rows, items, runs, scale, GROUP, D, STAGED, gl.constexpr(0))),
+            (compute, (told, rings, signals, results, rows, items, runs, scale, GROUP, D, STAGED, gl.constexpr(1))),
+            (copy, (told, rings, signals, operands, ticket, first, items, work, GROUP, D, INDEXED)),
+        ],
+        [4, 4],
+        [REGISTERS, COPIER],
+    )
