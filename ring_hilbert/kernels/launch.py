@@ -21,6 +21,9 @@ from ring_hilbert.kernels.tiles import Tile, padded_head_dim
 
 LOG2E = 1.4426950408889634
 DELTA_ROWS = 64
+# On an H100, x2 ladder, H 16/4, D 128, backward tile by tile and head by head: 1.70 and 1.93 ms at 16,384 rows, equal at 32,768
+# (512 tiles), 7.64 and 7.16 ms at 65,536.
+FEW_TILES = 512
 STAGES = {"leave": 1, "finish": 2, "pass on": 3}
 
 
@@ -251,7 +254,13 @@ def _on(kernel: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
 
 
 def _grid(schedule: Schedule, q: Tensor, heads: int, members: int = 1) -> tuple[int, int, int]:
-    return schedule.walk.tiles.shape[1], heads // members, q.shape[0]
+    """Programs by tile and head, in either order, and batch entry. The device starts those of the first axis one after another.
+
+    Of few tiles the longest come first, over all heads, so that short ones are left for the end. Of many the heads come one after
+    another, so that fewer keys and values are in use at a time.
+    """
+    tiles, programs = schedule.walk.tiles.shape[1], heads // members
+    return (programs, tiles, q.shape[0]) if tiles <= FEW_TILES else (tiles, programs, q.shape[0])
 
 
 def _options(

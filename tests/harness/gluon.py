@@ -70,8 +70,8 @@ class Product:
 class Program:
     """What a program has in flight, oldest first."""
 
-    def __init__(self, ids: tuple[int, ...], warps: int) -> None:
-        self.ids, self.warps = ids, warps
+    def __init__(self, ids: tuple[int, ...], grid: tuple[int, ...], warps: int) -> None:
+        self.ids, self.grid, self.warps = ids, grid, warps
         self.copies: list[list[np.ndarray]] = [[]]  # where to, by groups; the last one is open
         self.products: list[Product] = []
 
@@ -166,7 +166,7 @@ class Kernel:
             given = [_pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
             with np.errstate(all="ignore"):
                 for ids in np.ndindex(*grid):
-                    Shared.program = Program(ids, num_warps)
+                    Shared.program = Program(ids, grid, num_warps)
                     self.function(*given, **constants)
 
         return run
@@ -209,6 +209,7 @@ def _language() -> types.ModuleType:
         load=load, store=store, allocate_shared_memory=_allocate, inline_asm_elementwise=_assembly, static_range=range,
         constexpr=lambda x: x, num_warps=lambda: Shared.program.warps,
         program_id=lambda axis: values(Shared.program.ids[axis], np.int32),
+        num_programs=lambda axis: values(Shared.program.grid[axis], np.int32),
         arange=lambda start, stop, layout: values(np.arange(start, stop, dtype=np.int32)),
         full=lambda shape, value, dtype, layout: values(np.full(shape, value, dtype)),
         zeros=lambda shape, dtype, layout: values(np.zeros(shape, dtype)),
