@@ -8,6 +8,7 @@ are multiples of 8, even 0; `D` is contiguous. A schedule's outer rows are q's i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,11 +106,12 @@ def forward(
         kernel = forward_kernel
         results += (output.lse if output.lse_error is None else output.lse_error,)
         sizes["LSE_ERROR"] = output.lse_error is not None
-    _on(kernel, _grid(schedule, q, q.shape[2], members(tile, q, k)))(
+    together = members(tile, q, k)
+    _on(kernel, _grid(schedule, q, q.shape[2], together))(
         q, k, v, *results, slots, maximum, total, values,
         _strides(q), _strides(k), _strides(v), _strides(output.out), _row_strides(output.lse), _slot_strides(staging),
         (0, 0, 0) if staging is None else _row_strides(maximum), _strides(values),
-        *_tables(schedule), _in_twos(positive), **sizes, **_options(q, k, schedule, tile, precision, members(tile, q, k)),
+        *schedule.arguments, _in_twos(positive), **sizes, **_options(q, k, schedule, tile, precision, together),
     )  # fmt: skip
 
 
@@ -181,17 +183,18 @@ def dq(
 ) -> None:
     """Write the schedule's rows of `gradient [B, S, H, D]`, in its dtype; arguments as in `forward`."""
     q, k, v, positive = _operands(q, k, v, scale, tile)
-    terms = terms._replace(dout=_rows_of(terms.dout, tile))
+    dout, lse2, delta = _rows_of(terms.dout, tile), terms.lse2, terms.delta
     slots, _, _, values = staging if staging is not None else (schedule.steps, q, q, q)
     kernel = dq_kernel
     if tile.gluon:
         from ring_hilbert.kernels.hopper_backward import dq_kernel as kernel
-    _on(kernel, _grid(schedule, q, q.shape[2], members(tile, q, k)))(
-        q, k, v, *terms, gradient, slots, values,
-        _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2), _strides(gradient),
-        _slot_strides(staging), _strides(values), *_tables(schedule), scale, _in_twos(positive),
+    together = members(tile, q, k)
+    _on(kernel, _grid(schedule, q, q.shape[2], together))(
+        q, k, v, dout, lse2, delta, gradient, slots, values,
+        _strides(q), _strides(k), _strides(v), _strides(dout), _row_strides(lse2), _strides(gradient),
+        _slot_strides(staging), _strides(values), *schedule.arguments, scale, _in_twos(positive),
         BLOCK_M=tile.block_outer, BLOCK_N=tile.block_inner,
-        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, schedule, tile, precision, members(tile, q, k)),
+        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, schedule, tile, precision, together),
     )  # fmt: skip
 
 
@@ -209,14 +212,14 @@ def dkdv(
 ) -> None:
     """Write the schedule's rows of `gradients`, of k's shape, in their dtype; the schedule's outer rows are k's."""
     q, k, v, positive = _operands(q, k, v, scale, tile)
-    terms = terms._replace(dout=_rows_of(terms.dout, tile))
+    dout, lse2, delta = _rows_of(terms.dout, tile), terms.lse2, terms.delta
     kernel = dkdv_kernel
     if tile.gluon:
         from ring_hilbert.kernels.hopper_backward import dkdv_kernel as kernel
     _on(kernel, _grid(schedule, q, k.shape[2]))(
-        q, k, v, *terms, *gradients,
-        _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2),
-        _strides(gradients[0]), _strides(gradients[1]), *_tables(schedule), positive, _in_twos(positive),
+        q, k, v, dout, lse2, delta, *gradients,
+        _strides(q), _strides(k), _strides(v), _strides(dout), _row_strides(lse2),
+        _strides(gradients[0]), _strides(gradients[1]), *schedule.arguments, positive, _in_twos(positive),
         BLOCK_N=tile.block_outer, BLOCK_M=tile.block_inner, **_options(q, k, schedule, tile, precision),
     )  # fmt: skip
 
@@ -228,19 +231,21 @@ def members(tile: Tile, q: Tensor, k: Tensor) -> int:
 
 def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: Tile) -> tuple[Tensor, Tensor, Tensor, float]:
     """Operands in the form that the kernels expect, with a non-negative scale."""
-    q, k, v = (_rows_of(x, tile) for x in (q, k, v))
+    q, k, v = _rows_of(q, tile), _rows_of(k, tile), _rows_of(v, tile)
     return (q, k, v, scale) if scale >= 0 else (-q, k, v, -scale)
 
 
 def _rows_of(x: Tensor, tile: Tile | None = None) -> Tensor:
     """`x [B, S, H, D]` with contiguous rows for copies of 16 bytes; with Gluon, they are at 32-bit offsets in multiples of 16."""
     gluon = tile is not None and tile.gluon
-    whole = x.stride(-1) == 1 and not any(stride % (16 if gluon else 8) for stride in x.stride()[:3])
+    batch, row, head, column = x.stride()
+    whole = column == 1 and not (batch | row | head) % (16 if gluon else 8)
     if gluon:
-        whole &= x.data_ptr() % 16 == 0 and x.shape[1] * x.stride(1) < 8 * 2**32
+        whole &= x.data_ptr() % 16 == 0 and x.shape[1] * row < 8 * 2**32
     return x if whole else x.contiguous()
 
 
+@lru_cache(maxsize=64)
 def _in_twos(scale: float) -> tuple[float, float]:
     """The scale of scores in powers of two as two float32 numbers that sum to it."""
     exact = scale * LOG2E
@@ -266,37 +271,34 @@ def _grid(schedule: Schedule, q: Tensor, heads: int, members: int = 1) -> tuple[
 def _options(
     q: Tensor, k: Tensor, schedule: Schedule, tile: Tile, precision: str, members: int | None = None
 ) -> dict[str, Any]:
-    walk, alone = schedule.walk, tile.gluon and members == 1
-    limit = {"maxnreg": tile.registers} if tile.registers and torch.version.hip is None and not alone else {}
+    walk = schedule.walk
     assert (tile.block_outer, tile.block_inner) == (walk.block_outer, schedule.block_inner)
-    dim = q.shape[3]
-    shared = {"GROUP": q.shape[2] // k.shape[2], "D": dim, "BLOCK_D": padded_head_dim(dim), "INDEXED": walk.indexed}
+    return _constants(tile, q.shape[2] // k.shape[2], q.shape[3], walk.indexed, walk.segments, precision, members)
+
+
+@lru_cache(maxsize=256)
+def _constants(
+    tile: Tile, group: int, dim: int, indexed: bool, segments: bool, precision: str, members: int | None
+) -> dict[str, Any]:
+    """What kernels are compiled for; `members`: of a kernel that processes so many heads together."""
+    alone = tile.gluon and members == 1
+    limit = {"maxnreg": tile.registers} if tile.registers and torch.version.hip is None and not alone else {}
+    shared = {"GROUP": group, "D": dim, "BLOCK_D": padded_head_dim(dim), "INDEXED": indexed}
     if tile.gluon:
-        assert not walk.segments
+        assert not segments
         more = {} if members is None else {"MEMBERS": members}
         return {**shared, **more, "num_warps": tile.warps * (members or 1), **limit}
     return {
-        **shared, "SEGMENTS": walk.segments, "PRECISION": precision,
+        **shared, "SEGMENTS": segments, "PRECISION": precision,
         "num_warps": tile.warps, "num_stages": tile.stages, **limit,
     }  # fmt: skip
 
 
-def _tables(schedule: Schedule) -> tuple[Any, ...]:
-    """The schedule's tensors, and their sizes."""
-    walk, low, key = schedule.walk, schedule.low, schedule.key
-    by_entry = walk.tables.stride(0) if len(walk.tables) > 1 else 0
-    tables = walk.tiles.shape[0]
-    return (
-        walk.tables, schedule.order, walk.tiles, schedule.steps, schedule.runs, schedule.outer, schedule.inner,
-        low, schedule.high, key, (by_entry, tables if len(schedule.order) > tables else 0), walk.tiles.shape[1],
-        walk.tiles.shape[2], walk.runs, tuple(x.stride(0) if len(x) > 1 else 0 for x in (low, key)),
-    )  # fmt: skip
-
-
 def _strides(x: Tensor) -> tuple[int, ...]:
     """Strides of `[B, S, H, D]` over batch, row and head."""
-    assert x.ndim == 4 and (x.stride(3) == 1 or x.shape[3] == 1), "rows must be contiguous"
-    return x.stride()[:3]
+    batch, row, head, column = x.stride()
+    assert column == 1 or x.shape[3] == 1, "rows must be contiguous"
+    return batch, row, head
 
 
 def _row_strides(x: Tensor) -> tuple[int, ...]:
