@@ -7,7 +7,6 @@ are multiples of 8, even 0; `D` is contiguous. A schedule's outer rows are q's i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ring_hilbert.kernels.backward import delta_kernel, dkdv_kernel, dq_kernel
 from ring_hilbert.kernels.forward import forward_kernel
+from ring_hilbert.kernels.starting import on
 from ring_hilbert.kernels.tables import Schedule
 from ring_hilbert.kernels.tiles import Tile, padded_head_dim
 
@@ -107,7 +107,7 @@ def forward(
         results += (output.lse if output.lse_error is None else output.lse_error,)
         sizes["LSE_ERROR"] = output.lse_error is not None
     together = members(tile, q, k)
-    _on(kernel, _grid(schedule, q, q.shape[2], together))(
+    on(kernel, _grid(schedule, q, q.shape[2], together))(
         q, k, v, *results, slots, maximum, total, values,
         _strides(q), _strides(k), _strides(v), _strides(output.out), _row_strides(output.lse), _slot_strides(staging),
         (0, 0, 0) if staging is None else _row_strides(maximum), _strides(values),
@@ -160,7 +160,7 @@ def row_terms(dout: Tensor, out: Tensor, lse: Tensor, lse_error: Tensor | None) 
     dout = _rows_of(dout)
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     batch, rows, heads, dim = out.shape
-    _on(delta_kernel, (-(-rows // DELTA_ROWS), heads, batch))(
+    on(delta_kernel, (-(-rows // DELTA_ROWS), heads, batch))(
         out, dout, lse, delta, lse2, _strides(out), _strides(dout), _row_strides(lse), rows,
         D=dim, BLOCK_D=padded_head_dim(dim), BLOCK_M=DELTA_ROWS,
     )  # fmt: skip
@@ -189,7 +189,7 @@ def dq(
     if tile.gluon:
         from ring_hilbert.kernels.hopper_backward import dq_kernel as kernel
     together = members(tile, q, k)
-    _on(kernel, _grid(schedule, q, q.shape[2], together))(
+    on(kernel, _grid(schedule, q, q.shape[2], together))(
         q, k, v, dout, lse2, delta, gradient, slots, values,
         _strides(q), _strides(k), _strides(v), _strides(dout), _row_strides(lse2), _strides(gradient),
         _slot_strides(staging), _strides(values), *schedule.arguments, scale, _in_twos(positive),
@@ -216,7 +216,7 @@ def dkdv(
     kernel = dkdv_kernel
     if tile.gluon:
         from ring_hilbert.kernels.hopper_backward import dkdv_kernel as kernel
-    _on(kernel, _grid(schedule, q, k.shape[2]))(
+    on(kernel, _grid(schedule, q, k.shape[2]))(
         q, k, v, dout, lse2, delta, *gradients,
         _strides(q), _strides(k), _strides(v), _strides(dout), _row_strides(lse2),
         _strides(gradients[0]), _strides(gradients[1]), *schedule.arguments, positive, _in_twos(positive),
@@ -251,11 +251,6 @@ def _in_twos(scale: float) -> tuple[float, float]:
     exact = scale * LOG2E
     high = float(np.float32(exact))
     return high, exact - high
-
-
-def _on(kernel: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
-    """A kernel on so many programs: its signature has Triton's types, and it is called with ours."""
-    return kernel[grid]
 
 
 def _grid(schedule: Schedule, q: Tensor, heads: int, members: int = 1) -> tuple[int, int, int]:

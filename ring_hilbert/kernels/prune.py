@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ring_hilbert.kernels import tables
+from ring_hilbert.kernels.starting import on
 from ring_hilbert.kernels.steps import row_interval, row_key, sees, segment_of
 from ring_hilbert.kernels.tables import RUN_WIDTH, Schedule, Walk
 
@@ -69,17 +70,17 @@ def prune(
     facts = (low, high, key, low_stride, key_stride, walk.entries, walk.tiles.shape[0])
     sizes = {"CHUNK": walk.chunk, "TRANSPOSED": transposed, "GROUP": GROUP, "num_warps": 1}
     if number and walk.longest:
-        chunks_kernel[(triton.cdiv(walk.longest, walk.chunk * GROUP), lists, number)](
+        on(chunks_kernel, (triton.cdiv(walk.longest, walk.chunk * GROUP), lists, number))(
             walk.lists, walk.inner, extremes, *facts, lists, walk.chunks, INDEXED=walk.indexed, **sizes
         )
     if number and tiles:
-        prune_kernel[(tiles, number)](
+        on(prune_kernel, (tiles, number, 1))(
             walk.tiles, walk.visits, walk.lists, walk.edges, walk.levels, walk.outer, walk.inner, extremes, steps, runs, *facts,
             lists, walk.chunks, walk.runs, walk.edges.shape[2], walk.tiles.shape[2],
             BLOCK_M=walk.block_outer, BLOCK_N=block_inner, SEGMENTS=walk.segments,
             INDEXED=walk.indexed, SPAN=triton.next_power_of_2(block_inner // walk.chunk + 1), **sizes,
         )  # fmt: skip
-        order_kernel[(triton.cdiv(tiles, RANKED), number)](steps, order, tiles, BLOCK=RANKED, OTHERS=COMPARED)
+        on(order_kernel, (triton.cdiv(tiles, RANKED), number, 1))(steps, order, tiles, BLOCK=RANKED, OTHERS=COMPARED)
     outer, inner = (walk.outer, walk.inner) if rows is None else rows
     return Schedule(
         walk, outer, inner, order, steps, runs, low, high, key if places is None else places, transposed, block_inner
