@@ -56,7 +56,7 @@ class SlowLink:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Patch the operator's collectives and its profiler ranges."""
-        real = dist.all_to_all_single, dist.batch_isend_irecv, execution.record_function
+        real = dist.all_to_all_single, dist.batch_isend_irecv, execution.span
         link = self
 
         def together(buffer: torch.Tensor, *arguments: Any, **options: Any) -> _Delayed:
@@ -74,11 +74,11 @@ class SlowLink:
             link.events.append((kind, began, time.perf_counter()))
 
         dist.all_to_all_single, dist.batch_isend_irecv = together, apart
-        execution.record_function = recorded  # type: ignore[assignment]
+        execution.span = recorded  # type: ignore[assignment]
         try:
             yield
         finally:
-            dist.all_to_all_single, dist.batch_isend_irecv, execution.record_function = real  # type: ignore[assignment]
+            dist.all_to_all_single, dist.batch_isend_irecv, execution.span = real  # type: ignore[assignment]
 
     def _arrival(self, size: int) -> float:
         began = max(time.perf_counter(), self.free_at)

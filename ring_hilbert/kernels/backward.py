@@ -11,6 +11,7 @@ import triton.language as tl
 from ring_hilbert.kernels.steps import (
     VARIES,
     above,
+    along_grid,
     at_head,
     load_rows,
     next_step,
@@ -85,7 +86,8 @@ def dq_kernel(
     STAGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles, H, B)`: the outer rows are queries. STAGED as in the forward kernel, but for sums."""
-    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    _, head = along_grid(num_tiles)
     kv_head = head // GROUP
     count, outer, runs, run, full, masked = tile_of(
         tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, BLOCK_M
@@ -183,7 +185,8 @@ def dkdv_kernel(
     SEGMENTS: tl.constexpr, INDEXED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles, Hkv, B)`: the outer rows are keys."""
-    batch, kv_head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    _, kv_head = along_grid(num_tiles)
     count, outer, runs, run, full, masked = tile_of(
         tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, BLOCK_N
     )

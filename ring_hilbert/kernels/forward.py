@@ -10,6 +10,7 @@ import triton.language as tl
 from ring_hilbert.kernels.steps import (
     VARIES,
     above,
+    along_grid,
     at_head,
     load_rows,
     next_step,
@@ -73,11 +74,12 @@ def forward_kernel(
     SEGMENTS: tl.constexpr, INDEXED: tl.constexpr,
     STAGED: tl.constexpr, LSE_ERROR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(tiles, H, B)`. See `launch.forward` for the tensors; strides are of `(batch, row, head)`, in elements.
+    """Grid `(tiles, H, B)` or `(H, tiles, B)`. For the tensors see `launch.forward`; strides are of `(batch, row, head)`.
 
     STAGED 1: rows with a slot leave their running softmax there instead of a result; 2: they resume from it; 3: both.
     """
-    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    _, head = along_grid(num_tiles)
     kv_head = head // GROUP
     count, outer, runs, run, full, masked = tile_of(
         tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, BLOCK_M

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ring_hilbert.kernels.hopper_steps import (
     AHEAD,
     STAGES,
+    along_grid,
     begin_keys,
     copied,
     in_order,
@@ -108,7 +109,7 @@ def forward_kernel(
     VALUES: gl.constexpr = products(BLOCK_D, WARPS)
     COPIED: gl.constexpr = copied(BLOCK_D, WARPS)
     dtype: gl.constexpr = k.dtype.element_ty
-    batch, head = gl.program_id(2).to(gl.int64), gl.program_id(1) * MEMBERS
+    batch, head = gl.program_id(2).to(gl.int64), along_grid(num_tiles)[1] * MEMBERS
     kv_head = head // GROUP
     count, place, run, full, masked = tile_of(
         tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head

@@ -69,12 +69,13 @@ def wait_for(bar, number, SLOTS: gl.constexpr):
 @gluon.jit
 def tell(told, number, item, items, work, GROUP: gl.constexpr):
     """Look up the `number`-th item of this program and put what is needed of it into shared memory; head -1: there is none."""
-    tables, order, tiles, steps, table_strides, num_tiles, tile_width, num_runs, pairs = work
+    tables, order, tiles, steps, table_strides, num_tiles, tile_width, num_runs, sizes = work
     facts, known, free = told
     exists = item < items
     item = gl.minimum(item, items - 1)
-    rank, pair = item % num_tiles, item // num_tiles
-    batch, head = pair // pairs, (pair % pairs) * 2
+    first, second = item % sizes[0], item // sizes[0] % sizes[1]
+    batch = item // (sizes[0] * sizes[1])
+    rank, head = gl.where(sizes[0] == num_tiles, first, second), 2 * gl.where(sizes[0] == num_tiles, second, first)
     table = gl.load(tables + batch.to(gl.int64) * table_strides[0] + head // GROUP).to(gl.int64)
     entry = table + batch.to(gl.int64) * table_strides[1]
     name = gl.load(order + entry * num_tiles + rank)
@@ -361,7 +362,7 @@ def forward_kernel(
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     INDEXED: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
-    """As `hopper_forward`'s, but with any number of programs. `ticket`: 0; `sizes`: pairs of heads, batch entries."""
+    """As `hopper_forward`'s, for two heads, but with any number of programs. `ticket`: 0; `sizes`: what the grid would be there."""
     dtype: gl.constexpr = k.dtype.element_ty
     facts = gl.allocate_shared_memory(gl.int32, [2 * FACTS, 1], FLAT)
     queries = gl.allocate_shared_memory(dtype, [2, BLOCK_M, BLOCK_D], operand(BLOCK_M, BLOCK_D, dtype))
@@ -377,8 +378,8 @@ def forward_kernel(
     )  # fmt: skip
     fence_async_shared()
     together()
-    work = tables, order, tiles, steps, table_strides, num_tiles, tile_width, num_runs, sizes[0]
-    items = num_tiles * sizes[0] * sizes[1]
+    work = tables, order, tiles, steps, table_strides, num_tiles, tile_width, num_runs, sizes
+    items = sizes[0] * sizes[1] * sizes[2]
     strides = out_strides, lse_strides, slot_strides, row_strides, values_strides
     results = (out, lse, slots, s_maximum, s_total, s_values), strides
     operands = q, k, v, key, q_strides, k_strides, v_strides, interval_strides[1], outer, index, runs

@@ -49,11 +49,22 @@ def operand(rows, dim, dtype):
 
 
 @gluon.jit
+def along_grid(num_tiles):
+    """As in `steps.py`."""
+    tiles_first = gl.num_programs(0) == num_tiles
+    return (
+        gl.where(tiles_first, gl.program_id(0), gl.program_id(1)),
+        gl.where(tiles_first, gl.program_id(1), gl.program_id(0)),
+    )
+
+
+@gluon.jit
 def tile_of(tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head):
     """This program's tile: `(number of rows, place of the first, its first run, blocks without a mask, with one)`."""
     table = gl.load(tables + batch * table_strides[0] + kv_head).to(gl.int64)
     number = table + batch * table_strides[1]
-    name = gl.load(order + number * num_tiles + gl.program_id(0))
+    at, _ = along_grid(num_tiles)
+    name = gl.load(order + number * num_tiles + at)
     tile = tiles + (table * num_tiles + name) * tile_width
     run = runs + (number * num_runs + gl.load(tile + RUN)) * WIDTH
     steps += (number * num_tiles + name) * 2

@@ -7,7 +7,8 @@ are multiples of 8, even 0; `D` is contiguous. A schedule's outer rows are q's i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +17,15 @@ from torch import Tensor
 
 from ring_hilbert.kernels.backward import delta_kernel, dkdv_kernel, dq_kernel
 from ring_hilbert.kernels.forward import forward_kernel
+from ring_hilbert.kernels.starting import on
 from ring_hilbert.kernels.tables import Schedule
 from ring_hilbert.kernels.tiles import Tile, padded_head_dim
 
 LOG2E = 1.4426950408889634
 DELTA_ROWS = 64
+# On an H100, x2 ladder, H 16/4, D 128, backward tile by tile and head by head: 1.70 and 1.93 ms at 16,384 rows, equal at 32,768
+# (512 tiles), 7.64 and 7.16 ms at 65,536.
+FEW_TILES = 512
 STAGES = {"leave": 1, "finish": 2, "pass on": 3}
 
 
@@ -97,25 +102,25 @@ def forward(
     }
     results: tuple[Tensor, ...] = output.out, output.lse
     more: tuple[Any, ...] = ()
-    heads: int | None = members(tile, q, k)
-    grid = _grid(schedule, q, q.shape[2], heads)
+    together: int | None = members(tile, q, k)
+    grid = _grid(schedule, q, q.shape[2], together)
     if tile.specialized:
         from ring_hilbert.kernels.hopper_specialized_forward import forward_kernel as kernel
 
-        assert heads == 2, "a specialized tile is for two heads of a group"
-        more, heads = (torch.zeros(1, dtype=torch.int32, device=q.device), grid[1:]), None
-        grid = min(grid[0] * grid[1] * grid[2], _processors(q.device)), 1, 1
+        assert together == 2, "a specialized tile is for two heads of a group"
+        more, together = (torch.zeros(1, dtype=torch.int32, device=q.device), grid), None
+        grid = min(math.prod(grid), _processors(q.device)), 1, 1
     elif tile.gluon:
         from ring_hilbert.kernels.hopper_forward import forward_kernel as kernel
     else:
         kernel = forward_kernel
         results += (output.lse if output.lse_error is None else output.lse_error,)
         sizes["LSE_ERROR"] = output.lse_error is not None
-    _on(kernel, grid)(
+    on(kernel, grid)(
         q, k, v, *results, slots, maximum, total, values,
         _strides(q), _strides(k), _strides(v), _strides(output.out), _row_strides(output.lse), _slot_strides(staging),
         (0, 0, 0) if staging is None else _row_strides(maximum), _strides(values),
-        *_tables(schedule), _in_twos(positive), *more, **sizes, **_options(q, k, schedule, tile, precision, heads),
+        *schedule.arguments, _in_twos(positive), *more, **sizes, **_options(q, k, schedule, tile, precision, together),
     )  # fmt: skip
 
 
@@ -164,7 +169,7 @@ def row_terms(dout: Tensor, out: Tensor, lse: Tensor, lse_error: Tensor | None) 
     dout = _rows_of(dout)
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     batch, rows, heads, dim = out.shape
-    _on(delta_kernel, (-(-rows // DELTA_ROWS), heads, batch))(
+    on(delta_kernel, (-(-rows // DELTA_ROWS), heads, batch))(
         out, dout, lse, delta, lse2, _strides(out), _strides(dout), _row_strides(lse), rows,
         D=dim, BLOCK_D=padded_head_dim(dim), BLOCK_M=DELTA_ROWS,
     )  # fmt: skip
@@ -187,17 +192,18 @@ def dq(
 ) -> None:
     """Write the schedule's rows of `gradient [B, S, H, D]`, in its dtype; arguments as in `forward`."""
     q, k, v, positive = _operands(q, k, v, scale, tile)
-    terms = terms._replace(dout=_rows_of(terms.dout, tile))
+    dout, lse2, delta = _rows_of(terms.dout, tile), terms.lse2, terms.delta
     slots, _, _, values = staging if staging is not None else (schedule.steps, q, q, q)
     kernel = dq_kernel
     if tile.gluon:
         from ring_hilbert.kernels.hopper_backward import dq_kernel as kernel
-    _on(kernel, _grid(schedule, q, q.shape[2], members(tile, q, k)))(
-        q, k, v, *terms, gradient, slots, values,
-        _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2), _strides(gradient),
-        _slot_strides(staging), _strides(values), *_tables(schedule), scale, _in_twos(positive),
+    together = members(tile, q, k)
+    on(kernel, _grid(schedule, q, q.shape[2], together))(
+        q, k, v, dout, lse2, delta, gradient, slots, values,
+        _strides(q), _strides(k), _strides(v), _strides(dout), _row_strides(lse2), _strides(gradient),
+        _slot_strides(staging), _strides(values), *schedule.arguments, scale, _in_twos(positive),
         BLOCK_M=tile.block_outer, BLOCK_N=tile.block_inner,
-        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, schedule, tile, precision, members(tile, q, k)),
+        STAGED=0 if staging is None else STAGES[stage], **_options(q, k, schedule, tile, precision, together),
     )  # fmt: skip
 
 
@@ -215,14 +221,14 @@ def dkdv(
 ) -> None:
     """Write the schedule's rows of `gradients`, of k's shape, in their dtype; the schedule's outer rows are k's."""
     q, k, v, positive = _operands(q, k, v, scale, tile)
-    terms = terms._replace(dout=_rows_of(terms.dout, tile))
+    dout, lse2, delta = _rows_of(terms.dout, tile), terms.lse2, terms.delta
     kernel = dkdv_kernel
     if tile.gluon:
         from ring_hilbert.kernels.hopper_backward import dkdv_kernel as kernel
-    _on(kernel, _grid(schedule, q, k.shape[2]))(
-        q, k, v, *terms, *gradients,
-        _strides(q), _strides(k), _strides(v), _strides(terms.dout), _row_strides(terms.lse2),
-        _strides(gradients[0]), _strides(gradients[1]), *_tables(schedule), positive, _in_twos(positive),
+    on(kernel, _grid(schedule, q, k.shape[2]))(
+        q, k, v, dout, lse2, delta, *gradients,
+        _strides(q), _strides(k), _strides(v), _strides(dout), _row_strides(lse2),
+        _strides(gradients[0]), _strides(gradients[1]), *schedule.arguments, positive, _in_twos(positive),
         BLOCK_N=tile.block_outer, BLOCK_M=tile.block_inner, **_options(q, k, schedule, tile, precision),
     )  # fmt: skip
 
@@ -232,6 +238,7 @@ def members(tile: Tile, q: Tensor, k: Tensor) -> int:
     return 2 if tile.gluon and (q.shape[2] // k.shape[2]) % 2 == 0 else 1
 
 
+@lru_cache(maxsize=64)
 def _processors(device: torch.device) -> int:
     """Programs that stay resident, one on each multiprocessor; on the CPU, where they are interpreted, a few."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
@@ -239,19 +246,21 @@ def _processors(device: torch.device) -> int:
 
 def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: Tile) -> tuple[Tensor, Tensor, Tensor, float]:
     """Operands in the form that the kernels expect, with a non-negative scale."""
-    q, k, v = (_rows_of(x, tile) for x in (q, k, v))
+    q, k, v = _rows_of(q, tile), _rows_of(k, tile), _rows_of(v, tile)
     return (q, k, v, scale) if scale >= 0 else (-q, k, v, -scale)
 
 
 def _rows_of(x: Tensor, tile: Tile | None = None) -> Tensor:
     """`x [B, S, H, D]` with contiguous rows for copies of 16 bytes; with Gluon, they are at 32-bit offsets in multiples of 16."""
     gluon = tile is not None and tile.gluon
-    whole = x.stride(-1) == 1 and not any(stride % (16 if gluon else 8) for stride in x.stride()[:3])
+    batch, row, head, column = x.stride()
+    whole = column == 1 and not (batch | row | head) % (16 if gluon else 8)
     if gluon:
-        whole &= x.data_ptr() % 16 == 0 and x.shape[1] * x.stride(1) < 8 * 2**32
+        whole &= x.data_ptr() % 16 == 0 and x.shape[1] * row < 8 * 2**32
     return x if whole else x.contiguous()
 
 
+@lru_cache(maxsize=64)
 def _in_twos(scale: float) -> tuple[float, float]:
     """The scale of scores in powers of two as two float32 numbers that sum to it."""
     exact = scale * LOG2E
@@ -259,49 +268,47 @@ def _in_twos(scale: float) -> tuple[float, float]:
     return high, exact - high
 
 
-def _on(kernel: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
-    """A kernel on so many programs: its signature has Triton's types, and it is called with ours."""
-    return kernel[grid]
-
-
 def _grid(schedule: Schedule, q: Tensor, heads: int, members: int = 1) -> tuple[int, int, int]:
-    return schedule.walk.tiles.shape[1], heads // members, q.shape[0]
+    """Programs by tile and head, in either order, and batch entry. The device starts those of the first axis one after another.
+
+    Of few tiles the longest come first, over all heads, so that short ones are left for the end. Of many the heads come one after
+    another, so that fewer keys and values are in use at a time.
+    """
+    tiles, programs = schedule.walk.tiles.shape[1], heads // members
+    return (programs, tiles, q.shape[0]) if tiles <= FEW_TILES else (tiles, programs, q.shape[0])
 
 
 def _options(
     q: Tensor, k: Tensor, schedule: Schedule, tile: Tile, precision: str, members: int | None = None
 ) -> dict[str, Any]:
-    walk, alone = schedule.walk, tile.gluon and members == 1
-    limit = {"maxnreg": tile.registers} if tile.registers and torch.version.hip is None and not alone else {}
+    walk = schedule.walk
     assert (tile.block_outer, tile.block_inner) == (walk.block_outer, schedule.block_inner)
-    dim = q.shape[3]
-    shared = {"GROUP": q.shape[2] // k.shape[2], "D": dim, "BLOCK_D": padded_head_dim(dim), "INDEXED": walk.indexed}
+    return _constants(tile, q.shape[2] // k.shape[2], q.shape[3], walk.indexed, walk.segments, precision, members)
+
+
+@lru_cache(maxsize=256)
+def _constants(
+    tile: Tile, group: int, dim: int, indexed: bool, segments: bool, precision: str, members: int | None
+) -> dict[str, Any]:
+    """What kernels are compiled for; `members`: of a kernel that processes so many heads together."""
+    alone = tile.gluon and members == 1
+    limit = {"maxnreg": tile.registers} if tile.registers and torch.version.hip is None and not alone else {}
+    shared = {"GROUP": group, "D": dim, "BLOCK_D": padded_head_dim(dim), "INDEXED": indexed}
     if tile.gluon:
-        assert not walk.segments
+        assert not segments
         more = {} if members is None else {"MEMBERS": members}
         return {**shared, **more, "num_warps": tile.warps * (members or 1), **limit}
     return {
-        **shared, "SEGMENTS": walk.segments, "PRECISION": precision,
+        **shared, "SEGMENTS": segments, "PRECISION": precision,
         "num_warps": tile.warps, "num_stages": tile.stages, **limit,
     }  # fmt: skip
 
 
-def _tables(schedule: Schedule) -> tuple[Any, ...]:
-    """The schedule's tensors, and their sizes."""
-    walk, low, key = schedule.walk, schedule.low, schedule.key
-    by_entry = walk.tables.stride(0) if len(walk.tables) > 1 else 0
-    tables = walk.tiles.shape[0]
-    return (
-        walk.tables, schedule.order, walk.tiles, schedule.steps, schedule.runs, schedule.outer, schedule.inner,
-        low, schedule.high, key, (by_entry, tables if len(schedule.order) > tables else 0), walk.tiles.shape[1],
-        walk.tiles.shape[2], walk.runs, tuple(x.stride(0) if len(x) > 1 else 0 for x in (low, key)),
-    )  # fmt: skip
-
-
 def _strides(x: Tensor) -> tuple[int, ...]:
     """Strides of `[B, S, H, D]` over batch, row and head."""
-    assert x.ndim == 4 and (x.stride(3) == 1 or x.shape[3] == 1), "rows must be contiguous"
-    return x.stride()[:3]
+    batch, row, head, column = x.stride()
+    assert column == 1 or x.shape[3] == 1, "rows must be contiguous"
+    return batch, row, head
 
 
 def _row_strides(x: Tensor) -> tuple[int, ...]:

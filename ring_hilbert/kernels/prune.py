@@ -13,10 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ring_hilbert.kernels import tables
+from ring_hilbert.kernels.starting import on
 from ring_hilbert.kernels.steps import row_interval, row_key, sees, segment_of
 from ring_hilbert.kernels.tables import RUN_WIDTH, Schedule, Walk
 
 GROUP = 64  # blocks, or chunks, that a program examines together
+RANKED, COMPARED = 32, 256  # tiles that a program ranks, and those that it compares them with at a time
 NOWHERE = tl.constexpr(tables.ENDLESS)
 SPLITS = tl.constexpr(tables.GAPS)
 COPIED = tl.constexpr(128)  # cells of runs copied at once
@@ -63,21 +65,22 @@ def prune(
     extremes = torch.empty((number, walk.chunks, EXTREMES.value), dtype=torch.int32, device=device)
     steps = torch.empty((number, tiles, 2), dtype=torch.int32, device=device)
     runs = torch.empty((number, walk.runs, RUN_WIDTH), dtype=torch.int32, device=device)
-    strides = tuple(x.stride(0) if len(x) > 1 else 0 for x in (low, high, key))
-    facts = (low, high, key, strides[0], strides[2], walk.entries, walk.tiles.shape[0])
+    order = torch.empty((number, tiles), dtype=torch.int32, device=device)
+    low_stride, key_stride = (x.stride(0) if x.shape[0] > 1 else 0 for x in (low, key))
+    facts = (low, high, key, low_stride, key_stride, walk.entries, walk.tiles.shape[0])
     sizes = {"CHUNK": walk.chunk, "TRANSPOSED": transposed, "GROUP": GROUP, "num_warps": 1}
     if number and walk.longest:
-        chunks_kernel[(triton.cdiv(walk.longest, walk.chunk * GROUP), lists, number)](
+        on(chunks_kernel, (triton.cdiv(walk.longest, walk.chunk * GROUP), lists, number))(
             walk.lists, walk.inner, extremes, *facts, lists, walk.chunks, INDEXED=walk.indexed, **sizes
         )
     if number and tiles:
-        prune_kernel[(tiles, number)](
+        on(prune_kernel, (tiles, number, 1))(
             walk.tiles, walk.visits, walk.lists, walk.edges, walk.levels, walk.outer, walk.inner, extremes, steps, runs, *facts,
             lists, walk.chunks, walk.runs, walk.edges.shape[2], walk.tiles.shape[2],
             BLOCK_M=walk.block_outer, BLOCK_N=block_inner, SEGMENTS=walk.segments,
             INDEXED=walk.indexed, SPAN=triton.next_power_of_2(block_inner // walk.chunk + 1), **sizes,
         )  # fmt: skip
-    order = steps.sum(2, dtype=torch.int32).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+        on(order_kernel, (triton.cdiv(tiles, RANKED), number, 1))(steps, order, tiles, BLOCK=RANKED, OTHERS=COMPARED)
     outer, inner = (walk.outer, walk.inner) if rows is None else rows
     return Schedule(
         walk, outer, inner, order, steps, runs, low, high, key if places is None else places, transposed, block_inner
@@ -314,3 +317,28 @@ def prune_kernel(
         tl.debug_barrier()
     tl.store(steps + place * 2, full_steps)
     tl.store(steps + place * 2 + 1, masked_steps)
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def order_kernel(steps, order, num_tiles, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
+    """Grid (blocks of tiles, tables of the batch): the tiles by falling number of blocks, then by number.
+
+    The place of each is the number of tiles before it, which a single launch counts; sorting takes several.
+    """
+    steps += tl.program_id(1).to(tl.int64) * num_tiles * 2
+    order += tl.program_id(1).to(tl.int64) * num_tiles
+    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = own < num_tiles
+    length = tl.load(steps + 2 * own, mask=exists, other=0) + tl.load(steps + 2 * own + 1, mask=exists, other=0)
+    place = tl.zeros([BLOCK], tl.int32)
+    for at in range(0, num_tiles, OTHERS):
+        others = at + tl.arange(0, OTHERS)
+        there = others < num_tiles
+        theirs = tl.load(steps + 2 * others, mask=there, other=-1) + tl.load(
+            steps + 2 * others + 1, mask=there, other=0
+        )
+        before = (theirs[None, :] > length[:, None]) | (
+            (theirs[None, :] == length[:, None]) & (others[None, :] < own[:, None])
+        )
+        place += tl.sum(before.to(tl.int32), 1)
+    tl.store(order + place, own, mask=exists)

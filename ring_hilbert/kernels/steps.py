@@ -23,6 +23,16 @@ SEGMENT, AHEAD, HOLE, HOLE_AHEAD, WIDTH = (
 
 
 @triton.jit
+def along_grid(num_tiles):
+    """This program's place in the order of tiles, and its head: tiles lie along the first axis of the grid or the second."""
+    tiles_first = tl.num_programs(0) == num_tiles
+    return (
+        tl.where(tiles_first, tl.program_id(0), tl.program_id(1)),
+        tl.where(tiles_first, tl.program_id(1), tl.program_id(0)),
+    )
+
+
+@triton.jit
 def tile_of(
     tables, order, tiles, steps, runs, outer, table_strides, num_tiles, tile_width, num_runs, batch, kv_head,
     BLOCK: tl.constexpr,
@@ -30,7 +40,8 @@ def tile_of(
     """This program's tile: `(number of rows, outer rows [BLOCK], runs, first run, blocks without a mask, blocks with one)`."""
     table = tl.load(tables + batch * table_strides[0] + kv_head).to(tl.int64)
     number = table + batch * table_strides[1]
-    name = tl.load(order + number * num_tiles + tl.program_id(0))
+    place, _ = along_grid(num_tiles)
+    name = tl.load(order + number * num_tiles + place)
     tile = tiles + (table * num_tiles + name) * tile_width
     count = tl.load(tile + COUNT)
     within = tl.arange(0, BLOCK)

@@ -11,7 +11,8 @@ A *tile* is a block of rows of the *outer* side (queries in forward and dQ, keys
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from functools import cached_property
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -118,6 +119,18 @@ class Schedule:
     key: Tensor
     transposed: bool
     block_inner: int
+
+    @cached_property
+    def arguments(self) -> tuple[Any, ...]:
+        """The tensors and their sizes, in the order in which kernels take them."""
+        walk = self.walk
+        by_entry = walk.tables.stride(0) if len(walk.tables) > 1 else 0
+        tables = walk.tiles.shape[0]
+        return (
+            walk.tables, self.order, walk.tiles, self.steps, self.runs, self.outer, self.inner, self.low, self.high, self.key,
+            (by_entry, tables if len(self.order) > tables else 0), walk.tiles.shape[1], walk.tiles.shape[2], walk.runs,
+            tuple(x.stride(0) if len(x) > 1 else 0 for x in (self.low, self.key)),
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:

@@ -95,6 +95,7 @@ def demand(walk: Walk) -> int:
     return 2 * walk.segments + walk.indexed
 
 
+@lru_cache(maxsize=256)
 def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype, group: int = 1) -> tuple[Tile, ...]:
     """The tiles, by demand, of a pass at a compute capability (90: 9.0); ValueError if the table has none.
 

@@ -13,7 +13,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,7 +42,7 @@ KEPT_BYTES = (
 KEPT_SCHEDULES = 2**27  # bytes of all schedules, beyond which those of the cores least recently used are dropped
 
 _walks: OrderedDict[Shard, dict[tuple[Any, ...], Walk]] = OrderedDict()
-_schedules: WeakKeyDictionary[TritonCore, tuple[int, dict[Hashable, Schedule]]] = WeakKeyDictionary()
+_schedules: WeakKeyDictionary[TritonCore, _Kept] = WeakKeyDictionary()
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -96,6 +96,17 @@ class _Backward(BackwardState):
     staging: Staging | None
     scale: float
     owes_keys: bool
+
+
+_Planned = tuple[Tile, Hashable, Callable[[], "Schedule"]]
+
+
+class _Kept(NamedTuple):
+    """The schedules of a core since a refresh of its batch, and which of them each launch takes; by stream."""
+
+    refreshed: int
+    schedules: dict[Hashable, Schedule]
+    calls: dict[Hashable, tuple[Tile, Schedule]]
 
 
 class TritonCore:
@@ -245,53 +256,64 @@ class TritonCore:
         """The tile and the schedule of the local rows over themselves."""
         from ring_hilbert.kernels.prune import prune
 
-        tile, walk = self.local_walk(pass_)
-        key, low, high = self.own
-        size, transposed = tile.block_inner, pass_ == "dkdv"
+        def plan() -> _Planned:
+            tile, walk = self.local_walk(pass_)
+            key, low, high = self.own
+            size, transposed = tile.block_inner, pass_ == "dkdv"
 
-        def make() -> Schedule:
-            return prune(walk, low, high, key, block_inner=size, transposed=transposed, entries=len(key))
+            def make() -> Schedule:
+                return prune(walk, low, high, key, block_inner=size, transposed=transposed, entries=len(key))
 
-        return tile, self._kept((id(walk), size, transposed), make)
+            return tile, (id(walk), size, transposed), make
+
+        return self._kept(pass_, plan)
 
     def _remote(self, pass_: Pass, hop: int) -> tuple[Tile, Schedule]:
         """The tile and the schedule of the local rows over those of a hop."""
         from ring_hilbert.kernels.prune import prune
 
-        assert self.remote is not None
-        remote, incoming, transposed = self.remote, self.incoming[hop], pass_ == "dkdv"
-        tile, walk = self._tile(pass_, lambda tile: remote.walk(hop, tile, transposed))
+        def plan() -> _Planned:
+            assert self.remote is not None
+            remote, incoming, transposed = self.remote, self.incoming[hop], pass_ == "dkdv"
+            tile, walk = self._tile(pass_, lambda tile: remote.walk(hop, tile, transposed))
 
-        def make() -> Schedule:
-            rows, place = (walk.outer, walk.inner), incoming.place
-            if place is not None:
-                rows = (place[walk.outer], walk.inner) if transposed else (walk.outer, place[walk.inner])
-            return prune(
-                walk, self.own.low, self.own.high, incoming.key[None], block_inner=tile.block_inner, transposed=transposed,
-                rows=rows, places=incoming.packed_key[None],
-            )  # fmt: skip
+            def make() -> Schedule:
+                rows, place = (walk.outer, walk.inner), incoming.place
+                if place is not None:
+                    rows = (place[walk.outer], walk.inner) if transposed else (walk.outer, place[walk.inner])
+                return prune(
+                    walk, self.own.low, self.own.high, incoming.key[None], block_inner=tile.block_inner, transposed=transposed,
+                    rows=rows, places=incoming.packed_key[None],
+                )  # fmt: skip
 
-        return tile, self._kept((id(walk), tile.block_inner, transposed, hop), make)
+            return tile, (id(walk), tile.block_inner, transposed, hop), make
 
-    def _kept(self, key: Hashable, make: Callable[[], Schedule]) -> Schedule:
-        """The schedule of `key`, which all layers of a batch share; `key` may contain the id of its walk, which is kept too.
+        return self._kept((pass_, hop), plan)
 
-        A CUDA graph makes its own, since other intervals may be written in place before it is replayed. One made on another
-        stream might not be finished.
+    def _kept(self, call: Hashable, plan: Callable[[], _Planned]) -> tuple[Tile, Schedule]:
+        """The tile and the schedule of `call`, of which all layers of a batch share one, and passes with equal walks too.
+
+        `plan` also returns what tells schedules apart; it may contain the id of a walk, which the schedule keeps. A CUDA graph
+        makes its own schedules, since other intervals may be written in place before it is replayed. One made on another stream
+        might not be finished.
         """
         cuda, visible = self.device.type == "cuda", self.visible
         if visible is None or visible.replayed or (cuda and torch.cuda.is_current_stream_capturing()):
-            return make()
-        key = key, torch.cuda.current_stream(self.device).cuda_stream if cuda else 0
-        refreshed, kept = _schedules.pop(self, (visible.refreshed, {}))
-        if refreshed != visible.refreshed:
-            kept = {}
-        _schedules[self] = visible.refreshed, kept  # now the last
-        if key not in kept:
-            kept[key] = make()
+            tile, _, make = plan()
+            return tile, make()
+        stream = torch.cuda.current_stream(self.device).cuda_stream if cuda else 0
+        kept = _schedules.pop(self, None)
+        if kept is None or kept.refreshed != visible.refreshed:
+            kept = _Kept(visible.refreshed, {}, {})
+        _schedules[self] = kept  # now the last
+        if (call, stream) not in kept.calls:
+            tile, key, make = plan()
+            if (key, stream) not in kept.schedules:
+                kept.schedules[key, stream] = make()
+            kept.calls[call, stream] = tile, kept.schedules[key, stream]
             while len(_schedules) > 1 and _kept_bytes() > KEPT_SCHEDULES:
                 del _schedules[next(iter(_schedules))]
-        return kept[key]
+        return kept.calls[call, stream]
 
     def local_walk(self, pass_: Pass) -> tuple[Tile, Walk]:
         """The tile and the walk of the local rows over themselves."""
@@ -330,7 +352,7 @@ class TritonCore:
 
 
 def _kept_bytes() -> int:
-    return sum(schedule.nbytes for _, kept in _schedules.values() for schedule in kept.values())
+    return sum(schedule.nbytes for kept in _schedules.values() for schedule in kept.schedules.values())
 
 
 def _local_walk(

@@ -8,6 +8,7 @@ roles exchanged.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -29,6 +30,11 @@ from ring_hilbert.parallel.plan import Plan
 from ring_hilbert.parallel.remote import payload
 from ring_hilbert.parallel.travel import HopTravel, hop_candidates, read_counts
 from ring_hilbert.parallel.wire import Pending, communicator
+
+
+def span(name: str) -> AbstractContextManager:
+    """A range in the traces of a profiler; without one nothing, since to enter a range takes as long as a launch."""
+    return record_function(name) if torch.autograd.profiler._is_profiler_enabled else nullcontext()
 
 
 class Execution:
@@ -112,14 +118,14 @@ class Execution:
         core, kept = self.core, []
         k, v = self._clean(k, v)
         pending = self._fetch(0, k, v, name)
-        with record_function("ring_hilbert: local forward"):
+        with span("ring_hilbert: local forward"):
             state = core.begin(q, k, v, scale)
         for i in range(len(self.exchanges)):
             assert pending is not None
-            with record_function("ring_hilbert: wait"):
+            with span("ring_hilbert: wait"):
                 rows = pending.wait()
             pending = self._fetch(i + 1, k, v, name)
-            with record_function("ring_hilbert: remote forward"):
+            with span("ring_hilbert: remote forward"):
                 core.forward_hop(state, i, rows)
             if keep:
                 kept.append(rows.view(torch.uint8).flatten())
@@ -154,7 +160,7 @@ class Execution:
         pending = None if arrived else self._fetch(0, k, v, name)
         item = k.dtype.itemsize  # the fetch overlaps that share of the local visits, the return of gradients the rest
         share = 1.0 if not hops else 0.0 if arrived else item / (item + max(4, item))
-        with record_function("ring_hilbert: local backward"):
+        with span("ring_hilbert: local backward"):
             state = core.begin_backward(dout, q, k, v, out, lse, lse_error, scale, sums, share)
         returning: tuple[Exchange, Pending] | None = None
         for i, exchange in enumerate(self.exchanges):
@@ -162,16 +168,16 @@ class Execution:
                 rows = arrived[i]
             else:
                 assert pending is not None
-                with record_function("ring_hilbert: wait"):
+                with span("ring_hilbert: wait"):
                     rows = pending.wait()
                 pending = self._fetch(i + 1, k, v, name) if self._follows(i + 1) else None
-            with record_function("ring_hilbert: remote backward"):
+            with span("ring_hilbert: remote backward"):
                 gradients = core.backward_hop(state, i, rows)
             self._add(returning, state)
             returning = exchange, exchange.give_back(gradients, name)
             if arrived is None and pending is None:
                 pending = self._fetch(i + 1, k, v, name)
-        with record_function("ring_hilbert: local backward"):
+        with span("ring_hilbert: local backward"):
             core.rest_of_backward(state)
         self._add(returning, state)
         keys = sums if wide else k.dtype
@@ -192,7 +198,7 @@ class Execution:
     def _add(self, returning: tuple[Exchange, Pending] | None, state: BackwardState) -> None:
         if returning is not None:
             exchange, pending = returning
-            with record_function("ring_hilbert: wait"):
+            with span("ring_hilbert: wait"):
                 rows = pending.wait()
             exchange.add(rows, state.dk, state.dv)
 

@@ -6,13 +6,15 @@ the latter two each an integer in a CPU tensor. Everything that differs between 
 between layers follows from their number, and both are looked up when the operator runs, without synchronising: a new batch
 recompiles nothing and all layers share one graph. For backward the node saves q, k, v, out, lse, lse_error and the handle, which
 keeps the `Prepared` alive.
+
+Where nothing but autograd is to see the operator, an eager call does without the dispatcher: it takes longer than small attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,12 +22,15 @@ from torch import Tensor
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern, LayerPattern, LayerRule, OwnPattern
 from ring_hilbert.ops.triton_core import choose
-from ring_hilbert.parallel.execution import Execution
+from ring_hilbert.parallel.execution import Execution, span
 from ring_hilbert.parallel.handles import held_by
 from ring_hilbert.parallel.plan import Shapes
 from ring_hilbert.parallel.prepare import prepare
 from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.parallel.ulysses import Ulysses
+
+_Args = ParamSpec("_Args")
+_Results = TypeVar("_Results")
 
 
 class Call(NamedTuple):
@@ -178,8 +183,38 @@ def attend(
         ValueError: on every rank, if a rank's q does not fit `prepared` or its call differs.
         RuntimeError: if backward runs after the batch's `Prepared` was freed (see `Prepared.handle`).
     """
-    out, lse, *_ = _forward(q, k, v, None if prepared is None else prepared.handle, layer, *call)
+    handle = None if prepared is None else prepared.handle
+    if torch.compiler.is_compiling() or _observed(q, k, v):
+        out, lse, *_ = _forward(q, k, v, handle, layer, *call)
+    else:
+        saves = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        with span("ring_hilbert::attention"):
+            out, lse, *_ = (_Node.apply if saves else _attention)(q, k, v, handle, layer, call)
     return out, lse.detach()
+
+
+def _observed(*tensors: Tensor) -> bool:
+    """Whether the dispatcher has more to do than to call the operator: a mode, a transform, or tensors that are not ordinary."""
+    state = torch._C._dispatch_tls_local_include_set()
+    if (state - _ALWAYS).raw_repr() or torch._C._len_torch_function_stack():
+        return True
+    return any(
+        x.is_meta or torch._C._dispatch_keys(x).raw_repr() & ~_ordinary_keys(x.device) or type(x) not in _ORDINARY
+        for x in tensors
+    )
+
+
+_ORDINARY = Tensor, torch.nn.Parameter
+_ALWAYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.ADInplaceOrView
+)
+
+
+@lru_cache(maxsize=64)
+def _ordinary_keys(device: torch.device) -> int:
+    """The dispatch keys of a tensor that is not lazily negated, wrapped or the like, as bits."""
+    with torch.inference_mode(False):
+        return torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr()
 
 
 _CALL = (
@@ -193,27 +228,27 @@ _OPTIONS: dict[str, Any] = {
 }  # collectives; tensors made on first use
 
 
-def _as_given(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """`function` with autocast off, which would lower sums that must be float32."""
+def _as_given(function: Callable[_Args, _Results]) -> Callable[_Args, _Results]:
+    """`function` of a tensor and more, with autocast off, which would lower sums that must be float32."""
 
     @wraps(function)
-    def run(tensor: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    def run(*args: _Args.args, **options: _Args.kwargs) -> _Results:
+        tensor = args[0]
+        assert isinstance(tensor, Tensor)
+        if not torch.is_autocast_enabled(tensor.device.type):
+            return function(*args, **options)
         with torch.autocast(tensor.device.type, enabled=False):
-            return function(tensor, *args)
+            return function(*args, **options)
 
     return run
 
 
-@torch.library.custom_op(
-    "ring_hilbert::attention",
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? handle, Tensor? layer, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
-    **_OPTIONS,
-)
 @_as_given
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, layer: Tensor | None, *args: Any
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, layer: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Call(*args).at(layer)
+    """`out`, `lse`, `lse_error` and what is kept of other ranks' rows for backward."""
+    call = call.at(layer)
     prepared = call.default_facts(q.shape[1]) if handle is None else held_by(handle)
     batch, _, heads, dim = q.shape
     shapes = Shapes(batch, heads, k.shape[2], dim, q.dtype)
@@ -232,16 +267,12 @@ def _forward(
     return out.index_select(1, token), lse.index_select(2, token), lse_error.index_select(2, token), kept
 
 
-@torch.library.custom_op(
-    "ring_hilbert::attention_backward",
-    schema=f"(Tensor dout, Tensor[] saved, Tensor? handle, Tensor? layer, SymInt kv_heads, {_CALL}) -> (Tensor, Tensor, Tensor)",
-    **_OPTIONS,
-)
 @_as_given
-def _backward(
-    dout: Tensor, saved: list[Tensor], handle: Tensor | None, layer: Tensor | None, kv_heads: int, *args: Any
+def _attention_backward(
+    dout: Tensor, saved: list[Tensor], handle: Tensor | None, layer: Tensor | None, kv_heads: int, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call, (batch, rows, heads, dim) = Call(*args).at(layer), dout.shape
+    """The gradients of q, k and v."""
+    call, (batch, rows, heads, dim) = call.at(layer), dout.shape
     prepared = call.default_facts(rows) if handle is None else held_by(handle)
     execution = _execution(call, prepared, Shapes(batch, heads, kv_heads, dim, dout.dtype), dout.device)
     permutation = prepared.permutation(dout.device)
@@ -254,6 +285,28 @@ def _backward(
         saved = [*by_row, *kept]
     dq, dk, dv = execution.backward(dout.index_select(1, row), saved, call.scale, call.name)
     return dq.index_select(1, token), dk.index_select(1, token), dv.index_select(1, token)
+
+
+@torch.library.custom_op(
+    "ring_hilbert::attention",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? handle, Tensor? layer, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
+    **_OPTIONS,
+)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, layer: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _attention(q, k, v, handle, layer, Call(*args))
+
+
+@torch.library.custom_op(
+    "ring_hilbert::attention_backward",
+    schema=f"(Tensor dout, Tensor[] saved, Tensor? handle, Tensor? layer, SymInt kv_heads, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    **_OPTIONS,
+)
+def _backward(
+    dout: Tensor, saved: list[Tensor], handle: Tensor | None, layer: Tensor | None, kv_heads: int, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _attention_backward(dout, saved, handle, layer, kv_heads, Call(*args))
 
 
 def _execution(call: Call, prepared: Prepared, shapes: Shapes, device: torch.device) -> Execution | Ulysses:
@@ -282,24 +335,56 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    q, k, v, handle, layer, *ctx.call = inputs
-    call, ctx.kv_heads = Call(*ctx.call), k.shape[2]
+    q, k, v, handle, layer, *fields = inputs
+    _keep(ctx, q, k, v, handle, layer, Call(*fields), output)
+
+
+def _keep(
+    ctx: Any, q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, layer: Tensor | None, call: Call,
+    output: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Save for backward."""
     out, lse, lse_error, kept = output
     tensors = [kept] if call.keeps_all else [q, k, v, out, lse, lse_error, *([kept] if call.keep else [])]
     ctx.save_for_backward(*tensors, handle, layer)
+    ctx.set_materialize_grads(False)  # of results that have none; that of out is made below
+    ctx.call, ctx.kv_heads, ctx.like = call, k.shape[2], (q.shape, q.dtype, q.device)
     # A copy of the handle made by hooks on saved tensors may not keep the batch alive. A tensor being traced has none.
     ctx.prepared = getattr(handle, "held", None)
     ctx.refreshed = None if ctx.prepared is None else ctx.prepared.visible.refreshed
 
 
-def _gradients(ctx: Any, dout: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dout: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
     *saved, handle, layer = ctx.saved_tensors
     if ctx.prepared is not None and ctx.prepared.visible.refreshed != ctx.refreshed:
         raise RuntimeError(
             "refresh() was called between forward and backward, so backward would see other documents and positions"
         )
-    gradients = _backward(dout, saved, handle, layer, ctx.kv_heads, *ctx.call)
+    if dout is None:  # other ranks wait for this one's rows
+        shape, dtype, device = ctx.like
+        dout = torch.zeros(shape, dtype=dtype, device=device)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _observed(dout, *saved):
+        gradients = _backward(dout, saved, handle, layer, ctx.kv_heads, *ctx.call)
+    else:
+        with span("ring_hilbert::attention_backward"):
+            gradients = _attention_backward(dout, saved, handle, layer, ctx.kv_heads, ctx.call)
     return *gradients, *[None] * (2 + len(ctx.call))
+
+
+class _Node(torch.autograd.Function):
+    """The node of a call that only autograd sees; the same as the operator's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, handle: Tensor | None, layer: Tensor | None, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = _attention(q, k, v, handle, layer, call)
+        _keep(ctx, q, k, v, handle, layer, call, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, *gradients)[:6]
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from ring_hilbert.ops.torch_visit import compute_dtype
-from ring_hilbert.parallel.execution import Execution
+from ring_hilbert.parallel.execution import Execution, span
 from ring_hilbert.parallel.plan import Plan
 from ring_hilbert.parallel.wire import collective, communicator
 
@@ -128,7 +127,7 @@ class Ulysses:
             sizes = {r: [_rows(s) for s in shape] for r, shape in shapes.items() if r != self.rank}
             received = {other: sum(size) for other, size in sizes.items()}
             pending = collective(payload, sent, received, self.group, f"the exchange of {what}")
-            with record_function("ring_hilbert: wait"):
+            with span("ring_hilbert: wait"):
                 buffer = pending.wait()
             for other, rows in zip(sizes, buffer.split(list(received.values())), strict=True):
                 pieces = rows.split(sizes[other])

@@ -36,8 +36,11 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_kernels_for_hopper(name: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("name", "few_tiles"), [*((name, 512) for name in CASES), ("not causal", 0)])
+def test_kernels_for_hopper(name: str, few_tiles: int, monkeypatch: pytest.MonkeyPatch):
+    from ring_hilbert.kernels import launch
+
+    monkeypatch.setattr(launch, "FEW_TILES", few_tiles)
     in_numpy.use(monkeypatch)
     check(answer(CASES[name], torch.float16, TILE), CASES[name], torch.float16)
 

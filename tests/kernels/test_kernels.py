@@ -195,6 +195,18 @@ def test_results_repeat_to_the_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("heads", [4, 8])
+def test_heads_and_tiles_along_either_axis_of_the_grid(heads: int, monkeypatch: pytest.MonkeyPatch):
+    """The same results; also where there are as many heads as tiles."""
+    from ring_hilbert.kernels import launch
+
+    case = Case(LADDER, 113, 2, heads, 2, 16, positions="ties")
+    by_tile = answer(case, torch.float32)
+    monkeypatch.setattr(launch, "FEW_TILES", 0)
+    by_head = answer(case, torch.float32)
+    assert all(torch.equal(by_tile[name], by_head[name]) for name in by_tile)
+
+
 def fits(case: Case) -> Case:
     """A head dim that the kernels have, and logits for which float32 alone can be compared to float64."""
     return replace(case, head_dim=16, logit_scale=1.0)

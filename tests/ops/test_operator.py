@@ -123,7 +123,63 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         return result
 
 
+class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the names of the operators that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = list[str]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 # ---- interface
+
+
+def test_modes_see_one_operator():
+    """And the results are those of a call that nothing but autograd sees."""
+    case = Case(LONGNET, 70, heads=4)
+    direct = case.actual()
+    with Operators() as seen:
+        assert_close(case.actual(), direct, 0.0)
+    ours = [name for name in seen.names if name.startswith("ring_hilbert")]
+    assert ours == ["ring_hilbert.attention.default", "ring_hilbert.attention_backward.default"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_tensors_that_are_not_what_lies_in_memory(backend: str):
+    """Lazily negated ones, as input and as gradient; a gradient that is lazily zero or missing."""
+    interpreted(backend)
+    case = Case(LONGNET, 40, heads=2, head_dim=8)
+    q, k, v, dout = (case.tensors(torch.float32)[name] for name in ("q", "k", "v", "dout"))
+
+    def results(*lazy: torch.Tensor) -> list[torch.Tensor]:
+        inputs = [x.detach().requires_grad_() for x in lazy[:3]]
+        out = rh.dilated_attention(*inputs, LONGNET, backend=backend)
+        return [out, *torch.autograd.grad(out, inputs, lazy[3])]
+
+    negated = [torch._neg_view(x.neg()) for x in (q, k, v, dout)]
+    assert all(x.is_neg() for x in negated)
+    expected = results(q, k, v, dout)
+    for at in range(4):
+        mixed = [negated[i] if i == at else x for i, x in enumerate((q, k, v, dout))]
+        assert all(map(torch.equal, results(*mixed), expected)), at
+    assert all((x == 0).all() for x in results(q, k, v, torch._efficientzerotensor(q.shape))[1:])
+
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dout):
+            return None
+
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    NoGradient.apply(rh.dilated_attention(*inputs, LONGNET, backend=backend)).sum().backward()
+    assert all(x.grad is not None and (x.grad == 0).all() for x in inputs)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -42,7 +42,9 @@ def pairs_of(schedule: Schedule, entry: int, head: int, outer_rows: int, inner_r
     walk = schedule.walk
     table = int(walk.tables[min(entry, len(walk.tables) - 1), head])
     number = table + (entry * len(walk.tiles) if len(schedule.order) > len(walk.tiles) else 0)
-    assert sorted(schedule.order[number].tolist()) == list(range(walk.tiles.shape[1]))
+    assert torch.equal(
+        schedule.order[number].long(), schedule.steps[number].sum(1).argsort(descending=True, stable=True)
+    )  # longest first
     low, high, key = (x[min(entry, len(x) - 1)].cpu().numpy() for x in (schedule.low, schedule.high, schedule.key))
     outer_of, inner_of, tiles, steps, runs = (
         x.cpu().numpy()
