@@ -230,10 +230,9 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: Tile) -> tupl
 
 
 def _rows_of(x: Tensor, tile: Tile | None = None) -> Tensor:
-    """`x [B, S, H, D]` with contiguous rows for copies of 16 bytes; with Gluon, they are at 32-bit offsets in multiples of 16."""
-    gluon = tile is not None and tile.gluon
-    whole = x.stride(-1) == 1 and not any(stride % (16 if gluon else 8) for stride in x.stride()[:3])
-    if gluon:
+    """`x [B, S, H, D]` with contiguous rows for copies of 16 bytes; with Gluon, they are at 32-bit offsets in units of 8."""
+    whole = x.stride(-1) == 1 and not any(stride % 8 for stride in x.stride()[:3])
+    if tile is not None and tile.gluon:
         whole &= x.data_ptr() % 16 == 0 and x.shape[1] * x.stride(1) < 8 * 2**32
     return x if whole else x.contiguous()
 
@@ -260,14 +259,13 @@ def _options(
     walk, alone = schedule.walk, tile.gluon and members == 1
     limit = {"maxnreg": tile.registers} if tile.registers and torch.version.hip is None and not alone else {}
     assert (tile.block_outer, tile.block_inner) == (walk.block_outer, schedule.block_inner)
-    dim = q.shape[3]
-    shared = {"GROUP": q.shape[2] // k.shape[2], "D": dim, "BLOCK_D": padded_head_dim(dim), "INDEXED": walk.indexed}
+    shared = {"GROUP": q.shape[2] // k.shape[2], "D": q.shape[3], "INDEXED": walk.indexed}
     if tile.gluon:
         assert not walk.segments
         more = {} if members is None else {"MEMBERS": members}
         return {**shared, **more, "num_warps": tile.warps * (members or 1), **limit}
     return {
-        **shared, "SEGMENTS": walk.segments, "PRECISION": precision,
+        **shared, "BLOCK_D": padded_head_dim(q.shape[3]), "SEGMENTS": walk.segments, "PRECISION": precision,
         "num_warps": tile.warps, "num_stages": tile.stages, **limit,
     }  # fmt: skip
 

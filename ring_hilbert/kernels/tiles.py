@@ -61,12 +61,13 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
     (0, 128, 4): ((Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),)),
     (0, 256, 4): ((Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),)),
 }  # fmt: skip
-# For compute capability 9.0 and head dims that are multiples of 16: padded head dim and bytes of an element. They replace those
-# above for walks whose masks do not compare segments.
+# For compute capability 9.0: padded head dim and bytes of an element. They replace those above for walks whose masks do not
+# compare segments.
 # Two are kept because they are faster, although the assembler makes dQ's matrix products of heads of 64 wait for one another, and
 # dK and dV of heads of 128 spill up to 24 bytes. Backward of the 1B ladder, with them on an H200 and with tiles free of both on an
 # H100: 23.3 and 25.4 ms with heads of 64, 24.1 and 27.2 with heads of 128; forward took 9.3 and 9.5, 8.9 and 9.0 there.
 HOPPER: dict[tuple[int, int], tuple[Tile, Tile, Tile]] = {
+    (32, 2): (Tile(64, 64, 4, 4, 128, gluon=True), Tile(64, 64, 4, 4, gluon=True), Tile(64, 64, 4, 4, gluon=True)),
     (64, 2): (Tile(64, 64, 4, 4, 128, gluon=True), Tile(64, 64, 4, 4, 128, gluon=True), Tile(64, 64, 4, 4, gluon=True)),
     (128, 2): (Tile(64, 64, 4, 4, gluon=True), Tile(64, 64, 4, 4, gluon=True), Tile(64, 32, 4, 4, gluon=True)),
 }
@@ -98,7 +99,7 @@ def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype) -
         if capability >= least and padded_head_dim(head_dim) <= dim and dtype.itemsize == size:
             tiles = passes[PASSES.index(pass_)]
             kind = padded_head_dim(head_dim), size
-            if capability // 10 == 9 and head_dim % 16 == 0 and kind in HOPPER and has_gluon():
+            if capability // 10 == 9 and kind in HOPPER and has_gluon():
                 return (*(HOPPER[kind][PASSES.index(pass_)],) * 2, *tiles[2:])
             return tiles
     raise ValueError(
@@ -115,7 +116,17 @@ def device_tiles(pass_: Pass, head_dim: int, dtype: torch.dtype, device: torch.d
 
 
 def plan_tile(tiles: tuple[Tile, ...], plan: Callable[[Tile], Walk]) -> tuple[Tile, Walk]:
-    """The tile of a walk, and the walk that `plan` makes for it."""
+    """The tile of a walk, and the walk that `plan` makes for it.
+
+    Raises:
+        ValueError: for a Gluon tile if some tiles of the walk lie in several segments.
+    """
     walk = plan(tiles[0])
     tile = tiles[min(demand(walk), len(tiles) - 1)]
-    return tile, walk if tile == tiles[0] else plan(tile)
+    walk = walk if tile == tiles[0] else plan(tile)
+    if tile.gluon and walk.segments:
+        raise ValueError(
+            f"tiles={tile}: some tiles of {tile.block_outer} rows lie in several segments, which the masks of Gluon kernels do "
+            "not compare; use fewer rows (block_outer), or gluon=False"
+        )
+    return tile, walk
