@@ -153,6 +153,12 @@ def dq_kernel(
 
 
 @gluon.jit
+def row_ring(dtype: gl.constexpr, ROWS: gl.constexpr):
+    """A ring of vectors in shared memory."""
+    return gl.allocate_shared_memory(dtype, [STAGES, ROWS], FLAT)
+
+
+@gluon.jit
 def send_queries(
     q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, member, rows, flat, columns,
     q_ring, dout_ring, terms, bounds, step, is_masked, D: gl.constexpr,
@@ -163,11 +169,11 @@ def send_queries(
     send_rows(q_ring, to, q + gl.multiple_of(head * q_strides[2], 8), rows, q_strides[1], columns, D)
     send_rows(dout_ring, to, dout + gl.multiple_of(head * dout_strides[2], 8), rows, dout_strides[1], columns, D)
     cells = flat * lse_strides[1] + head * lse_strides[2]
-    send(terms.index(2 * to), lse2 + cells, flat >= 0)
-    send(terms.index(2 * to + 1), delta + cells, flat >= 0)
+    send(terms[0].index(to), lse2 + cells, flat >= 0)
+    send(terms[1].index(to), delta + cells, flat >= 0)
     if is_masked:
-        send(bounds.index(2 * to), low + flat, flat >= 0)
-        send(bounds.index(2 * to + 1), high + flat, flat >= 0)
+        send(bounds[0].index(to), low + flat, flat >= 0)
+        send(bounds[1].index(to), high + flat, flat >= 0)
     async_copy.commit_group()
 
 
@@ -212,14 +218,14 @@ def add_queries(
         at, left, member = next_of_group(at, run, left, member, full + masked, BLOCK_M, GROUP)
         rows = copied_rows(at, index, BLOCK_M, INDEXED, columns)
         flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(gl.num_warps()))
-        log = terms.index(2 * here).load(COLUMN)
+        log = terms[0].index(here).load(COLUMN)
         scores = warpgroup_mma_wait(2 * PARTS, [scores])
         exact = gl.exp2(scores * scale2 - gl.expand_dims(log - weight, 0))
         if MASKED:
-            first, last = bounds.index(2 * here).load(COLUMN), bounds.index(2 * here + 1).load(COLUMN)
+            first, last = bounds[0].index(here).load(COLUMN), bounds[1].index(here).load(COLUMN)
             own = gl.expand_dims(key, 1)
             exact = gl.where((own >= gl.expand_dims(first, 0)) & (own <= gl.expand_dims(last, 0)), exact, 0.0)
-        shift = terms.index(2 * here + 1).load(COLUMN)
+        shift = terms[1].index(here).load(COLUMN)
         p = gl.convert_layout(exact.to(ds.dtype), ds.type.layout, assert_trivial=True)
         dv = add_rows(dv, p, dout_ring, here)
         dp = warpgroup_mma_wait(2 * PARTS, [dp])
@@ -261,8 +267,9 @@ def dkdv_kernel(
     values = room(dtype, [BLOCK_N], columns)
     q_ring = room(dtype, [STAGES, BLOCK_M], columns)
     dout_ring = room(dtype, [STAGES, BLOCK_M], columns)
-    terms = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BLOCK_M], FLAT)
-    bounds = gl.allocate_shared_memory(gl.int32, [2 * STAGES, BLOCK_M], FLAT)
+    # Blocks of their own, since the compiler puts a barrier between copies to the same block.
+    terms = row_ring(gl.float32, BLOCK_M), row_ring(gl.float32, BLOCK_M)
+    bounds = row_ring(gl.int32, BLOCK_M), row_ring(gl.int32, BLOCK_M)
     own = copied_outer(outer, place, count, BLOCK_N, 1, columns)
     send_outer(keys, k, k_strides, batch, kv_head, own, columns, D)
     send_outer(values, v, v_strides, batch, kv_head, own, columns, D)

@@ -124,11 +124,12 @@ def step_rows(at, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr, LAYOUT: gl.
     """The inner rows of a walk's current step, -1 where there is none."""
     _, first, step, left, _ = at
     places = gl.arange(0, BLOCK, LAYOUT)
+    exists = (places < left) & (left < NOTHING)
     if INDEXED:
-        rows = gl.load(index + first + places)
+        rows = gl.load(index + first + places, mask=exists, other=-1)  # selecting behind the load would wait for it
     else:
-        rows = first + places * step
-    return gl.where((places < left) & (left < NOTHING), rows, -1)
+        rows = gl.where(exists, first + places * step, -1)
+    return rows
 
 
 @gluon.jit
