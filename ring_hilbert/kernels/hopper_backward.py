@@ -6,7 +6,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
-    warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
@@ -15,24 +14,33 @@ from ring_hilbert.kernels.hopper_steps import (
     AHEAD,
     FLAT,
     STAGES,
+    add_rows,
     along_grid,
     begin_keys,
-    copied,
+    columns_of,
+    copied_outer,
+    copied_rows,
+    dots,
     in_order,
+    load_outer,
     next_step,
-    operand,
-    outer_cells,
+    no_sums,
+    not_staged,
     outer_rows,
     products,
+    room,
     row_cells,
     seen,
     send,
     send_keys,
+    send_outer,
     send_rows,
     step_rows,
     step_weight,
+    store_outer,
     tile_of,
     vectors,
+    wait_for,
     walk_from,
     walk_on,
 )
@@ -45,7 +53,7 @@ def add_keys(
     D: gl.constexpr, BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Add to `dq [M, D]`, a product in flight, the contribution of `number` blocks of keys, without the scale."""
-    M: gl.constexpr = queries.shape[0]
+    M: gl.constexpr = queries[0].shape[0]
     SCORES: gl.constexpr = products(BLOCK_N, gl.num_warps())
     k_ring, v_ring, key_ring = keys[1]
     zeros = gl.zeros([M, BLOCK_N], gl.float32, SCORES)
@@ -54,22 +62,26 @@ def add_keys(
         fence_async_shared()
         send_keys(keys, walk, step + AHEAD, full, D)
         here = step % STAGES
-        scores = warpgroup_mma(queries, k_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dp = warpgroup_mma(douts, v_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        scores = dots(queries, k_ring, here, zeros)
+        dp = dots(douts, v_ring, here, zeros)
         weight = walk[2][0]
         walk = walk_on(walk, walk[2][1:], index, BLOCK_N, INDEXED)
-        scores = warpgroup_mma_wait(1, [scores])
+        scores = warpgroup_mma_wait(len(dq), [scores])
         p = gl.exp2(scores * scale2 - gl.expand_dims(log - weight, 1))
         if MASKED:
             p = gl.where(seen(key_ring.index(here), low, high, SCORES), p, 0.0)
         dp = warpgroup_mma_wait(0, [dp])
-        ds = (p * (dp - gl.expand_dims(delta, 1))).to(queries.dtype)
-        ds = gl.convert_layout(
-            ds, gl.DotOperandLayout(0, products(queries.shape[1], gl.num_warps()), 2), assert_trivial=True
-        )
-        dq = warpgroup_mma(ds, k_ring.index(here), dq, is_async=True)
+        ds = (p * (dp - gl.expand_dims(delta, 1))).to(queries[0].dtype)
+        ds = gl.convert_layout(ds, gl.DotOperandLayout(0, SCORES, 2), assert_trivial=True)
+        dq = add_rows(dq, ds, k_ring, here)
         step += 1
     return dq, walk, step
+
+
+@gluon.jit
+def slot_of(slots, strides, rows):
+    """The staging index of each row, -1 if not staged."""
+    return gl.load(slots + rows.to(gl.int64) * strides[1], mask=rows >= 0, other=-1)
 
 
 @gluon.jit(do_not_specialize=VARIES)
@@ -78,15 +90,12 @@ def dq_kernel(
     q_strides, k_strides, v_strides, dout_strides, lse_strides, dq_strides, slot_strides, values_strides,
     tables, order, tiles, steps, runs, outer, index, low, high, key,
     table_strides, num_tiles, tile_width, num_runs, interval_strides, scale, scale2,
-    GROUP: gl.constexpr, MEMBERS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, STAGED: gl.constexpr,
+    GROUP: gl.constexpr, MEMBERS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    INDEXED: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles, H / MEMBERS, B)`: the outer rows are queries, of MEMBERS heads, one after the other."""
     M: gl.constexpr = BLOCK_M * MEMBERS
-    WARPS: gl.constexpr = gl.num_warps()
-    SCORES: gl.constexpr = products(BLOCK_N, WARPS)
-    VALUES: gl.constexpr = products(BLOCK_D, WARPS)
-    COPIED: gl.constexpr = copied(BLOCK_D, WARPS)
+    SCORES: gl.constexpr = products(BLOCK_N, gl.num_warps())
     dtype: gl.constexpr = k.dtype.element_ty
     batch, head = gl.program_id(2).to(gl.int64), along_grid(num_tiles)[1] * MEMBERS
     kv_head = head // GROUP
@@ -95,12 +104,12 @@ def dq_kernel(
     )
     if count == 0:
         return
-    queries = gl.allocate_shared_memory(dtype, [M, BLOCK_D], operand(M, BLOCK_D, dtype))
-    douts = gl.allocate_shared_memory(dtype, [M, BLOCK_D], operand(M, BLOCK_D, dtype))
-    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPIED))
-    own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))
-    send(queries, *outer_cells(q, q_strides, batch, head, own, members, columns, D))
-    send(douts, *outer_cells(dout, dout_strides, batch, head, own, members, columns, D))
+    columns = columns_of(D)
+    queries = room(dtype, [M], columns)
+    douts = room(dtype, [M], columns)
+    own = copied_outer(outer, place, count, BLOCK_M, MEMBERS, columns)
+    send_outer(queries, q, q_strides, batch, head, own, columns, D)
+    send_outer(douts, dout, dout_strides, batch, head, own, columns, D)
     keys, walk = begin_keys(
         k, v, key, k_strides, v_strides, interval_strides, batch, kv_head, columns, run, index, full, D, BLOCK_N, INDEXED,
     )  # fmt: skip
@@ -110,15 +119,14 @@ def dq_kernel(
     cells = row_cells(lse_strides, batch, head, row, member)
     log = gl.load(lse2 + cells, mask=exists, other=float("inf"))
     shift = gl.load(delta + cells, mask=exists, other=0.0)
-    gradient = gl.zeros([M, BLOCK_D], gl.float32, VALUES)
+    gradient = no_sums(M, columns)
     if STAGED:
         slots += batch * slot_strides[0] + kv_head * slot_strides[2]
     if STAGED >= 2:
-        slot = gl.load(slots + own.to(gl.int64) * slot_strides[1], mask=own >= 0, other=-1)
-        s_cells, staged = outer_cells(s_values, values_strides, batch, head, slot, members, columns, D)
-        gradient = gl.convert_layout(gl.load(s_cells, mask=staged, other=0.0), VALUES)
+        places = [(slot_of(slots, slot_strides, x[0]), x[1]) for x in own]
+        gradient = load_outer(s_values, values_strides, batch, head, places, columns, D)
 
-    gradient = warpgroup_mma_init(gradient)
+    gradient = [warpgroup_mma_init(x) for x in gradient]
     step = 0
     nowhere = gl.zeros([M], gl.int32, gl.SliceLayout(1, SCORES))
     gradient, walk, step = add_keys(
@@ -131,21 +139,18 @@ def dq_kernel(
         gradient, walk, step, queries, douts, keys, index, full, masked, log, shift, first, last, scale2[0],
         D, BLOCK_N, INDEXED, True,
     )  # fmt: skip
-    gradient = warpgroup_mma_wait(0, [gradient])
+    gradient = [warpgroup_mma_wait(0, [x]) for x in gradient]
     async_copy.wait_group(0)
 
     place = in_order(place)
-    own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))  # as in forward
+    own = copied_outer(outer, place, count, BLOCK_M, MEMBERS, columns)  # as in forward
     if STAGED == 1 or STAGED == 3:
-        slot = gl.load(slots + own.to(gl.int64) * slot_strides[1], mask=own >= 0, other=-1)
-        s_cells, staged = outer_cells(s_values, values_strides, batch, head, slot, members, columns, D)
-        gl.store(s_cells, gl.convert_layout(gradient, COPIED), mask=staged)
+        places = [(slot_of(slots, slot_strides, x[0]), x[1]) for x in own]
+        store_outer(s_values, values_strides, batch, head, places, gradient, columns, D)
         if STAGED == 3:
             return
-        own = gl.where(slot < 0, own, -1)
-    gradient = gl.convert_layout((gradient * scale).to(dq.dtype.element_ty), COPIED)
-    cells, own_cells = outer_cells(dq, dq_strides, batch, head, own, members, columns, D)
-    gl.store(cells, gradient, mask=own_cells)
+        own = not_staged(own, places)
+    store_outer(dq, dq_strides, batch, head, own, [x * scale for x in gradient], columns, D)
 
 
 @gluon.jit
@@ -162,8 +167,8 @@ def send_queries(
     """Start copying the queries of a step, for one head of the group, and their row terms."""
     to = step % STAGES
     head = member.to(gl.int64)
-    send_rows(q_ring.index(to), q + head * q_strides[2], rows, q_strides[1], columns, D)
-    send_rows(dout_ring.index(to), dout + head * dout_strides[2], rows, dout_strides[1], columns, D)
+    send_rows(q_ring, to, q + gl.multiple_of(head * q_strides[2], 8), rows, q_strides[1], columns, D)
+    send_rows(dout_ring, to, dout + gl.multiple_of(head * dout_strides[2], 8), rows, dout_strides[1], columns, D)
     cells = flat * lse_strides[1] + head * lse_strides[2]
     send(terms[0].index(to), lse2 + cells, flat >= 0)
     send(terms[1].index(to), delta + cells, flat >= 0)
@@ -192,12 +197,15 @@ def add_queries(
     q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, index, columns, run, full, masked, key, scale2,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Add to `dk, dv [N, D]` what one head's blocks of queries contribute; `dv` is in flight, `dk` lacks the last one's `ds`."""
-    N: gl.constexpr = keys.shape[0]
+    """Add to `dk, dv [N, D]` what one head's blocks of queries contribute; `dk` lacks the last one's `ds`.
+
+    `dv` is in flight in tiles of 64 rows; in larger ones registers do not suffice for that.
+    """
+    IN_FLIGHT: gl.constexpr = keys[0].shape[0] == 64
+    N: gl.constexpr = keys[0].shape[0]
+    PARTS: gl.constexpr = len(columns)
     SCORES: gl.constexpr = products(BLOCK_M, gl.num_warps())
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, products(keys.shape[1], gl.num_warps()), 2)
-    ROWS: gl.constexpr = gl.SliceLayout(1, copied(keys.shape[1], gl.num_warps()))
     zeros = gl.zeros([N, BLOCK_M], gl.float32, SCORES)
     for _ in range(masked if MASKED else full):
         async_copy.wait_group(AHEAD - 1)
@@ -207,29 +215,33 @@ def add_queries(
             q_ring, dout_ring, terms, bounds, step + AHEAD, left <= masked, D,
         )  # fmt: skip
         here = step % STAGES
-        scores = warpgroup_mma(keys, q_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dp = warpgroup_mma(values, dout_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dk = warpgroup_mma(ds, q_ring.index(gl.maximum(step - 1, 0) % STAGES), dk, is_async=True)
+        scores = dots(keys, q_ring, here, zeros)
+        dp = dots(values, dout_ring, here, zeros)
+        dk = add_rows(dk, ds, q_ring, gl.maximum(step - 1, 0) % STAGES)
         weight = weights[0]
         weights = weights[1:] + (step_weight(at),)
         at, left, member = next_of_group(at, run, left, member, full + masked, BLOCK_M, GROUP)
-        rows = step_rows(at, index, BLOCK_M, INDEXED, ROWS)
+        rows = copied_rows(at, index, BLOCK_M, INDEXED, columns)
         flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(gl.num_warps()))
         log = terms[0].index(here).load(COLUMN)
-        scores = warpgroup_mma_wait(2, [scores])
+        scores = warpgroup_mma_wait(2 * PARTS, [scores])
         exact = gl.exp2(scores * scale2 - gl.expand_dims(log - weight, 0))
         if MASKED:
             first, last = bounds[0].index(here).load(COLUMN), bounds[1].index(here).load(COLUMN)
             own = gl.expand_dims(key, 1)
             exact = gl.where((own >= gl.expand_dims(first, 0)) & (own <= gl.expand_dims(last, 0)), exact, 0.0)
         shift = terms[1].index(here).load(COLUMN)
-        p = gl.convert_layout(exact.to(keys.dtype), OPERAND, assert_trivial=True)
-        dv = warpgroup_mma(p, dout_ring.index(here), dv, is_async=True)
-        dp = warpgroup_mma_wait(2, [dp])
-        product = (exact * (dp - gl.expand_dims(shift, 0))).to(keys.dtype)
-        product = gl.convert_layout(product, OPERAND, assert_trivial=True)
+        p = gl.convert_layout(exact.to(ds.dtype), ds.type.layout, assert_trivial=True)
+        dv = add_rows(dv, p, dout_ring, here)
+        dp = warpgroup_mma_wait(2 * PARTS, [dp])
+        product = (exact * (dp - gl.expand_dims(shift, 0))).to(ds.dtype)
+        product = gl.convert_layout(product, ds.type.layout, assert_trivial=True)
         step = in_order(step)
-        dk, ds = warpgroup_mma_wait(1, [dk, product])
+        if IN_FLIGHT:
+            dk, ds = wait_for(PARTS, dk, product)
+        else:
+            done, ds = wait_for(0, dk + dv, product)
+            dk, dv = done[:PARTS], done[PARTS:]
         step += 1
     return dk, dv, ds, at, left, member, rows, flat, weights, step
 
@@ -240,14 +252,10 @@ def dkdv_kernel(
     q_strides, k_strides, v_strides, dout_strides, lse_strides, dk_strides, dv_strides,
     tables, order, tiles, steps, runs, outer, index, low, high, key,
     table_strides, num_tiles, tile_width, num_runs, interval_strides, scale, scale2,
-    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
-    INDEXED: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, INDEXED: gl.constexpr,
 ):  # fmt: skip
     """Grid `(tiles, Hkv, B)`: the outer rows are keys. The heads of a group take turns."""
-    WARPS: gl.constexpr = gl.num_warps()
-    SCORES: gl.constexpr = products(BLOCK_M, WARPS)
-    VALUES: gl.constexpr = products(BLOCK_D, WARPS)
-    COPIED: gl.constexpr = copied(BLOCK_D, WARPS)
+    SCORES: gl.constexpr = products(BLOCK_M, gl.num_warps())
     dtype: gl.constexpr = k.dtype.element_ty
     batch, kv_head = gl.program_id(2).to(gl.int64), along_grid(num_tiles)[1]
     count, place, run, full, masked = tile_of(
@@ -256,44 +264,46 @@ def dkdv_kernel(
     if count == 0:
         return
     head = kv_head.to(gl.int64) * GROUP
-    q += batch * q_strides[0] + head * q_strides[2]
-    dout += batch * dout_strides[0] + head * dout_strides[2]
+    q += gl.multiple_of(batch * q_strides[0] + head * q_strides[2], 8)
+    dout += gl.multiple_of(batch * dout_strides[0] + head * dout_strides[2], 8)
     lse2 += batch * lse_strides[0] + head * lse_strides[2]
     delta += batch * lse_strides[0] + head * lse_strides[2]
     low += batch * interval_strides[0]
     high += batch * interval_strides[0]
 
-    keys = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_D], operand(BLOCK_N, BLOCK_D, dtype))
-    values = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_D], operand(BLOCK_N, BLOCK_D, dtype))
-    q_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], operand(BLOCK_M, BLOCK_D, dtype))
-    dout_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], operand(BLOCK_M, BLOCK_D, dtype))
+    columns = columns_of(D)
+    keys = room(dtype, [BLOCK_N], columns)
+    values = room(dtype, [BLOCK_N], columns)
+    q_ring = room(dtype, [STAGES, BLOCK_M], columns)
+    dout_ring = room(dtype, [STAGES, BLOCK_M], columns)
     # Blocks of their own, since the compiler puts a barrier between copies to the same block.
     terms = row_ring(gl.float32, BLOCK_M), row_ring(gl.float32, BLOCK_M)
     bounds = row_ring(gl.int32, BLOCK_M), row_ring(gl.int32, BLOCK_M)
-    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPIED))
-    own, none = outer_rows(outer, place, count, BLOCK_N, 1, gl.SliceLayout(1, COPIED))
-    send(keys, *outer_cells(k, k_strides, batch, kv_head, own, none, columns, D))
-    send(values, *outer_cells(v, v_strides, batch, kv_head, own, none, columns, D))
+    own = copied_outer(outer, place, count, BLOCK_N, 1, columns)
+    send_outer(keys, k, k_strides, batch, kv_head, own, columns, D)
+    send_outer(values, v, v_strides, batch, kv_head, own, columns, D)
     at, left = walk_from(run), full + masked
     member = full * 0  # a run-time value, not a constant
     weights = ()
     for i in gl.static_range(AHEAD):
-        rows = step_rows(at, index, BLOCK_M, INDEXED, gl.SliceLayout(1, COPIED))
-        flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(WARPS))
+        rows = copied_rows(at, index, BLOCK_M, INDEXED, columns)
+        flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(gl.num_warps()))
         send_queries(
             q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, member, rows, flat, columns,
             q_ring, dout_ring, terms, bounds, i, left <= masked, D,
         )  # fmt: skip
         weights = weights + (step_weight(at),)
         at, left, member = next_of_group(at, run, left, member, full + masked, BLOCK_M, GROUP)
-    rows = step_rows(at, index, BLOCK_M, INDEXED, gl.SliceLayout(1, COPIED))
-    flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(WARPS))
+    rows = copied_rows(at, index, BLOCK_M, INDEXED, columns)
+    flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(gl.num_warps()))
 
     row, _ = outer_rows(outer, place, count, BLOCK_N, 1, gl.SliceLayout(1, SCORES))
     own_key = gl.load(key + batch * interval_strides[1] + row, mask=row >= 0, other=0)
-    ds = gl.zeros([BLOCK_N, BLOCK_M], dtype, gl.DotOperandLayout(0, VALUES, 2))
-    key_gradient = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, VALUES)
-    value_gradient = warpgroup_mma_init(key_gradient)
+    ds = gl.zeros([BLOCK_N, BLOCK_M], dtype, gl.DotOperandLayout(0, SCORES, 2))
+    key_gradient = no_sums(BLOCK_N, columns)
+    value_gradient = no_sums(BLOCK_N, columns)
+    if BLOCK_N == 64:
+        value_gradient = [warpgroup_mma_init(x) for x in value_gradient]
     step = 0
     for _ in range(GROUP):
         key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step = add_queries(
@@ -310,14 +320,11 @@ def dkdv_kernel(
         )  # fmt: skip
     async_copy.wait_group(0)
     fence_async_shared()
-    key_gradient = warpgroup_mma(ds, q_ring.index(gl.maximum(step - 1, 0) % STAGES), key_gradient, is_async=True)
-    key_gradient, value_gradient = warpgroup_mma_wait(0, [key_gradient, value_gradient])
+    key_gradient = add_rows(key_gradient, ds, q_ring, gl.maximum(step - 1, 0) % STAGES)
+    done = warpgroup_mma_wait(0, key_gradient + value_gradient)
+    key_gradient, value_gradient = done[: len(columns)], done[len(columns) :]
 
     place = in_order(place)
-    own, none = outer_rows(outer, place, count, BLOCK_N, 1, gl.SliceLayout(1, COPIED))  # as in forward
-    key_gradient = gl.convert_layout((key_gradient * scale).to(dk.dtype.element_ty), COPIED)
-    cells, exists = outer_cells(dk, dk_strides, batch, kv_head, own, none, columns, D)
-    gl.store(cells, key_gradient, mask=exists)
-    value_gradient = gl.convert_layout(value_gradient.to(dv.dtype.element_ty), COPIED)
-    cells, exists = outer_cells(dv, dv_strides, batch, kv_head, own, none, columns, D)
-    gl.store(cells, value_gradient, mask=exists)
+    own = copied_outer(outer, place, count, BLOCK_N, 1, columns)  # as in forward
+    store_outer(dk, dk_strides, batch, kv_head, own, [x * scale for x in key_gradient], columns, D)
+    store_outer(dv, dv_strides, batch, kv_head, own, value_gradient, columns, D)

@@ -7,29 +7,31 @@ A tile may hold its rows for several query heads of a kv head, which share keys 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma_wait
 
 from ring_hilbert.kernels.hopper_steps import (
     AHEAD,
     STAGES,
+    add_rows,
     along_grid,
     begin_keys,
-    copied,
+    columns_of,
+    copied_outer,
+    dots,
     in_order,
-    operand,
-    outer_cells,
+    load_outer,
+    no_sums,
+    not_staged,
     outer_rows,
     products,
+    room,
     row_cells,
     seen,
-    send,
     send_keys,
+    send_outer,
+    store_outer,
     tile_of,
+    wait_for,
     walk_on,
 )
 from ring_hilbert.kernels.steps import VARIES
@@ -43,6 +45,12 @@ def summed(x):
 
 
 @gluon.jit
+def by_row(factor, x):
+    """`factor [M]` of the rows of `x [M, columns]`."""
+    return gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout), assert_trivial=True), 1)
+
+
+@gluon.jit
 def attend(
     values, maximum, total, p, walk, step, queries, keys, index, full, number, low, high, scale2,
     D: gl.constexpr, BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
@@ -51,9 +59,8 @@ def attend(
 
     `walk`, of `begin_keys`, is `AHEAD` of `step`.
     """
-    M: gl.constexpr = queries.shape[0]
+    M: gl.constexpr = queries[0].shape[0]
     SCORES: gl.constexpr = products(BLOCK_N, gl.num_warps())
-    VALUES: gl.constexpr = products(queries.shape[1], gl.num_warps())
     k_ring, v_ring, key_ring = keys[1]
     zeros = gl.zeros([M, BLOCK_N], gl.float32, SCORES)
     for _ in range(number):
@@ -61,11 +68,11 @@ def attend(
         fence_async_shared()
         send_keys(keys, walk, step + AHEAD, full, D)
         here = step % STAGES
-        scores = warpgroup_mma(queries, k_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        values = warpgroup_mma(p, v_ring.index(gl.maximum(step - 1, 0) % STAGES), values, is_async=True)
+        scores = dots(queries, k_ring, here, zeros)
+        values = add_rows(values, p, v_ring, gl.maximum(step - 1, 0) % STAGES)
         weight = walk[2][0]
         walk = walk_on(walk, walk[2][1:], index, BLOCK_N, INDEXED)
-        scores = warpgroup_mma_wait(1, [scores])
+        scores = warpgroup_mma_wait(len(values), [scores])
         if MASKED:
             scores = gl.where(seen(key_ring.index(here), low, high, SCORES), scores, float("-inf"))
         higher = gl.maximum(maximum, gl.max(scores, 1) * scale2)
@@ -78,19 +85,65 @@ def attend(
         total = total * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout)), 1) + summed(
             exact
         )
-        exact = gl.convert_layout(exact.to(queries.dtype), gl.DotOperandLayout(0, VALUES, 2), assert_trivial=True)
+        exact = gl.convert_layout(exact.to(p.dtype), p.type.layout, assert_trivial=True)
         step = in_order(step)
-        values, p = warpgroup_mma_wait(0, [values, exact])
-        values = values * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, VALUES), assert_trivial=True), 1)
+        values, p = wait_for(0, values, exact)
+        values = [x * by_row(decay, x) for x in values]
         step += 1
     return values, maximum, total, p, walk, step
 
 
 @gluon.jit
-def slot_of(slots, slot_strides, row_strides, batch, head, row, member):
+def slot_of(results, batch, head, kv_head, row, member):
     """The staging index of each row, -1 if not staged, and the offset of its terms."""
+    _, _, slots, _, _, _ = results[0]
+    _, _, slot_strides, row_strides, _ = results[1]
+    slots += batch * slot_strides[0] + kv_head * slot_strides[2]
     slot = gl.load(slots + row.to(gl.int64) * slot_strides[1], mask=row >= 0, other=-1)
     return slot, row_cells(row_strides, batch, head, slot, member)
+
+
+@gluon.jit
+def resumed(total, results, batch, head, slot, s_row, own, columns, D: gl.constexpr):
+    """The total, in the form of `total`, and the values of staged rows; 0 for others."""
+    _, _, _, _, s_total, s_values = results[0]
+    _, _, _, _, values_strides = results[1]
+    before = gl.load(s_total + s_row, mask=slot >= 0, other=0.0)
+    before = gl.expand_dims(gl.convert_layout(before, gl.SliceLayout(1, total.type.layout)), 1)
+    first = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, total.type.layout)), 0) == 0
+    places = [(gl.convert_layout(slot, x[0].type.layout), x[1]) for x in own]
+    values = load_outer(s_values, values_strides, batch, head, places, columns, D)
+    return gl.where(first, before, 0.0), values
+
+
+@gluon.jit
+def finish(
+    values, maximum, total, results, batch, head, kv_head, outer, place, count, columns,
+    BLOCK_M: gl.constexpr, MEMBERS: gl.constexpr, D: gl.constexpr, STAGED: gl.constexpr,
+):  # fmt: skip
+    """Write what has been attended, or leave it to the launch that resumes it."""
+    out, lse, _, s_maximum, s_total, s_values = results[0]
+    out_strides, lse_strides, _, _, values_strides = results[1]
+    OWN: gl.constexpr = maximum.type.layout
+    own = copied_outer(outer, place, count, BLOCK_M, MEMBERS, columns)
+    row, member = outer_rows(outer, place, count, BLOCK_M, MEMBERS, OWN)
+    exists = row >= 0
+    total = gl.convert_layout(gl.sum(total, 1), OWN)
+    if STAGED == 1 or STAGED == 3:
+        slot, s_row = slot_of(results, batch, head, kv_head, row, member)
+        gl.store(s_maximum + s_row, maximum, mask=slot >= 0)
+        gl.store(s_total + s_row, total, mask=slot >= 0)
+        places = [(gl.convert_layout(slot, x[0].type.layout), x[1]) for x in own]
+        store_outer(s_values, values_strides, batch, head, places, values, columns, D)
+        exists = exists & (slot < 0)
+        own = not_staged(own, places)
+    if STAGED != 3:  # then all rows of the tile have a slot
+        some = total > 0
+        total = gl.where(some, total, 1.0)
+        store_outer(out, out_strides, batch, head, own, [x / by_row(total, x) for x in values], columns, D)
+        rounded = (maximum + gl.log2(total)) * 0.6931471805599453
+        cells = row_cells(lse_strides, batch, head, row, member)
+        gl.store(lse + cells, gl.where(some, rounded, float("-inf")), mask=exists)
 
 
 @gluon.jit(do_not_specialize=VARIES)
@@ -99,15 +152,13 @@ def forward_kernel(
     q_strides, k_strides, v_strides, out_strides, lse_strides, slot_strides, row_strides, values_strides,
     tables, order, tiles, steps, runs, outer, index, low, high, key,
     table_strides, num_tiles, tile_width, num_runs, interval_strides, scale2,
-    GROUP: gl.constexpr, MEMBERS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, STAGED: gl.constexpr,
+    GROUP: gl.constexpr, MEMBERS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    INDEXED: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """As the Triton kernel, but with grid `(tiles, H / MEMBERS, B)`. A program has its rows for MEMBERS heads, head by head."""
     M: gl.constexpr = BLOCK_M * MEMBERS
     WARPS: gl.constexpr = gl.num_warps()
     SCORES: gl.constexpr = products(BLOCK_N, WARPS)
-    VALUES: gl.constexpr = products(BLOCK_D, WARPS)
-    COPIED: gl.constexpr = copied(BLOCK_D, WARPS)
     dtype: gl.constexpr = k.dtype.element_ty
     batch, head = gl.program_id(2).to(gl.int64), along_grid(num_tiles)[1] * MEMBERS
     kv_head = head // GROUP
@@ -116,33 +167,26 @@ def forward_kernel(
     )
     if count == 0:
         return
-    queries = gl.allocate_shared_memory(dtype, [M, BLOCK_D], operand(M, BLOCK_D, dtype))
-    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPIED))
-    own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))
-    send(queries, *outer_cells(q, q_strides, batch, head, own, members, columns, D))
+    columns = columns_of(D)
+    queries = room(dtype, [M], columns)
+    own = copied_outer(outer, place, count, BLOCK_M, MEMBERS, columns)
+    send_outer(queries, q, q_strides, batch, head, own, columns, D)
     keys, walk = begin_keys(
         k, v, key, k_strides, v_strides, interval_strides, batch, kv_head, columns, run, index, full, D, BLOCK_N, INDEXED,
     )  # fmt: skip
 
     row, member = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, SCORES))
     zeros = gl.zeros([M, BLOCK_N], gl.float32, SCORES)
-    p = gl.convert_layout(zeros.to(dtype), gl.DotOperandLayout(0, VALUES, 2))
+    p = gl.convert_layout(zeros.to(dtype), gl.DotOperandLayout(0, SCORES, 2))
     maximum = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     total = summed(zeros)
-    values = gl.zeros([M, BLOCK_D], gl.float32, VALUES)
-    if STAGED:
-        slots += batch * slot_strides[0] + kv_head * slot_strides[2]
+    values = no_sums(M, columns)
+    strides = out_strides, lse_strides, slot_strides, row_strides, values_strides
+    results = (out, lse, slots, s_maximum, s_total, s_values), strides
     if STAGED >= 2:
-        slot, s_row = slot_of(slots, slot_strides, row_strides, batch, head, row, member)
+        slot, s_row = slot_of(results, batch, head, kv_head, row, member)
         maximum = gl.load(s_maximum + s_row, mask=slot >= 0, other=float("-inf"))
-        before = gl.convert_layout(
-            gl.load(s_total + s_row, mask=slot >= 0, other=0.0), gl.SliceLayout(1, total.type.layout)
-        )
-        first = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, total.type.layout)), 0) == 0
-        total = gl.where(first, gl.expand_dims(before, 1), total)
-        slot = gl.convert_layout(slot, gl.SliceLayout(1, COPIED))
-        s_cells, staged = outer_cells(s_values, values_strides, batch, head, slot, members, columns, D)
-        values = gl.convert_layout(gl.load(s_cells, mask=staged, other=0.0), VALUES)
+        total, values = resumed(total, results, batch, head, slot, s_row, own, columns, D)
 
     step = 0
     nowhere = gl.zeros([M], gl.int32, gl.SliceLayout(1, SCORES))
@@ -159,31 +203,11 @@ def forward_kernel(
     async_copy.wait_group(0)
     fence_async_shared()
     _, v_ring, _ = keys[1]
-    values = warpgroup_mma(p, v_ring.index(gl.maximum(step - 1, 0) % STAGES), values)
+    values = add_rows(values, p, v_ring, gl.maximum(step - 1, 0) % STAGES)
+    values, p = wait_for(0, values, p)
 
-    # Computed again, so as not to occupy registers during the loops.
-    place = in_order(place)
-    own, members = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, COPIED))
-    row, member = outer_rows(outer, place, count, BLOCK_M, MEMBERS, gl.SliceLayout(1, SCORES))
-    exists = row >= 0
-    total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES))
-    if STAGED == 1 or STAGED == 3:
-        slot, s_row = slot_of(slots, slot_strides, row_strides, batch, head, row, member)
-        gl.store(s_maximum + s_row, maximum, mask=slot >= 0)
-        gl.store(s_total + s_row, total, mask=slot >= 0)
-        own_slot = gl.convert_layout(slot, gl.SliceLayout(1, COPIED))
-        s_cells, staged = outer_cells(s_values, values_strides, batch, head, own_slot, members, columns, D)
-        gl.store(s_cells, gl.convert_layout(values, COPIED), mask=staged)
-        if STAGED == 3:  # all rows of the tile have a slot
-            return
-        exists = exists & (slot < 0)
-        own = gl.where(own_slot < 0, own, -1)
-    some = total > 0
-    total = gl.where(some, total, 1.0)
-    values = values / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, VALUES)), 1)
-    values = gl.convert_layout(values.to(out.dtype.element_ty), COPIED)
-    cells, own_cells = outer_cells(out, out_strides, batch, head, own, members, columns, D)
-    gl.store(cells, values, mask=own_cells)
-    rounded = (maximum + gl.log2(total)) * 0.6931471805599453
-    cells = row_cells(lse_strides, batch, head, row, member)
-    gl.store(lse + cells, gl.where(some, rounded, float("-inf")), mask=exists)
+    # Rows are looked up again, so as not to occupy registers during the loops.
+    finish(
+        values, maximum, total, results, batch, head, kv_head, outer, in_order(place), count, columns,
+        BLOCK_M, MEMBERS, D, STAGED,
+    )  # fmt: skip

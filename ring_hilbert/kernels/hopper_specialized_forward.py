@@ -13,31 +13,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from ring_hilbert.kernels.hopper_forward import slot_of, summed
+from ring_hilbert.kernels.hopper_forward import by_row, finish, resumed, slot_of, summed
 from ring_hilbert.kernels.hopper_steps import (
     COUNT,
     FLAT,
     PLACE,
     RUN,
     WIDTH,
-    copied,
+    add_rows,
+    columns_of,
+    copied_outer,
+    copied_rows,
+    dots,
     in_order,
     next_step,
-    operand,
-    outer_cells,
+    no_sums,
     outer_rows,
     products,
-    row_cells,
+    room,
     seen,
     send,
+    send_outer,
     send_rows,
-    step_rows,
     step_weight,
     vectors,
+    wait_for,
     walk_from,
 )
 from ring_hilbert.kernels.steps import VARIES
@@ -61,7 +64,7 @@ def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def wait_for(bar, number, SLOTS: gl.constexpr):
+def until(bar, number, SLOTS: gl.constexpr):
     """Wait at the barrier of a slot until the `number`-th use of the slots has arrived there; if it is negative, not at all."""
     mbarrier.wait(bar.index((number + SLOTS) % SLOTS), ((number + SLOTS) // SLOTS + 1) & 1)
 
@@ -84,7 +87,7 @@ def tell(told, number, item, items, work, GROUP: gl.constexpr):
     run = (entry * num_runs + gl.load(tile + RUN)).to(gl.int32)
     place, count = gl.load(tile + PLACE), gl.load(tile + COUNT)
     numbers = gl.where(exists, head, -1), batch, place, count, run, gl.load(steps), gl.load(steps + 1)
-    wait_for(free, number - 2, 2)
+    until(free, number - 2, 2)
     for i in gl.static_range(7):
         value = gl.full([1], numbers[i], gl.int32, vectors(gl.num_warps()))
         facts.index((number % 2) * FACTS + i).store(value)
@@ -102,7 +105,7 @@ def fact(facts, number, i: gl.constexpr):
 def item_of(told, number, runs):
     """The `number`-th item: `(head, batch, place, rows, run, steps without a mask, with one)`."""
     facts, known, free = told
-    wait_for(known, number, 2)
+    until(known, number, 2)
     head, batch = fact(facts, number, 0), fact(facts, number, 1).to(gl.int64)
     place, count = fact(facts, number, 2), fact(facts, number, 3)
     run = runs + fact(facts, number, 4).to(gl.int64) * WIDTH
@@ -121,39 +124,37 @@ def copy(
     q, k, v, key, q_strides, k_strides, v_strides, interval_stride, outer, index, runs = operands
     queries, k_ring, v_ring, key_ring = rings
     q_ready, q_free, k_ready, k_free, v_ready, v_free, _ = signals
-    M: gl.constexpr = queries.shape[1]
-    BLOCK: gl.constexpr = k_ring.shape[1]
-    COPIED: gl.constexpr = copied(k_ring.shape[2], gl.num_warps())
-    ROWS: gl.constexpr = gl.SliceLayout(1, COPIED)
-    columns = gl.arange(0, k_ring.shape[2], gl.SliceLayout(0, COPIED))
+    M: gl.constexpr = queries[0].shape[1]
+    BLOCK: gl.constexpr = k_ring[0].shape[1]
+    columns = columns_of(D)
     number, turn, step = items * 0, items * 0, items * 0
     tell(told, number, first, items, work, GROUP)
     head, batch, place, count, run, full, masked = item_of(told, number, runs)
     while head >= 0:
         if count > 0:
-            own_k = k + batch * k_strides[0] + (head // GROUP) * k_strides[2]
-            own_v = v + batch * v_strides[0] + (head // GROUP) * v_strides[2]
+            own_k = k + gl.multiple_of(batch * k_strides[0] + (head // GROUP) * k_strides[2], 8)
+            own_v = v + gl.multiple_of(batch * v_strides[0] + (head // GROUP) * v_strides[2], 8)
             steps = gl.maximum(full + masked, 1)
             at = walk_from(run)
-            rows = step_rows(at, index, BLOCK, INDEXED, ROWS)
+            rows = copied_rows(at, index, BLOCK, INDEXED, columns)
             for i in range(steps):
                 to = step % RING
-                wait_for(k_free, step - RING, RING)
-                send_rows(k_ring.index(to), own_k, rows, k_strides[1], columns, D)
+                until(k_free, step - RING, RING)
+                send_rows(k_ring, to, own_k, rows, k_strides[1], columns, D)
                 if (i >= full) | (i == 0):
-                    send(key_ring.index(to), key + batch * interval_stride + rows, rows >= 0)
+                    send(key_ring.index(to), key + batch * interval_stride + rows[0], rows[0] >= 0)
                 async_copy.mbarrier_arrive(k_ready.index(to), increment_count=False)
                 if i == 0:
-                    wait_for(q_free, turn - 1, 1)
+                    until(q_free, turn - 1, 1)
                     for m in gl.static_range(2):
-                        own, none = outer_rows(outer, in_order(place), count, M, 1, ROWS)
-                        send(queries.index(m), *outer_cells(q, q_strides, batch, head + m, own, none, columns, D))
+                        own = copied_outer(outer, in_order(place), count, M, 1, columns)
+                        send_outer([part.index(m) for part in queries], q, q_strides, batch, head + m, own, columns, D)
                     async_copy.mbarrier_arrive(q_ready.index(0), increment_count=False)
-                wait_for(v_free, step - RING, RING)
-                send_rows(v_ring.index(to), own_v, rows, v_strides[1], columns, D)
+                until(v_free, step - RING, RING)
+                send_rows(v_ring, to, own_v, rows, v_strides[1], columns, D)
                 async_copy.mbarrier_arrive(v_ready.index(to), increment_count=False)
                 at = next_step(at, BLOCK)
-                rows = step_rows(at, index, BLOCK, INDEXED, ROWS)
+                rows = copied_rows(at, index, BLOCK, INDEXED, columns)
                 if i == gl.minimum(steps, RING) - 1:  # now there is time
                     tell(told, number + 1, gl.atomic_add(ticket, 1) + gl.num_programs(0), items, work, GROUP)
                 step += 1
@@ -182,12 +183,6 @@ def weighed(scores, maximum, weight, scale2, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def by_row(x, factor):
-    """`x` times a factor for each of its rows."""
-    return x * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout)), 1)
-
-
-@gluon.jit
 def attend(
     values, maximum, total, p, at, step, queries, rings, signals, number, low, high, scale2,
     MEMBER: gl.constexpr, MASKED: gl.constexpr,
@@ -195,35 +190,36 @@ def attend(
     """Merge `number` blocks of keys into the running softmax; the last one's `p` is not in `values` yet."""
     _, k_ring, v_ring, key_ring = rings
     _, _, k_ready, k_free, v_ready, v_free, turns = signals
-    M: gl.constexpr = queries.shape[0]
-    BLOCK: gl.constexpr = k_ring.shape[1]
+    M: gl.constexpr = queries[0].shape[0]
+    BLOCK: gl.constexpr = k_ring[0].shape[1]
     SCORES: gl.constexpr = products(BLOCK, gl.num_warps())
-    VALUES: gl.constexpr = products(k_ring.shape[2], gl.num_warps())
     zeros = gl.zeros([M, BLOCK], gl.float32, SCORES)
     for _ in range(number):
         here, before = step % RING, (step - 1) % RING
-        wait_for(k_ready, step, RING)
-        wait_for(v_ready, step - 1, RING)
-        wait_for(turns[MEMBER], step - 1 + MEMBER, 1)
+        until(k_ready, step, RING)
+        until(v_ready, step - 1, RING)
+        until(turns[MEMBER], step - 1 + MEMBER, 1)
         fence_async_shared()
-        scores = warpgroup_mma(queries, k_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        values = warpgroup_mma(p, v_ring.index(before), values, is_async=True)
+        scores = dots(queries, k_ring, here, zeros)
+        values = add_rows(values, p, v_ring, before)
         mbarrier.arrive(turns[1 - MEMBER].index(0), count=1)
         weight = step_weight(at)
         at = next_step(at, BLOCK)
-        scores = warpgroup_mma_wait(1, [scores])
+        scores = warpgroup_mma_wait(len(values), [scores])
         if MASKED:
             scores = gl.where(seen(key_ring.index(here), low, high, SCORES), scores, float("-inf"))
         together()
         mbarrier.arrive(k_free.index(here), count=1)
         exact, maximum, decay = weighed(scores, maximum, weight, scale2, MASKED)
-        total = by_row(total, decay) + summed(exact)
-        exact = gl.convert_layout(exact.to(p.dtype), gl.DotOperandLayout(0, VALUES, 2), assert_trivial=True)
+        total = total * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout)), 1) + summed(
+            exact
+        )
+        exact = gl.convert_layout(exact.to(p.dtype), p.type.layout, assert_trivial=True)
         step = in_order(step)
-        values, p = warpgroup_mma_wait(0, [values, exact])
+        values, p = wait_for(0, values, exact)
         together()
         mbarrier.arrive(v_free.index(before), count=1)
-        values = by_row(values, decay)
+        values = [x * by_row(decay, x) for x in values]
         step += 1
     return values, maximum, total, p, at, step
 
@@ -241,21 +237,17 @@ def compute(
     GROUP: gl.constexpr, D: gl.constexpr, STAGED: gl.constexpr, MEMBER: gl.constexpr,
 ):  # fmt: skip
     """Attend the rows of every item for one of its heads."""
-    out, lse, slots, s_maximum, s_total, s_values = results[0]
-    out_strides, lse_strides, slot_strides, row_strides, values_strides = results[1]
+    out, _, _, s_maximum, _, _ = results[0]
     outer, low, high, interval_stride = intervals
     queries, k_ring, v_ring, key_ring = rings
     q_ready, q_free, k_ready, k_free, v_ready, v_free, turns = signals
-    M: gl.constexpr = queries.shape[1]
-    BLOCK: gl.constexpr = k_ring.shape[1]
-    BLOCK_D: gl.constexpr = k_ring.shape[2]
+    M: gl.constexpr = queries[0].shape[1]
+    BLOCK: gl.constexpr = k_ring[0].shape[1]
     SCORES: gl.constexpr = products(BLOCK, gl.num_warps())
-    VALUES: gl.constexpr = products(BLOCK_D, gl.num_warps())
-    COPIED: gl.constexpr = copied(BLOCK_D, gl.num_warps())
     OWN: gl.constexpr = gl.SliceLayout(1, SCORES)
     dtype: gl.constexpr = out.dtype.element_ty
-    own_queries = queries.index(MEMBER)
-    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPIED))
+    own_queries = [part.index(MEMBER) for part in queries]
+    columns = columns_of(D)
     number, turn, step = items * 0, items * 0, items * 0
     head, batch, place, count, run, full, masked = item_of(told, number, runs)
     while head >= 0:
@@ -265,20 +257,19 @@ def compute(
             row, member = outer_rows(outer, place, count, M, 1, OWN)
             maximum = gl.full([M], float("-inf"), gl.float32, OWN)
             if STAGED >= 2:
-                own_slots = slots + batch * slot_strides[0] + kv_head * slot_strides[2]
-                slot, s_row = slot_of(own_slots, slot_strides, row_strides, batch, head, row, member)
+                slot, s_row = slot_of(results, batch, head, kv_head, row, member)
                 maximum = gl.load(s_maximum + s_row, mask=slot >= 0, other=float("-inf"))
 
             # The first step, with a mask whether it needs one or not: there is no product with values yet.
             first, last = bounds(low, high, interval_stride, batch, row)
             at = walk_from(run)
             here = step % RING
-            wait_for(q_ready, turn, 1)
-            wait_for(k_ready, step, RING)
-            wait_for(turns[MEMBER], step - 1 + MEMBER, 1)
+            until(q_ready, turn, 1)
+            until(k_ready, step, RING)
+            until(turns[MEMBER], step - 1 + MEMBER, 1)
             fence_async_shared()
             zeros = gl.zeros([M, BLOCK], gl.float32, SCORES)
-            scores = warpgroup_mma(own_queries, k_ring.index(here).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            scores = dots(own_queries, k_ring, here, zeros)
             mbarrier.arrive(turns[1 - MEMBER].index(0), count=1)
             weight = step_weight(at)
             at = next_step(at, BLOCK)
@@ -287,21 +278,17 @@ def compute(
             together()
             mbarrier.arrive(k_free.index(here), count=1)
             exact, maximum, decay = weighed(scores, maximum, weight, scale2, True)
-            p = gl.convert_layout(exact.to(dtype), gl.DotOperandLayout(0, VALUES, 2), assert_trivial=True)
+            p = gl.convert_layout(exact.to(dtype), gl.DotOperandLayout(0, SCORES, 2), assert_trivial=True)
             total = summed(exact)
-            values = gl.zeros([M, BLOCK_D], gl.float32, VALUES)
+            values = no_sums(M, columns)
             if STAGED >= 2:
-                before = decay * gl.load(s_total + s_row, mask=slot >= 0, other=0.0)
-                before = gl.convert_layout(before, gl.SliceLayout(1, total.type.layout))
-                one = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, total.type.layout)), 0) == 0
-                total += gl.where(one, gl.expand_dims(before, 1), 0.0)
-                slot = gl.convert_layout(slot, gl.SliceLayout(1, COPIED))
-                none = gl.zeros([M], gl.int32, gl.SliceLayout(1, COPIED))
-                s_cells, staged = outer_cells(s_values, values_strides, batch, head, slot, none, columns, D)
-                values = by_row(gl.convert_layout(gl.load(s_cells, mask=staged, other=0.0), VALUES), decay)
-                step = in_order(step)
+                own = copied_outer(outer, place, count, M, 1, columns)
+                before, values = resumed(total, results, batch, head, slot, s_row, own, columns, D)
+                total += before * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout)), 1)
+                values = [x * by_row(decay, x) for x in values]
                 # Lest ptxas scale them in the loop, where products would wait for that.
-                values, p = warpgroup_mma_wait(0, [values, p])
+                step = in_order(step)
+                values, p = wait_for(0, values, p)
             step += 1
 
             nowhere = gl.zeros([M], gl.int32, OWN)
@@ -319,35 +306,16 @@ def compute(
                 MEMBER, True,
             )  # fmt: skip
             mbarrier.arrive(q_free.index(0), count=1)
-            wait_for(v_ready, step - 1, RING)
+            until(v_ready, step - 1, RING)
             fence_async_shared()
-            values = warpgroup_mma(p, v_ring.index((step - 1) % RING), values)
+            values = add_rows(values, p, v_ring, (step - 1) % RING)
+            values, p = wait_for(0, values, p)
             together()
             mbarrier.arrive(v_free.index((step - 1) % RING), count=1)
-
-            place = in_order(place)
-            own, none = outer_rows(outer, place, count, M, 1, gl.SliceLayout(1, COPIED))
-            row, member = outer_rows(outer, place, count, M, 1, OWN)
-            exists = row >= 0
-            whole = gl.convert_layout(gl.sum(total, 1), OWN)
-            if STAGED == 1 or STAGED == 3:
-                own_slots = slots + batch * slot_strides[0] + kv_head * slot_strides[2]
-                slot, s_row = slot_of(own_slots, slot_strides, row_strides, batch, head, row, member)
-                gl.store(s_maximum + s_row, maximum, mask=slot >= 0)
-                gl.store(s_total + s_row, whole, mask=slot >= 0)
-                own_slot = gl.convert_layout(slot, gl.SliceLayout(1, COPIED))
-                s_cells, staged = outer_cells(s_values, values_strides, batch, head, own_slot, none, columns, D)
-                gl.store(s_cells, gl.convert_layout(values, COPIED), mask=staged)
-                exists = exists & (slot < 0)
-                own = gl.where(own_slot < 0, own, -1)
-            if STAGED != 3:  # else all rows of the tile have a slot
-                some = whole > 0
-                whole = gl.where(some, whole, 1.0)
-                values = values / gl.expand_dims(gl.convert_layout(whole, gl.SliceLayout(1, VALUES)), 1)
-                cells, there = outer_cells(out, out_strides, batch, head, own, none, columns, D)
-                gl.store(cells, gl.convert_layout(values.to(dtype), COPIED), mask=there)
-                rounded = gl.where(some, (maximum + gl.log2(whole)) * 0.6931471805599453, float("-inf"))
-                gl.store(lse + row_cells(lse_strides, batch, head, row, member), rounded, mask=exists)
+            finish(
+                values, maximum, total, results, batch, head, kv_head, outer, in_order(place), count, columns,
+                M, 1, D, STAGED,
+            )  # fmt: skip
             turn += 1
         number += 1
         head, batch, place, count, run, full, masked = item_of(told, number, runs)
@@ -359,15 +327,16 @@ def forward_kernel(
     q_strides, k_strides, v_strides, out_strides, lse_strides, slot_strides, row_strides, values_strides,
     tables, order, tiles, steps, runs, outer, index, low, high, key,
     table_strides, num_tiles, tile_width, num_runs, interval_strides, scale2, ticket, sizes,
-    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    INDEXED: gl.constexpr, STAGED: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, INDEXED: gl.constexpr,
+    STAGED: gl.constexpr,
 ):  # fmt: skip
     """As `hopper_forward`'s, for two heads, but with any number of programs. `ticket`: 0; `sizes`: what the grid would be there."""
     dtype: gl.constexpr = k.dtype.element_ty
     facts = gl.allocate_shared_memory(gl.int32, [2 * FACTS, 1], FLAT)
-    queries = gl.allocate_shared_memory(dtype, [2, BLOCK_M, BLOCK_D], operand(BLOCK_M, BLOCK_D, dtype))
-    k_ring = gl.allocate_shared_memory(dtype, [RING, BLOCK_N, BLOCK_D], operand(BLOCK_N, BLOCK_D, dtype))
-    v_ring = gl.allocate_shared_memory(dtype, [RING, BLOCK_N, BLOCK_D], operand(BLOCK_N, BLOCK_D, dtype))
+    columns = columns_of(D)
+    queries = room(dtype, [2, BLOCK_M], columns)
+    k_ring = room(dtype, [RING, BLOCK_N], columns)
+    v_ring = room(dtype, [RING, BLOCK_N], columns)
     key_ring = gl.allocate_shared_memory(gl.int32, [RING, BLOCK_N], FLAT)
     rings = queries, k_ring, v_ring, key_ring
     told = facts, barriers(2, 1), barriers(2, 3)

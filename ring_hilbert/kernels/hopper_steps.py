@@ -3,11 +3,13 @@
 
 A program starts copying the rows of a step two steps before it uses them, wherever they lie, into a ring of `STAGES` buffers in
 shared memory. All loops follow `attend` of `hopper_forward.py`.
+
+Blocks of columns are powers of two. What has the columns of a head is a list of them, its *parts*: heads of 48 are of 32 and 16.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
 from ring_hilbert.kernels import tables
 
@@ -46,6 +48,38 @@ def vectors(warps):
 def operand(rows, dim, dtype):
     """Shared-memory layout of rows for the tensor cores."""
     return gl.NVMMASharedLayout.get_default_for([rows, dim], dtype)
+
+
+@gluon.constexpr_function
+def padded(dim):
+    """The columns in which heads of `dim`, at least 16, are processed: a power of two, or two of them if that is less."""
+    half = 1 << (dim - 1).bit_length() - 1
+    return half + max(16, 1 << (dim - half - 1).bit_length()) if dim > 16 else 16
+
+
+@gluon.constexpr_function
+def whole(part, dim):
+    """Whether all columns of a part of so many exist: of the larger of two, or of a last one that `dim` fills."""
+    return part < dim < 2 * part or dim % part == 0
+
+
+@gluon.jit
+def columns_of(D: gl.constexpr):
+    """The columns of heads of D by parts, the larger one first; some of the last part may not exist."""
+    columns = []
+    for i in gl.static_range(8, 3, -1):
+        if padded(D) & (1 << i):
+            part = gl.arange(0, 1 << i, gl.SliceLayout(0, copied(1 << i, gl.num_warps())))
+            columns = columns + [part + (padded(D) >> (i + 1) << (i + 1))]
+    return columns
+
+
+@gluon.jit
+def room(dtype: gl.constexpr, shape, columns):
+    """Shared memory for rows: `shape` without the columns."""
+    return [
+        gl.allocate_shared_memory(dtype, shape + [x.shape[0]], operand(shape[-1], x.shape[0], dtype)) for x in columns
+    ]
 
 
 @gluon.jit
@@ -110,6 +144,12 @@ def step_rows(at, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr, LAYOUT: gl.
 
 
 @gluon.jit
+def copied_rows(at, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr, columns):
+    """`step_rows` for the copies of each part."""
+    return [step_rows(at, index, BLOCK, INDEXED, gl.SliceLayout(1, x.type.layout.parent)) for x in columns]
+
+
+@gluon.jit
 def seen(place, low, high, SCORES: gl.constexpr):
     """Which of a step's keys, whose `key` numbers lie at `place`, each query sees."""
     keys = gl.expand_dims(place.load(gl.SliceLayout(0, SCORES)), 0)
@@ -134,15 +174,16 @@ def inner_cells(pointer, rows, stride, columns):
 def there(rows, columns, D: gl.constexpr):
     """Which cells exist: those of rows that are not -1, in columns below D."""
     cells = gl.expand_dims(rows >= 0, 1)
-    if columns.shape[0] != D:
+    if not whole(columns.shape[0], D):
         cells = cells & gl.expand_dims(columns < D, 0)
     return cells
 
 
 @gluon.jit
-def send_rows(place, pointer, rows, stride, columns, D: gl.constexpr):
-    """Start copying rows of a tensor; 0 where a row is -1, and from column D on."""
-    send(place, inner_cells(pointer, rows, stride, columns), there(rows, columns, D))
+def send_rows(ring, to, pointer, rows, stride, columns, D: gl.constexpr):
+    """Start copying rows of a tensor to a buffer of a ring; 0 where a row is -1, and from column D on."""
+    for i in gl.static_range(len(columns)):
+        send(ring[i].index(to), inner_cells(pointer, rows[i], stride, columns[i]), there(rows[i], columns[i], D))
 
 
 @gluon.jit
@@ -154,16 +195,15 @@ def begin_keys(
 
     The state is where the walk stands, its rows there, and the weights of the steps sent.
     """
-    BLOCK_D: gl.constexpr = columns.shape[0]
     dtype: gl.constexpr = k.dtype.element_ty
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, BLOCK_D], operand(BLOCK, BLOCK_D, dtype))
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, BLOCK_D], operand(BLOCK, BLOCK_D, dtype))
+    k_ring = room(dtype, [STAGES, BLOCK], columns)
+    v_ring = room(dtype, [STAGES, BLOCK], columns)
     key_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK], FLAT)
-    k += batch * k_strides[0] + kv_head * k_strides[2]
-    v += batch * v_strides[0] + kv_head * v_strides[2]
+    k += gl.multiple_of(batch * k_strides[0] + kv_head * k_strides[2], 8)
+    v += gl.multiple_of(batch * v_strides[0] + kv_head * v_strides[2], 8)
     keys = (k, v, key + batch * interval_strides[1], k_strides[1], v_strides[1], columns), (k_ring, v_ring, key_ring)
     at = walk_from(run)
-    walk = at, step_rows(at, index, BLOCK, INDEXED, gl.SliceLayout(1, copied(BLOCK_D, gl.num_warps()))), ()
+    walk = at, copied_rows(at, index, BLOCK, INDEXED, columns), ()
     for i in gl.static_range(AHEAD):
         send_keys(keys, walk, i, full, D)
         walk = walk_on(walk, walk[2], index, BLOCK, INDEXED)
@@ -173,10 +213,9 @@ def begin_keys(
 @gluon.jit
 def walk_on(walk, weights, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
     """The state of a walk after a step, whose weight is appended to `weights`."""
-    LAYOUT: gl.constexpr = walk[1].type.layout
     weights = weights + (step_weight(walk[0]),)
     at = next_step(walk[0], BLOCK)
-    return at, step_rows(at, index, BLOCK, INDEXED, LAYOUT), weights
+    return at, [step_rows(at, index, BLOCK, INDEXED, gl.constexpr(x.type.layout)) for x in walk[1]], weights
 
 
 @gluon.jit
@@ -186,10 +225,10 @@ def send_keys(keys, walk, step, full, D: gl.constexpr):
     k_ring, v_ring, key_ring = keys[1]
     rows = walk[1]
     to = step % STAGES
-    send_rows(k_ring.index(to), k, rows, k_stride, columns, D)
-    send_rows(v_ring.index(to), v, rows, v_stride, columns, D)
+    send_rows(k_ring, to, k, rows, k_stride, columns, D)
+    send_rows(v_ring, to, v, rows, v_stride, columns, D)
     if step >= full:
-        send(key_ring.index(to), key + rows, rows >= 0)
+        send(key_ring.index(to), key + rows[0], rows[0] >= 0)
     async_copy.commit_group()
 
 
@@ -197,13 +236,87 @@ def send_keys(keys, walk, step, full, D: gl.constexpr):
 def outer_cells(pointer, strides, batch, head, rows, members, columns, D: gl.constexpr):
     """Pointers to the outer rows of several heads, and which of these cells exist."""
     offsets = batch * strides[0] + rows.to(gl.int64) * strides[1] + (head + members).to(gl.int64) * strides[2]
+    offsets = gl.multiple_of(offsets, 8)
     return pointer + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0), there(rows, columns, D)
+
+
+@gluon.jit
+def copied_outer(outer, place, count, BLOCK: gl.constexpr, MEMBERS: gl.constexpr, columns):
+    """`outer_rows` for the copies of each part."""
+    return [outer_rows(outer, place, count, BLOCK, MEMBERS, gl.SliceLayout(1, x.type.layout.parent)) for x in columns]
+
+
+@gluon.jit
+def send_outer(to, pointer, strides, batch, head, own, columns, D: gl.constexpr):
+    """Start copying the outer rows of several heads."""
+    for i in gl.static_range(len(columns)):
+        send(to[i], *outer_cells(pointer, strides, batch, head, *own[i], columns[i], D))
+
+
+@gluon.jit
+def load_outer(pointer, strides, batch, head, own, columns, D: gl.constexpr):
+    """The outer rows of several heads, as accumulators; 0 where a row is -1."""
+    loaded = []
+    for i in gl.static_range(len(columns)):
+        cells, exist = outer_cells(pointer, strides, batch, head, *own[i], columns[i], D)
+        x = gl.load(cells, mask=exist, other=0.0)
+        loaded = loaded + [gl.convert_layout(x, products(x.shape[1], gl.num_warps()))]
+    return loaded
+
+
+@gluon.jit
+def store_outer(pointer, strides, batch, head, own, values, columns, D: gl.constexpr):
+    """Write the outer rows of several heads that are not -1."""
+    for i in gl.static_range(len(columns)):
+        x = gl.convert_layout(values[i].to(pointer.dtype.element_ty), columns[i].type.layout.parent)
+        cells, exist = outer_cells(pointer, strides, batch, head, *own[i], columns[i], D)
+        gl.store(cells, x, mask=exist)
+
+
+@gluon.jit
+def not_staged(own, slots):
+    """`own` with -1 for rows that have a slot."""
+    rest = []
+    for i in gl.static_range(len(own)):
+        rest = rest + [(gl.where(slots[i][0] < 0, own[i][0], -1), own[i][1])]
+    return rest
 
 
 @gluon.jit
 def row_cells(strides, batch, head, rows, members):
     """Offsets of the per-row terms of the outer rows of several heads."""
     return batch * strides[0] + rows.to(gl.int64) * strides[1] + (head + members).to(gl.int64) * strides[2]
+
+
+@gluon.jit
+def no_sums(M: gl.constexpr, columns):
+    """Accumulators `[M, columns]` of 0."""
+    return [gl.zeros([M, x.shape[0]], gl.float32, products(x.shape[0], gl.num_warps())) for x in columns]
+
+
+@gluon.jit
+def dots(outer, ring, slot, zeros):
+    """The products of outer rows with the rows in a buffer of a ring, in flight."""
+    sums = warpgroup_mma(outer[0], ring[0].index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    for i in gl.static_range(1, len(outer)):
+        sums = warpgroup_mma(outer[i], ring[i].index(slot).permute((1, 0)), sums, is_async=True)
+    return sums
+
+
+@gluon.jit
+def add_rows(sums, weights, ring, slot):
+    """`sums` and the rows in a buffer of a ring, weighted by `weights [M, rows]`; a product in flight for each part."""
+    added = []
+    for i in gl.static_range(len(sums)):
+        added = added + [warpgroup_mma(weights, ring[i].index(slot), sums[i], is_async=True)]
+    return added
+
+
+@gluon.jit
+def wait_for(left: gl.constexpr, sums, kept):
+    """Sums in flight, done once at most `left` products are, and `kept`, which stays where it is until then."""
+    done = warpgroup_mma_wait(left, sums + [kept])
+    return done[:-1], done[-1]
 
 
 @gluon.jit

@@ -251,11 +251,10 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: Tile) -> tupl
 
 
 def _rows_of(x: Tensor, tile: Tile | None = None) -> Tensor:
-    """`x [B, S, H, D]` with contiguous rows for copies of 16 bytes; with Gluon, they are at 32-bit offsets in multiples of 16."""
-    gluon = tile is not None and tile.gluon
+    """`x [B, S, H, D]` with contiguous rows for copies of 16 bytes; with Gluon, they are at 32-bit offsets in units of 8."""
     batch, row, head, column = x.stride()
-    whole = column == 1 and not (batch | row | head) % (16 if gluon else 8)
-    if gluon:
+    whole = column == 1 and not (batch | row | head) % 8
+    if tile is not None and tile.gluon:
         whole &= x.data_ptr() % 16 == 0 and x.shape[1] * row < 8 * 2**32
     return x if whole else x.contiguous()
 
@@ -293,13 +292,13 @@ def _constants(
     """What kernels are compiled for; `members`: of a kernel that processes so many heads together."""
     alone = tile.gluon and members == 1
     limit = {"maxnreg": tile.registers} if tile.registers and torch.version.hip is None and not alone else {}
-    shared = {"GROUP": group, "D": dim, "BLOCK_D": padded_head_dim(dim), "INDEXED": indexed}
+    shared = {"GROUP": group, "D": dim, "INDEXED": indexed}
     if tile.gluon:
         assert not segments
         more = {} if members is None else {"MEMBERS": members}
         return {**shared, **more, "num_warps": tile.warps * (members or 1), **limit}
     return {
-        **shared, "SEGMENTS": segments, "PRECISION": precision,
+        **shared, "BLOCK_D": padded_head_dim(dim), "SEGMENTS": segments, "PRECISION": precision,
         "num_warps": tile.warps, "num_stages": tile.stages, **limit,
     }  # fmt: skip
 

@@ -63,16 +63,22 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
     (0, 128, 4): ((Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),), (Tile(32, 32, 4, 1),)),
     (0, 256, 4): ((Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),)),
 }  # fmt: skip
-# For compute capability 9.0 and head dims that are multiples of 16: padded head dim and bytes of an element. They replace those
-# above for walks whose masks do not compare segments; `PAIRED` replaces forward's where kv heads have an even number of heads.
+# For compute capability 9.0, by the largest head dim, from 24 on: tiles of forward, dQ, dK and dV; of two, the second is for
+# rows in a list. They replace those above for walks whose masks do not compare segments.
 # Two are kept because they are faster, although the assembler makes dQ's matrix products of heads of 64 wait for one another, and
 # dK and dV of heads of 128 spill up to 24 bytes. Backward of the 1B ladder, with them on an H200 and with tiles free of both on an
 # H100: 23.3 and 25.4 ms with heads of 64, 24.1 and 27.2 with heads of 128; forward took 9.3 and 9.5, 8.9 and 9.0 there.
-HOPPER: dict[tuple[int, int], tuple[Tile, Tile, Tile]] = {
-    (64, 2): (Tile(64, 64, 4, 4, 128, gluon=True), Tile(64, 64, 4, 4, 128, gluon=True), Tile(64, 64, 4, 4, gluon=True)),
-    (128, 2): (Tile(64, 64, 4, 4, gluon=True), Tile(64, 64, 4, 4, gluon=True), Tile(64, 32, 4, 4, gluon=True)),
+# Of dK and dV of heads of 128, 64 and 128 rows took 15.0 and 14.0 ms in curve order, 7.9 and 9.1 on the raster x2 ladder (H100).
+_SMALL = Tile(64, 64, 4, 4, gluon=True)
+_LIMITED = _SMALL._replace(registers=128)
+HOPPER: dict[int, tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
+    32: ((_LIMITED,), (_SMALL,), (_SMALL,)),
+    64: ((_LIMITED,), (_LIMITED,), (_SMALL,)),
+    96: ((_SMALL,), (_SMALL,), (Tile(64, 32, 4, 4, gluon=True),)),
+    128: ((_SMALL,), (_SMALL,), (Tile(64, 32, 4, 4, gluon=True), Tile(128, 64, 8, 4, gluon=True))),
 }
-PAIRED: dict[tuple[int, int], Tile] = {(128, 2): Tile(64, 128, 4, 2, gluon=True, specialized=True)}
+# Forward's, if kv heads have an even number of query heads.
+PAIRED = {128: Tile(64, 128, 4, 2, gluon=True, specialized=True)}
 INTERPRETER = Tile(32, 32, 1, 1)  # wherever there is no GPU
 
 
@@ -104,12 +110,12 @@ def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype, g
     for (least, dim, size), passes in TILES.items():
         if capability >= least and padded_head_dim(head_dim) <= dim and dtype.itemsize == size:
             tiles = passes[PASSES.index(pass_)]
-            kind = padded_head_dim(head_dim), size
-            if capability // 10 == 9 and head_dim % 16 == 0 and kind in HOPPER and has_gluon():
-                tile = HOPPER[kind][PASSES.index(pass_)]
-                if pass_ == "forward" and group % 2 == 0:
-                    tile = PAIRED.get(kind, tile)
-                return (*(tile,) * 2, *tiles[2:])
+            kind = next((most for most in HOPPER if 16 < head_dim <= most), None) if size == 2 and has_gluon() else None
+            if capability // 10 == 9 and kind is not None:
+                own = HOPPER[kind][PASSES.index(pass_)]
+                if pass_ == "forward" and group % 2 == 0 and kind in PAIRED:
+                    own = (PAIRED[kind],)
+                return own[0], own[-1], *tiles[2:]
             return tiles
     raise ValueError(
         f"the Triton kernels have no tiles for head dim {head_dim} in {dtype}; at most 256, fp16, bf16 or fp32"
@@ -127,7 +133,17 @@ def device_tiles(
 
 
 def plan_tile(tiles: tuple[Tile, ...], plan: Callable[[Tile], Walk]) -> tuple[Tile, Walk]:
-    """The tile of a walk, and the walk that `plan` makes for it."""
+    """The tile of a walk, and the walk that `plan` makes for it.
+
+    Raises:
+        ValueError: for a Gluon tile if some tiles of the walk lie in several segments.
+    """
     walk = plan(tiles[0])
     tile = tiles[min(demand(walk), len(tiles) - 1)]
-    return tile, walk if tile == tiles[0] else plan(tile)
+    walk = walk if tile == tiles[0] else plan(tile)
+    if tile.gluon and walk.segments:
+        raise ValueError(
+            f"tiles={tile}: some tiles of {tile.block_outer} rows lie in several segments, which the masks of Gluon kernels do "
+            "not compare; use fewer rows (block_outer), or gluon=False"
+        )
+    return tile, walk

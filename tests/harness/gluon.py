@@ -26,7 +26,7 @@ PATIENCE = 60.0  # seconds at a barrier, then it is a deadlock
 class Values(np.ndarray):
     """A tensor or a scalar in registers."""
 
-    type = types.SimpleNamespace(layout=None)
+    type = types.SimpleNamespace(layout=types.SimpleNamespace(parent=None))
 
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
         return values(array)
@@ -307,13 +307,18 @@ def _language() -> types.ModuleType:
         arange=lambda start, stop, layout: values(np.arange(start, stop, dtype=np.int32)),
         full=lambda shape, value, dtype, layout: values(np.full(shape, value, dtype)),
         zeros=lambda shape, dtype, layout: values(np.zeros(shape, dtype)),
-        convert_layout=lambda x, layout, assert_trivial=False: x,
+        convert_layout=lambda x, layout, assert_trivial=False: x, multiple_of=_multiple_of,
     )  # fmt: skip
     return made
 
 
 def _elementwise(function: Callable[..., Any]) -> Callable[..., Values]:
     return lambda *args: values(function(*args))
+
+
+def _multiple_of(x: Any, of: int) -> Any:
+    assert not np.any(x % of), "not a multiple"
+    return x
 
 
 def _on_array(function: Callable[..., Any]) -> Callable[..., Values]:

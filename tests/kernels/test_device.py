@@ -154,7 +154,7 @@ KINDS = {
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "head_dim"), [*((torch.bfloat16, dim) for dim in (24, 48, 64, 96, 128)), (torch.float16, 64)]
+    ("dtype", "head_dim"), [*((torch.bfloat16, dim) for dim in (24, 40, 48, 64, 96, 128)), (torch.float16, 64)]
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_are_as_good_as_eager(kind: str, dtype: torch.dtype, head_dim: int, causal: bool):
@@ -174,7 +174,7 @@ def test_kernels_are_as_good_as_eager(kind: str, dtype: torch.dtype, head_dim: i
         assert x.mean_error <= 1.5 * x.eager_mean_error + bit, f"{name}: {x}"
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [24, 48, 64, 128])
 @pytest.mark.parametrize("order", [None, HILBERT])
 def test_a_hundred_runs_are_equal_to_the_bit(order: rh.TokenOrder | None, head_dim: int):
     generator = torch.Generator("cuda").manual_seed(0)
@@ -186,7 +186,7 @@ def test_a_hundred_runs_are_equal_to_the_bit(order: rh.TokenOrder | None, head_d
         assert all(map(torch.equal, first, attend(x, prepared)))
 
 
-@pytest.mark.parametrize("head_dim", [48, 64, 128])
+@pytest.mark.parametrize("head_dim", [24, 40, 48, 64, 96, 128])
 @pytest.mark.parametrize("order", [None, HILBERT])
 def test_staged_rows_continue(order: rh.TokenOrder | None, head_dim: int):
     """Rows that a launch leaves, one passes on and one finishes are those of three times the keys; the others of one pass."""

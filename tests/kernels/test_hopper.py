@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ring_hilbert as rh
-from ring_hilbert.kernels.tiles import Tile
+from ring_hilbert.kernels.tiles import PASSES, Tile, tiles_for
 from ring_hilbert.ops.core import Shard
 from ring_hilbert.ops.triton_core import TritonCore
 from ring_hilbert.ops.visible import Visible
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU tensor
 TILE = Tile(64, 64, 4, 4, gluon=True)
 SPECIALIZED = Tile(64, 128, 4, 2, gluon=True, specialized=True)
 LADDER = rh.DilatedPattern((128, 256, None), (1, 2, 4), head_shift=1)
+SHORT = rh.DilatedPattern((64, None), (1, 2))
 CASES = {
     "ladder": Case(LADDER, 256, heads=4, kv_heads=2, head_dim=16),
     "ragged documents in curve order": Case(
@@ -32,6 +33,10 @@ CASES = {
         order=rh.TokenOrder("hilbert", block=128),
     ),
     "padding of two sequences": Case(LADDER, 256, batch=2, head_dim=32, positions="per-batch", documents="padding"),
+    "three heads of 24": Case(SHORT, 128, heads=3, kv_heads=3, head_dim=24, documents="shared"),
+    "heads of 40": Case(SHORT, 128, heads=2, kv_heads=1, head_dim=40, documents="padding"),
+    "heads of 96": Case(SHORT, 128, heads=2, head_dim=96, order=rh.TokenOrder("hilbert", block=64)),
+    "heads of 104": Case(rh.DilatedPattern((None,), (2,)), 130, heads=2, head_dim=104),
     "not causal": Case(rh.DilatedPattern((None,), (1,)), 150, heads=2, kv_heads=1, head_dim=64, causal=False),
 }  # fmt: skip
 
@@ -52,20 +57,23 @@ def test_warps_that_copy_and_warps_that_compute(name: str, monkeypatch: pytest.M
     check(answer(case, torch.float16, SPECIALIZED), case, torch.float16)
 
 
-@pytest.mark.parametrize("tile", [TILE, SPECIALIZED], ids=["together", "specialized"])
-def test_rows_that_launches_share(tile: Tile, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("tile", "head_dim"), [(TILE, 16), (TILE, 40), (SPECIALIZED, 16)], ids=["16", "40", "specialized"]
+)
+def test_rows_that_launches_share(tile: Tile, head_dim: int, monkeypatch: pytest.MonkeyPatch):
     """Left, passed on and finished as the Triton kernels do."""
     from ring_hilbert.kernels import launch
 
     in_numpy.use(monkeypatch)
-    case, cpu = Case(rh.DilatedPattern((64, None), (1, 2)), 128, heads=2, kv_heads=1, head_dim=16), torch.device("cpu")
+    case = Case(SHORT, 128, heads=2, kv_heads=1, head_dim=head_dim)
+    cpu = torch.device("cpu")
     x = case.tensors(torch.float16)
     q, k, v, rows = x["q"], x["k"], x["v"], case.seq_len
     own = Visible(rows, True).on(cpu)
 
     def results(tile: Tile) -> list[Tensor]:
         tiles = {"forward": tile, "dq": tile, "dkdv": tile}
-        core = TritonCore(case.pattern, 1, Shard((Chunk(0, rows, 0),), rows), own, 16, q.dtype, cpu, tiles=tiles)
+        core = TritonCore(case.pattern, 1, Shard((Chunk(0, rows, 0),), rows), own, head_dim, q.dtype, cpu, tiles=tiles)
         shared = torch.arange(rows) % 3 == 0
         places = torch.where(shared, shared.cumsum(0) - 1, -1).int().expand(1, 1, rows).contiguous()
         found = list[Tensor]()
@@ -84,6 +92,24 @@ def test_rows_that_launches_share(tile: Tile, monkeypatch: pytest.MonkeyPatch):
 
     for ours, theirs in zip(results(tile), results(Tile(64, 64, 4, 1)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+
+
+def test_head_dims_that_have_tiles():
+    """All multiples of 8 above 16, for walks whose masks do not compare segments; others keep Triton's."""
+    for head_dim in range(8, 257, 8):
+        for pass_ in PASSES:
+            gluon = [tile.gluon for tile in tiles_for(pass_, 90, head_dim, torch.bfloat16)]
+            assert gluon[:2] == [16 < head_dim <= 128] * len(gluon[:2]) and not any(gluon[2:])
+
+
+def test_tiles_in_several_segments_are_refused():
+    """Their masks would have to compare segments."""
+    rows, cpu = 1000, torch.device("cpu")
+    own, shard = Visible(rows, True).on(cpu), Shard((Chunk(0, rows, 0),), rows)
+    tiles = dict.fromkeys(PASSES, TILE)
+    core = TritonCore(rh.DilatedPattern((24, 96), (1, 2)), 1, shard, own, 16, torch.float16, cpu, tiles=tiles)
+    with pytest.raises(ValueError, match=r"block_outer=64.* lie in several segments.*use fewer rows"):
+        core.schedule("forward")
 
 
 def test_what_is_in_flight_is_not_used(monkeypatch: pytest.MonkeyPatch):

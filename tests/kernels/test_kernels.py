@@ -447,7 +447,7 @@ def test_compiles_ahead_of_time_for_hopper():
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_ahead_of_time(capability: int):
-    dims = (48, 64, 96, 128) if capability == 90 else (64, 128)
+    dims = (24, 40, 48, 64, 96, 128) if capability == 90 else (64, 128)
     rows = compile_rows(f"({capability},)", str(dims), "torch.bfloat16")
     assert len(rows) == len(dims) * 3 * len(kernels_aot.VARIANTS)
     for row in rows:
