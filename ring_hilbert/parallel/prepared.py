@@ -67,7 +67,7 @@ class Prepared:
         rows: int64 `[1 or B, S_local]`, on the device of the batch: the natural token index of every local row.
         position_ids: int64 `[B, S_local]`, those that `shard_batch` returned, or None; integrations check that the model was given
             them.
-        position_ids_checked: the tensor of which that was found, so that the layers after the first need not compare it again.
+        position_ids_checked: the tensor last found to be these, which the layers after the first need not compare again.
         attended: set by integrations when they give this to the operator; see `used`.
         handle: int64 `[]` on the CPU, by which compiled graphs and autograd refer to this metadata and keep it alive. So
             nobody needs to keep this object until backward, except compiled code under hooks that save copies of tensors
@@ -90,7 +90,7 @@ class Prepared:
         self.layout, self.rank, self.group, self.visible = layout, rank, group, visible
         self.order, self.strategy, self.save_remote = order, strategy, save_remote
         self.position_ids = position_ids
-        self.position_ids_checked: Tensor | bool | None = False  # none yet
+        self.position_ids_checked: Tensor | None = None
         self.attended = False
         self.rows = torch.from_numpy(layout.rows(rank))[None] if rows is None else rows
         self._executions: dict[_Key, Execution | Ulysses] = {}
