@@ -56,7 +56,10 @@ def _number_layers(
     if getattr(config, NAME, None) is None:
         return
     refusals.check_model(model)
-    model.register_forward_hook(partial(refusals.check_rows, refusals.offset_positions(model)), with_kwargs=True)
+    model.register_forward_pre_hook(
+        partial(refusals.before_forward, refusals.offset_positions(model)), with_kwargs=True
+    )
+    model.register_forward_hook(refusals.after_forward, with_kwargs=True)
     for module in model.modules():
         number = getattr(module, "layer_idx", None)
         if isinstance(number, int) and getattr(getattr(module, "config", None), NAME, None) is not None:

@@ -62,10 +62,8 @@ def offset_positions(model: nn.Module) -> str | None:
     return None
 
 
-def check_rows(
-    offset: str | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    """Runs behind a model's forward: sharded rows must have their positions, and have met in our attention."""
+def before_forward(offset: str | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook: a model with `offset_positions` would give sharded rows those of other tokens."""
     prepared = kwargs.get(NAME)
     if prepared is None:
         return
@@ -74,7 +72,14 @@ def check_rows(
             f"{type(model).__name__} counts positions from padding_idx + 1 on ({offset}), and the position_ids of shard_batch from "
             "0; use a model that counts from 0, or one device without ring_hilbert="
         )
-    if not torch.compiler.is_compiling() and not prepared.used:
+    if not torch.compiler.is_compiling():
+        prepared.attended = False
+
+
+def after_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """A hook: sharded rows must have met in our attention, of this model too where they have in another."""
+    prepared = kwargs.get(NAME)
+    if prepared is not None and not torch.compiler.is_compiling() and not prepared.attended:
         raise ValueError(
             f"no attention layer of {type(model).__name__} was given the ring_hilbert= of the model call: its layers drop keyword "
             "arguments, or have attention of their own or none"
