@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ring_hilbert.checkpointing import checkpoint_contexts, selective_contexts
 from ring_hilbert.integrations.transformers import ROWS_ALONE
@@ -51,6 +53,7 @@ def model_config(config: RunConfig) -> PretrainedConfig:
             longest = max(hf_config.max_position_embeddings, config.data.seq_len)
             changed = hf_config.to_dict() | {"max_position_embeddings": longest} | changes
             hf_config = type(hf_config).from_dict(changed)
+            generation_settings(config)  # now, not when the trained model is exported
         else:
             assert config.model.config is not None  # checked by RunConfig
             keys = {
@@ -69,6 +72,23 @@ def model_config(config: RunConfig) -> PretrainedConfig:
         raise ValueError(f"model: {LOCAL_ROPE.format(kind)} (model.changes.rope_parameters), or parallel.sp=1")
     hf_config.ring_hilbert = config.attention.to_mapping()
     return hf_config
+
+
+def generation_settings(config: RunConfig) -> dict[str, Any]:
+    """How the model in model.path generates by default, its `generation_config.json`; empty without one.
+
+    It may name more tokens that end a text than the configuration does.
+
+    Raises:
+        ValueError: if the file is not a JSON object.
+    """
+    file = None if config.model.path is None else Path(config.model.path) / GENERATION_CONFIG_NAME
+    if file is None or not file.is_file():
+        return {}
+    try:
+        return {**json.loads(file.read_text())}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not a JSON object: {error}; mend it, or take it out of the folder") from error
 
 
 def vocab_size(hf_config: PretrainedConfig) -> int:
