@@ -26,7 +26,6 @@ from ring_hilbert.training.fitting import Fitted, out_of_memory, planned, settle
 from ring_hilbert.training.metrics import Metrics, check_log, peak_memory, read_metrics
 from ring_hilbert.training.model import build_skeleton, check_model, model_config, vocab_size
 from ring_hilbert.training.packing import describe
-from ring_hilbert.training.plots import plot_loss, plot_loss_by_position
 from ring_hilbert.training.prepare import cache_folder
 from ring_hilbert.training.prepared import with_prepared
 from ring_hilbert.training.probe import probe
@@ -309,6 +308,8 @@ class Run:
         return Summary(self.progress, None if evaluation is None else evaluation.loss, unigram, folder)
 
     def _draw(self, metrics: Metrics, evaluation: Evaluation | None, unigram: float | None) -> None:
+        from ring_hilbert.training.plots import plot_loss, plot_loss_by_position  # Matplotlib: on one rank, at the end
+
         logs = Path(self.config.log.dir)
         plot_loss(read_metrics(metrics.path), unigram, logs / "loss.png")
         if evaluation is not None:

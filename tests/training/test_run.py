@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,13 @@ def test_continues_from_an_exported_model(tmp_path: Path, texts: Path) -> None:
     (first.model / "generation_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"model: .*generation_config.json is not a JSON object"):
         model_config(tiny_config(texts, model=model))
+
+
+def test_what_draws_at_the_end_is_missed_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"plots of a run need Matplotlib, .*: pip install 'ring_hilbert\[train\]'"):
+        pretrain(tiny_config(tmp_path, **in_folder(tmp_path)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_is_not_continued_on_the_ids_of_another_tokenizer(tmp_path: Path) -> None:
