@@ -145,6 +145,7 @@ def test_the_triton_core_visits_pairs_as_often_as_they_count(case: Case, sizes: 
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)  # the interpreter takes seconds for an example
 @given(counting_cases(max_length=120), blocks)
 @settings(max_examples=300, deadline=None)
 def test_the_triton_core_visits_pairs_as_often_as_they_count_at_length(case: Case, sizes: tuple[int, int]):
