@@ -46,9 +46,8 @@ from ring_hilbert.ops.visible import Visible
 from ring_hilbert.ops.visits import Chunk
 
 Record = dict[str, Any]
-DILATED_ROWS = (
-    131072  # of one head at every dilation: enough for the cost of clearing the rows between them to be negligible
-)
+# Of one head at every dilation: enough for the cost of clearing the rows between them to be negligible.
+DILATED_ROWS = 131072
 PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4}  # matrix products of a pass per block
 CANDIDATES = {
     "forward": [

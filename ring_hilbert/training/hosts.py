@@ -57,9 +57,8 @@ def is_local(host: str, port: int = 0) -> bool:
     for family, kind, protocol, _, target in _resolved(host):
         with socket.socket(family, kind, protocol) as probe:
             try:
-                probe.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-                )  # a process that has just ended does not listen
+                # A process that has just ended does not listen.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((target[0], port))
                 return True
             except OSError:

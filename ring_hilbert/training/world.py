@@ -159,9 +159,8 @@ def process_group(device: torch.device, timeouts: TimeoutsConfig) -> Iterator[No
     try:
         yield
     except BaseException:
-        leave = (
-            dist.get_world_size() == 1
-        )  # others may be waiting in a collective, which the end of this process aborts
+        # Others may be waiting in a collective, which the end of this process aborts.
+        leave = dist.get_world_size() == 1
         raise
     finally:
         if leave:

@@ -178,9 +178,8 @@ def test_rope_is_changed_as_said_or_not_at_all(tmp_path: Path, changes: dict[str
     else:
         with pytest.raises(ValueError, match=message):
             model_config(config)
-    assert (
-        config.model.changes == changes
-    )  # nor does it write into the configuration, of which checkpoints keep a digest
+    # Nor does it write into the configuration, of which checkpoints keep a digest.
+    assert config.model.changes == changes
 
 
 def test_rope_of_a_new_model_is_not_misspelt(tmp_path: Path) -> None:
