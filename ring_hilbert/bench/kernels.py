@@ -130,12 +130,6 @@ def rows(chosen: argparse.Namespace, device: torch.device, _group: object = None
     return (row for problem, name in problems for row in (_tune if chosen.tune else _measure)(problem, name, chosen))
 
 
-def report(records: list[Record], _chosen: argparse.Namespace) -> None:
-    """Print a line for each record."""
-    for record in records:
-        print("  ".join(f"{name} {value}" for name, value in record.items()))
-
-
 def patterns(length: int) -> Iterator[tuple[str, rh.DilatedPattern]]:
     """The patterns timed at every length: dense, five branches, and the ladder of the shipped 1B configuration."""
     if length <= 32768:

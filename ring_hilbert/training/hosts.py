@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hosts of a run: which one this is, which device a rank takes, which interface leads to the first host, and how the ranks meet.
+"""The hosts of a run: which this is, which device a rank takes, which interface leads to the first host, and how the ranks meet.
 
 As a command for launchers: `python -m ring_hilbert.training.hosts 10.0.0.1 29400 [eth0]` prints this host's address and
 interface towards 10.0.0.1 (or of eth0), whether the ranks should meet here, at port 29400 (1 or 0), and the number of CUDA devices.
