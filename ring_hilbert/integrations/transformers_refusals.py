@@ -63,7 +63,7 @@ def offset_positions(model: nn.Module) -> str | None:
 
 
 def before_forward(offset: str | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A hook: a model with `offset_positions` would give sharded rows those of other tokens."""
+    """A hook: a model with `offset_positions` would give sharded rows those of other tokens. See also `after_forward`."""
     prepared = kwargs.get(NAME)
     if prepared is None:
         return
