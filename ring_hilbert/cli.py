@@ -36,9 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="ring-hilbert", description="Exact sequence-parallel dilated attention in space-filling-curve order."
     )
-    parser.add_argument(
-        "--local_rank", "--local-rank", help=argparse.SUPPRESS
-    )  # of DeepSpeed's launcher, which sets LOCAL_RANK too
+    # Of DeepSpeed's launcher, which sets LOCAL_RANK too.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="<command>")
     for add in COMMANDS:
         add(commands)

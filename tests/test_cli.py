@@ -166,9 +166,8 @@ def test_bench_wire(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
 def test_pretrain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Overrides count; the end prints held-out loss, unigram loss and their ratio."""
     path = config_file(tmp_path)
-    assert (
-        main(["--local_rank=0", "pretrain", "--config", str(path), "train.steps=3"]) == 0
-    )  # as DeepSpeed's launcher calls it
+    # As DeepSpeed's launcher calls it.
+    assert main(["--local_rank=0", "pretrain", "--config", str(path), "train.steps=3"]) == 0
     assert read_metrics(tmp_path / "logs" / "metrics.jsonl")[-1]["step"] == 3
     printed = capsys.readouterr().out
     assert "final held-out loss" in printed

@@ -28,7 +28,7 @@ import ring_hilbert as rh
 from ring_hilbert.ops.triton_core import unsupported
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.wire import collective, communicator
-from ring_hilbert.training.hosts import groups_across, identity, join, local_address
+from ring_hilbert.training.hosts import groups_across, identity, join, local_address, rank_device
 
 PATTERN = rh.DilatedPattern((96, 333, None), (1, 3, 7), head_shift=1, segment_shift=13)
 LADDER = rh.DilatedPattern((128, 256, None), (1, 2, 4))
@@ -62,7 +62,7 @@ def check(timeout: float) -> tuple[Page, bool]:
         ValueError: if this rank has no device of its own, or the ranks do not find each other.
         RuntimeError: if a rank died or stalled, or a collective failed; names it.
     """
-    device = _device()
+    device = rank_device()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     page = Page()
     if world > 1:
@@ -79,19 +79,6 @@ def check(timeout: float) -> tuple[Page, bool]:
     finally:
         if group is not None:
             dist.destroy_process_group()
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= count:
-        raise ValueError(
-            f"local rank {local} has no CUDA device of its own: this host has {count}; start {count} ranks per host, or hide "
-            "the devices with CUDA_VISIBLE_DEVICES= to check the CPU"
-        )
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
 
 
 def _everybody(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:

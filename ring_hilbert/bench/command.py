@@ -43,7 +43,7 @@ def no_options(parser: argparse.ArgumentParser) -> None:
 def print_rows(records: list[Record], _chosen: argparse.Namespace) -> None:
     """Print one record per line."""
     for record in records:
-        print("  ".join(f"{value}" for value in record.values()))
+        print("  ".join(f"{name} {value}" for name, value in record.items()))
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,8 @@ MEASUREMENTS = {
         kernels.__doc__,
         kernels.rows,
         kernels.add_options,
-        kernels.report,
-        kernels.draw,
-        kernels.file,
+        draw=kernels.draw,
+        file=kernels.file,
     ),
 }
 

@@ -111,16 +111,9 @@ def _records(
 def report(records: list[dict[str, Any]], _chosen: argparse.Namespace) -> None:
     """A table."""
     names = (
-        "geometry",
-        "rate",
-        "curve",
-        "distance_within",
-        "distance_to_kept",
-        "crossing_rows",
-        "blocks",
-        "masked_blocks",
+        "geometry", "rate", "curve", "distance_within", "distance_to_kept", "crossing_rows", "blocks", "masked_blocks",
         "of_raster",
-    )
+    )  # fmt: skip
     print("".join(f"{name:>18}" for name in names))
     for record in records:
         print("".join(f"{record[name]:>18}" for name in names))

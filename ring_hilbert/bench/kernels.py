@@ -46,9 +46,8 @@ from ring_hilbert.ops.visible import Visible
 from ring_hilbert.ops.visits import Chunk
 
 Record = dict[str, Any]
-DILATED_ROWS = (
-    131072  # of one head at every dilation: enough for the cost of clearing the rows between them to be negligible
-)
+# Of one head at every dilation: enough for the cost of clearing the rows between them to be negligible.
+DILATED_ROWS = 131072
 PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4}  # matrix products of a pass per block
 CANDIDATES = {
     "forward": [
@@ -129,12 +128,6 @@ def rows(chosen: argparse.Namespace, device: torch.device, _group: object = None
         return kernels_shipped.rows(chosen, device)
     problems = _problems(chosen, dtype, device)
     return (row for problem, name in problems for row in (_tune if chosen.tune else _measure)(problem, name, chosen))
-
-
-def report(records: list[Record], _chosen: argparse.Namespace) -> None:
-    """Print a line for each record."""
-    for record in records:
-        print("  ".join(f"{name} {value}" for name, value in record.items()))
 
 
 def patterns(length: int) -> Iterator[tuple[str, rh.DilatedPattern]]:

@@ -11,7 +11,6 @@ device in natural token order, and a 2-D attention mask or restarting position i
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -22,51 +21,16 @@ from torch import Tensor, nn
 from wrapt import wrap_function_wrapper
 
 from ring_hilbert.attention import dilated_attention
-from ring_hilbert.integrations.transformers_config import (
-    LOCAL_ROPE,
-    MIXING,
-    NAME,
-    layer_rule,
-    layer_types,
-    local_rope,
-    order_of,
-    pattern_of,
-    settings_of,
-)
+from ring_hilbert.integrations import transformers_refusals as refusals
+from ring_hilbert.integrations.transformers_config import NAME, layer_rule, order_of, pattern_of, settings_of
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import LayerPattern
 from ring_hilbert.parallel.prepared import Prepared
 from ring_hilbert.parallel.sharding import prepare_tokens
 
 LAYER = "ring_hilbert_layer"  # an attention layer's number as a tensor, which compiled code takes as data
-ROWS_ALONE = (
-    f"{NAME}_rows_alone"  # refuses what NAME refuses; every row sees only itself: to detect what else mixes rows
-)
-DOCUMENTS = (
-    "position_ids that restart with every document, as DataCollatorWithFlattening() makes them, or rh.shard_batch"
-)
-UNSUPPORTED = {
-    "softcap": "config.attn_logit_softcapping = None",
-    "sliding_window": "config.sliding_window = None (and layer_types all 'full_attention')",
-    "s_aux": "a model without attention sinks",
-    "sinks": "a model without attention sinks",
-    "cu_seq_lens_q": DOCUMENTS,
-    "seq_idx": DOCUMENTS,
-    "position_bias": "a model without relative position bias",
-}
-HARMLESS = {  # keyword arguments of the model call that come this far without a meaning here
-    "cache_position", "cu_seq_lens_k", "deterministic", "document_ids", "labels", "logits_to_keep", "max_length_k", "max_length_q",
-    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "shift_labels",
-    "use_cache",
-}  # fmt: skip
-COMPILED_DOCUMENTS = (
-    "a compiled model takes padding and packed documents by model(**rh.shard_batch(batch)), not by attention_mask or "
-    "restarting position_ids"
-)
-WRONG_POSITIONS = (
-    "position_ids are not those of the sharded rows; pass all that shard_batch returns: model(**rh.shard_batch(...)). "
-    "Without position_ids a model counts from 0 on every rank"
-)
+# Refuses what NAME refuses; every row sees only itself: to detect what else mixes rows.
+ROWS_ALONE = f"{NAME}_rows_alone"
 
 
 def register(module: ModuleType) -> None:
@@ -91,43 +55,15 @@ def _number_layers(
     config: Any = model.config
     if getattr(config, NAME, None) is None:
         return
-    offset = next((name for name, module in model.named_modules() if _has_offset(name, module)), None)
-    model.register_forward_hook(partial(_check_rows, offset), with_kwargs=True)
-    if config._attn_implementation == NAME and not any(
-        hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS") for module in model.modules()
-    ):
-        raise ValueError(
-            f"{type(model).__name__} has attention of its own or none, so that attn_implementation='ring_hilbert' would have no "
-            "effect; use a model whose attention Transformers looks up by name, as Llama, Qwen, Mistral, Gemma and Phi have"
-        )
+    refusals.check_model(model)
+    model.register_forward_pre_hook(
+        partial(refusals.before_forward, refusals.offset_positions(model)), with_kwargs=True
+    )
+    model.register_forward_hook(refusals.after_forward, with_kwargs=True)
     for module in model.modules():
         number = getattr(module, "layer_idx", None)
         if isinstance(number, int) and getattr(getattr(module, "config", None), NAME, None) is not None:
             _number(module)
-
-
-def _has_offset(name: str, module: nn.Module) -> bool:
-    """Whether a module embeds positions as RoBERTa does, which counts them from behind the number of its padding token."""
-    return "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None
-
-
-def _check_rows(
-    offset: str | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    """Runs behind a model's forward: sharded rows must have their positions, and have met in our attention."""
-    prepared = kwargs.get(NAME)
-    if prepared is None:
-        return
-    if offset is not None:
-        raise ValueError(
-            f"{type(model).__name__} counts positions from padding_idx + 1 on ({offset}), and the position_ids of shard_batch from "
-            "0; use a model that counts from 0, or one device without ring_hilbert="
-        )
-    if not torch.compiler.is_compiling() and not prepared.used:
-        raise ValueError(
-            f"no attention layer of {type(model).__name__} was given the ring_hilbert= of the model call: its layers drop keyword "
-            "arguments, or have attention of their own or none"
-        )
 
 
 def _number(module: nn.Module) -> None:
@@ -166,11 +102,7 @@ def attention_mask(
     kind = getattr(mask_function, "__name__", "")  # of the outermost function
     if attention_mask is not None or local_size is not None:  # local layers are refused by themselves
         return attention_mask
-    if use_vmap or kind == "or_mask":
-        raise ValueError(
-            "attn_implementation='ring_hilbert' has no masks of a model's own (here one laid over the causal mask, as for images "
-            "or prefixes); leave out the inputs that it is made for, such as token_type_ids"
-        )
+    refusals.check_mask(kind, use_vmap)
     if cache_position is not None:  # Transformers 5.0
         q_length, device = len(cache_position), cache_position.device
     if kind != "and_mask" or q_length < 2:
@@ -212,30 +144,8 @@ def attention_forward(
         ValueError: for what dilated attention does not support: soft-capping, sliding windows, sinks, dropout in training,
             key-value caches, cross-attention, other masks; and for any other argument, as it may change the attention.
     """
-    for name, given in kwargs.items():
-        if given is not None and name not in HARMLESS:
-            got = list(given.shape) if isinstance(given, Tensor) else repr(given)
-            instead = UNSUPPORTED.get(name, f"a call or a model without it: {type(module).__name__} passes it on")
-            raise ValueError(f"attn_implementation='ring_hilbert' has no {name} (got {got}); use {instead}")
-    if dropout:
-        raise ValueError(
-            f"attn_implementation='ring_hilbert' has no attention dropout (got {dropout}); set config.attention_dropout = 0"
-        )
-    if query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"attn_implementation='ring_hilbert' needs as many query rows as key rows, got {query.shape[2]} and {key.shape[2]}; "
-            "decoding with a key-value cache is not supported: generate(use_cache=False)"
-        )
+    refusals.check_layer(module, query.shape[2], key.shape[2], dropout, kwargs)
     config, number = module.config, getattr(module, LAYER, None)
-    if (
-        getattr(config, "is_encoder_decoder", False)
-        or getattr(module, "is_cross_attention", False)
-        or "CrossAttention" in type(module).__name__
-    ):
-        raise ValueError(
-            f"attn_implementation='ring_hilbert' has no cross-attention, and {type(module).__name__} of a {type(config).__name__} "
-            "may be one; use a decoder-only model"
-        )
     settings = settings_of(config)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     call: dict[str, Any] = {"scale": scaling, "backend": settings.get("backend", "auto")}
@@ -248,18 +158,14 @@ def attention_forward(
             _number(module)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if ring_hilbert is not None:
-        _check_sharded(ring_hilbert, attention_mask, causal, config)
-        v = _only_if(_has_its_positions(ring_hilbert, position_ids), WRONG_POSITIONS, v)
-        if (
-            not torch.compiler.is_compiling()
-        ):  # compiled code neither reads nor writes state that changes within a batch
-            ring_hilbert.position_ids_checked, ring_hilbert.attended = position_ids, True
+        refusals.check_sharded(ring_hilbert, attention_mask, causal, config)
+        v = refusals.with_positions(v, ring_hilbert, position_ids)
         return dilated_attention(q, k, v, **call, prepared=ring_hilbert), None
 
     order, documents = order_of(config), None
     breaks = _breaks(attention_mask, position_ids, q)
     if breaks is not None and torch.compiler.is_compiling():
-        v = _only_if(~breaks.any(), COMPILED_DOCUMENTS, v)
+        v = refusals.only_if(~breaks.any(), refusals.COMPILED_DOCUMENTS, v)
     elif breaks is not None and bool(breaks.any()):
         padding = attention_mask is not None and attention_mask.ndim == 2
         documents = torch.where(breaks, -1, 0) if padding else breaks.cumsum(1)
@@ -303,68 +209,3 @@ def _breaks(mask: Tensor | None, position_ids: Tensor | None, q: Tensor) -> Tens
     if position_ids is None or rows < 2:
         return None
     return position_ids.diff(dim=-1, prepend=position_ids[..., :1] - 1) != 1
-
-
-def _check_sharded(prepared: Prepared, mask: Tensor | None, causal: bool, config: Any) -> None:
-    if mask is not None and mask.ndim != 3:  # local position ids restart anywhere
-        raise ValueError(
-            "with ring_hilbert= the mask belongs in shard_batch({'attention_mask': ...}), not in the model call"
-        )
-    if causal != prepared.causal:
-        raise ValueError(
-            f"the layer is {'' if causal else 'not '}causal but ring_hilbert was prepared with causal={prepared.causal}"
-        )
-    mixing = layer_types(config) & MIXING
-    if mixing:
-        raise ValueError(
-            f"the model's {', '.join(sorted(mixing))} layers mix rows and know neither their order nor documents nor other ranks; "
-            "use a model with attention alone, or one device without ring_hilbert="
-        )
-    kind = local_rope(config) if prepared.layout.world_size > 1 else None
-    if kind is not None:
-        raise ValueError(LOCAL_ROPE.format(kind) + ", or a group of one rank")
-
-
-def _has_its_positions(prepared: Prepared, position_ids: Tensor | None) -> Tensor | bool:
-    """Whether the model was given the position ids of the sharded rows; a tensor if their values must be compared."""
-    expected = prepared.position_ids
-    if position_ids is expected or (
-        not torch.compiler.is_compiling() and position_ids is prepared.position_ids_checked
-    ):
-        return True
-    if expected is not None:
-        return position_ids is not None and (position_ids == expected).all()
-    # From prepare(): only the default that Transformers fills in can be recognised.
-    if prepared.rank == 0 or prepared.local_len < 2 or prepared.visible.has_documents:
-        return True
-    if position_ids is None:
-        return False
-    return (position_ids.flatten()[:2] != torch.arange(2, device=position_ids.device)).any()
-
-
-def _only_if(condition: Tensor | bool, otherwise: str, x: Tensor) -> Tensor:
-    """`x`, or ValueError(`otherwise`). Compiled code cannot branch on a tensor: there the error is raised at run time."""
-    if isinstance(condition, Tensor) and torch.compiler.is_compiling():
-        return _passed(x, condition, otherwise)
-    if not condition:
-        raise ValueError(otherwise)
-    return x
-
-
-@torch.library.custom_op("ring_hilbert::passed", mutates_args=())
-def _passed(x: Tensor, condition: Tensor, otherwise: str) -> Tensor:
-    if not condition:
-        raise ValueError(otherwise)
-    return x.clone()
-
-
-@_passed.register_fake
-def _passed_fake(x: Tensor, condition: Tensor, otherwise: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _passed_gradients(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
-    return dx, None, None
-
-
-_passed.register_autograd(_passed_gradients)

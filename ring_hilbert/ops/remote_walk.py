@@ -14,9 +14,8 @@ from ring_hilbert.kernels.tables import CHUNK, ENDLESS, GAPS, LIST_WIDTH, SPARE,
 from ring_hilbert.kernels.tiles import Tile
 from ring_hilbert.ops.core import RemoteVisit, Shard
 
-Pairs = tuple[
-    np.ndarray, np.ndarray, int
-]  # outer rows, the inner rows that all of them visit, and how often a pair counts
+# Outer rows, the inner rows that all of them visit, and how often a pair counts.
+Pairs = tuple[np.ndarray, np.ndarray, int]
 
 
 def plan_lists(

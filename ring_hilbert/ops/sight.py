@@ -118,9 +118,8 @@ def _parts(key: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Part]:
     entries, segments = max(len(key), len(low)), low.shape[1]
     (low_min, low_max), (high_min, high_max) = (_bounds(x, TILE_QUERIES) for x in (low, high))
     key_min, key_max = _bounds(key, TILE_KEYS)
-    real_min, _ = _bounds(
-        np.where(key == HIDDEN, np.iinfo(np.int64).max, key), TILE_KEYS
-    )  # padding must widen no block
+    # Padding must widen no block.
+    real_min, _ = _bounds(np.where(key == HIDDEN, np.iinfo(np.int64).max, key), TILE_KEYS)
     low_min, low_max, high_min, high_max = (x[..., :, None] for x in (low_min, low_max, high_min, high_max))
     key_min, key_max, real_min = (x[..., None, :] for x in (key_min, key_max, real_min))
     full, empty = (key_min >= low_max) & (key_max <= high_min), (real_min > high_max) | (key_max < low_min)

@@ -23,9 +23,8 @@ from ring_hilbert.ops.nesting import Chain
 from ring_hilbert.ops.visible import changes, first_before, first_behind
 
 FAMILIES = 4  # rows of one depth are visited as at most this many arithmetic progressions, otherwise through a list
-MOST_MORE = (
-    1.25  # cost, in pairs, that tiles of one segment may have relative to tiles of several, to spare masks the segments
-)
+# Cost, in pairs, that tiles of one segment may have relative to tiles of several, to spare masks the segments.
+MOST_MORE = 1.25
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,7 @@ class _RowWalk:
         self.indexed = not (self.unbroken and rises and all(x.progressions(FAMILIES) for x in chains))
 
         self.levels = [self._level(number, w, last) for number, chain in enumerate(chains) for w, _ in chain.branches]
+        self.columns = [0, *itertools.accumulate(x.number + 1 for x in self.levels)]  # of a list's edges, by level
         self.base = [0, *itertools.accumulate(len(chain.branches) for chain in chains)]  # the first level of a chain
         offsets = np.array([o for chain in chains for o in chain.offsets], np.int64)
         self.offsets, table_of_head = np.unique(offsets, axis=1, return_inverse=True)  # [levels, K]
@@ -137,13 +137,12 @@ class _RowWalk:
         inner = torch.cat((inner, inner.new_zeros(SPARE))).to(torch.int32)
         shared = self.indexed and len(self.chains) == 1
         outer = inner if shared else torch.cat((outer, outer.new_zeros(SPARE))).to(torch.int32)
-        columns = [0, *itertools.accumulate(level.number + 1 for level in self.levels)]
         chunks = -(-records[:, :, tables.LIST_COUNT] // self.chunk)
         records[:, :, tables.LIST_CHUNK] = np.cumsum(chunks, axis=1) - chunks
         return Walk(
             self.tables, torch.zeros(self.number, dtype=torch.int32, device=self.device), tiles, self._sent(visits),
             self._sent(records), edges,
-            self._sent(np.array([[c, *x.bounds(self.first)] for c, x in zip(columns, self.levels, strict=False)])),
+            self._sent(np.array([[c, *x.bounds(self.first)] for c, x in zip(self.columns, self.levels, strict=False)])),
             outer, inner if self.indexed else inner[:0], runs, self.chunk, int(chunks.sum(1).max(initial=0)), longest, segments,
             self.indexed, self.block_outer,
         )  # fmt: skip
@@ -287,8 +286,7 @@ class _RowWalk:
     def _records(self, lists: Sequence[_List], outer: Tensor) -> tuple[np.ndarray, Tensor, Tensor, int]:
         """The lists `[K, lists, LIST_WIDTH]`, their edges, the rows of those that are indexed, and the greatest length."""
         records = np.zeros((self.number, len(lists), LIST_WIDTH), np.int64)
-        total = sum(level.number + 1 for level in self.levels)
-        edges = torch.zeros((self.number, len(lists), total), dtype=torch.int32, device=self.device)
+        edges = torch.zeros((self.number, len(lists), self.columns[-1]), dtype=torch.int32, device=self.device)
         rows = [outer] if len(self.chains) == 1 and self.indexed else [outer[:0]]
         taken = len(rows[0])
         for name, x in enumerate(lists):
@@ -323,12 +321,10 @@ class _RowWalk:
 
     def _edges(self, chain: int, table: Tensor, rows: Tensor, edges: Tensor) -> None:
         """Where the segments of a list begin, for every level of its chain."""
-        column = 0
-        for level in self.levels:
+        for column, level in zip(self.columns, self.levels, strict=False):
             if level.chain == chain:
                 held = torch.bincount(table * level.number + level.segment[rows], minlength=self.number * level.number)
                 edges[:, column + 1 : column + 1 + level.number] = held.view(self.number, -1).cumsum(1)
-            column += level.number + 1
 
     def _progression(self, x: _List, records: np.ndarray, edges: Tensor) -> None:
         """A list of rows at equal steps, which no segment restarts."""
@@ -341,8 +337,7 @@ class _RowWalk:
         first = (offset - self.first) % rate
         records[:, tables.LIST_BASE], records[:, tables.LIST_STEP] = first, rate
         records[:, tables.LIST_COUNT] = np.maximum(0, -(-(self.size - first) // rate))
-        column = 0
-        for level in self.levels:
+        for column, level in zip(self.columns, self.levels, strict=False):
             if level.chain == x.chain:
                 starts = np.zeros(level.number + 1, np.int64)
                 starts[-1] = self.size
@@ -350,4 +345,3 @@ class _RowWalk:
                     starts[1:-1] = (self.first // level.length + np.arange(1, level.number)) * level.length - self.first
                 places = np.clip(-(-(starts - first[:, None]) // rate), 0, records[:, tables.LIST_COUNT, None])
                 edges[:, column : column + level.number + 1] = self._sent(places)
-            column += level.number + 1

@@ -222,10 +222,8 @@ _CALL = (
     "SymInt[] heads, bool zero_keys, SymInt[] weights, str counted, bool causal, str curve, SymInt[] sides, float scale, "
     "str backend, str strategy, bool keep, bool return_lse, str name"
 )
-_OPTIONS: dict[str, Any] = {
-    "mutates_args": (),
-    "tags": (torch.Tag.cudagraph_unsafe,),
-}  # collectives; tensors made on first use
+# Unsafe in CUDA graphs: collectives, and tensors made on first use.
+_OPTIONS: dict[str, Any] = {"mutates_args": (), "tags": (torch.Tag.cudagraph_unsafe,)}
 
 
 def _as_given(function: Callable[_Args, _Results]) -> Callable[_Args, _Results]:

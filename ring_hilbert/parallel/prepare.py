@@ -110,9 +110,8 @@ def prepare_call(
     documents = facts.get("document_ids")
     visible = Visible(rows.seq_len, causal, order=order, positions=facts.get("positions"), documents=documents)
     prepared = Prepared(rows, rank, process_group, visible, order=order, strategy=strategy, save_remote=save_remote)
-    late = (
-        documents is not None and documents.device.type != "cpu" and documents.numel()
-    )  # read together with what must be read anyway
+    # Read together with what must be read anyway.
+    late = documents is not None and documents.device.type != "cpu" and documents.numel()
     least = [documents.amin()] if documents is not None and late else []
     for (lowest,) in prepared.find_travel(None, *least):
         check_least_document(lowest)

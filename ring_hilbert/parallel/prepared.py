@@ -67,8 +67,7 @@ class Prepared:
         rows: int64 `[1 or B, S_local]`, on the device of the batch: the natural token index of every local row.
         position_ids: int64 `[B, S_local]`, those that `shard_batch` returned, or None; integrations check that the model was given
             them.
-        position_ids_checked: the tensor of which that was found, so that the layers after the first need not compare it again.
-        attended: set by integrations when they give this to the operator; see `used`.
+        position_ids_checked: the tensor last found to be these, which the layers after the first need not compare again.
         handle: int64 `[]` on the CPU, by which compiled graphs and autograd refer to this metadata and keep it alive. So
             nobody needs to keep this object until backward, except compiled code under hooks that save copies of tensors
             (`torch.autograd.graph.save_on_cpu`).
@@ -90,8 +89,8 @@ class Prepared:
         self.layout, self.rank, self.group, self.visible = layout, rank, group, visible
         self.order, self.strategy, self.save_remote = order, strategy, save_remote
         self.position_ids = position_ids
-        self.position_ids_checked: Tensor | bool | None = False  # none yet
-        self.attended = False
+        self.position_ids_checked: Tensor | None = None
+        self._attended = [False]  # one with the handle's, which compiled code is run with
         self.rows = torch.from_numpy(layout.rows(rank))[None] if rows is None else rows
         self._executions: dict[_Key, Execution | Ulysses] = {}
         self._travels: dict[_Key, list[HopTravel]] = {}
@@ -117,9 +116,13 @@ class Prepared:
         return self.layout.lengths[self.rank]
 
     @property
-    def used(self) -> bool:
-        """Whether rows of this batch have met in the operator, in compiled code too."""
-        return self.attended or bool(self._executions)
+    def attended(self) -> bool:
+        """Whether rows of this batch have met in the operator since somebody set this to False, in compiled code too."""
+        return self._attended[0]
+
+    @attended.setter
+    def attended(self, value: bool) -> None:
+        self._attended[0] = value
 
     @property
     def causal(self) -> bool:
@@ -161,6 +164,7 @@ class Prepared:
         """The plan of `pattern` bound to this rank, `device` and `backend`, made on first use."""
         if strategy is None or strategy == "auto":
             strategy = self.strategy_for(pattern, shapes, whole_heads=strategy == "auto")
+        self.attended = True
         key = _Key(pattern, shapes, device, backend, strategy)
         if key not in self._executions:
             self._executions[key] = self._bind(key)

@@ -137,9 +137,8 @@ class Shipment:
         if self.place is None:
             return list(values)
         total, index = sum(self.counts.values()), torch.arange(len(self.place), device=self.place.device)
-        index = index.new_zeros(total + 1).scatter_(0, self.place % (total + 1), index)[
-            :total
-        ]  # -1 maps behind the last
+        places = self.place % (total + 1)  # -1 maps behind the last
+        index = index.new_zeros(total + 1).scatter_(0, places, index)[:total]
         return [x[index] for x in values]
 
 

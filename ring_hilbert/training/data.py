@@ -217,9 +217,8 @@ class TrainingSequences:
         names = [f"data.sources.{number}" for number in range(len(sources))]
         self.documents = {name: source.documents for name, source in zip(names, sources, strict=True)}
         self.packings = {name: source.packing for name, source in zip(names, sources, strict=True)}
-        shares = np.array(weights) / [
-            source.packing.tokens / len(source) for source in sources
-        ]  # padding does not count
+        held = [source.packing.tokens / len(source) for source in sources]  # padding does not count
+        shares = np.array(weights) / held
         shares /= shares.sum()
         self._sources = sources
         total = sum(map(len, sources))

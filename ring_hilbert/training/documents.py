@@ -27,10 +27,7 @@ STRIDE = 64  # every STRIDE-th document's offset into the tokens is stored; the 
 SUMMED = 2**20  # documents whose lengths are summed together, a multiple of STRIDE
 WINDOW = 2**25  # bytes of tokens kept mapped; what is unmapped stays in the system's cache
 FAULT = 2**21  # bytes that a page fault may map, if the cache has large pages
-CHECKED = (
-    64,
-    2**26,
-)  # documents whose hashes are recomputed when a part is opened, and the most tokens of them
+CHECKED = 64, 2**26  # documents whose hashes are recomputed when a part is opened, and the most tokens of them
 
 
 class Part:

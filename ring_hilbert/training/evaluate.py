@@ -21,9 +21,8 @@ class Evaluation:
 
     loss: float
     tokens: int
-    position_loss: (
-        torch.Tensor
-    )  # [seq_len] float64 CPU: mean loss of the targets that follow token i; NaN where there is none
+    # [seq_len] float64 CPU: mean loss of the targets that follow token i; NaN where there is none.
+    position_loss: torch.Tensor
     target_counts: torch.Tensor  # [vocab] int64 CPU: how often each token is a target
 
     def unigram_loss(self, train_counts: torch.Tensor) -> float:

@@ -28,9 +28,8 @@ from ring_hilbert.training.world import World
 
 PATIENCE = 300.0  # seconds; the other ranks wait meanwhile
 SPARE = 0.05  # fraction of the memory that "auto" leaves free
-SPARE_TO_KEEP = (
-    0.15  # the same for what is kept optionally: closer to the limit, the allocator's searches cost what keeping saves
-)
+# The same for what is kept optionally: closer to the limit, the allocator's searches cost what keeping saves.
+SPARE_TO_KEEP = 0.15
 TILES = (1, 2, 4, 8, 16)
 TILES_COST = {2: "about 2 %", 8: "about 4 %"}  # measured with the 1B model on an H100, as the other costs below
 OFFLOAD_COST = "about 10 % more time, and room in the host's memory"

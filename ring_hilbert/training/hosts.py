@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hosts of a run: which one this is, which of its interfaces leads to the first, and how the ranks find each other.
+"""The hosts of a run: which this is, which device a rank takes, which interface leads to the first host, and how the ranks meet.
 
 As a command for launchers: `python -m ring_hilbert.training.hosts 10.0.0.1 29400 [eth0]` prints this host's address and
 interface towards 10.0.0.1 (or of eth0), whether the ranks should meet here, at port 29400 (1 or 0), and the number of CUDA devices.
@@ -40,6 +40,24 @@ def identity() -> str:
         return socket.gethostname()
 
 
+def rank_device() -> torch.device:
+    """This rank's CUDA device, made the current one, or the CPU.
+
+    Raises:
+        ValueError: if there are CUDA devices, but fewer than ranks on this host.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"local rank {local_rank} has no CUDA device of its own: this host has {count}; "
+            f"start {count} ranks per host, or hide the devices with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
 def local_address(towards: str) -> str | None:
     """The source address of packets to `towards`, None if it is unreachable."""
     for family, _, _, _, target in _resolved(towards):
@@ -57,9 +75,8 @@ def is_local(host: str, port: int = 0) -> bool:
     for family, kind, protocol, _, target in _resolved(host):
         with socket.socket(family, kind, protocol) as probe:
             try:
-                probe.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-                )  # a process that has just ended does not listen
+                # A process that has just ended does not listen.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((target[0], port))
                 return True
             except OSError:

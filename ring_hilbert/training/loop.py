@@ -23,10 +23,10 @@ from ring_hilbert.training.engine import Engine, check_engine, make_engine
 from ring_hilbert.training.evaluate import Evaluation, count_tokens, evaluate
 from ring_hilbert.training.export import export_model
 from ring_hilbert.training.fitting import Fitted, out_of_memory, planned, settled
+from ring_hilbert.training.hosts import rank_device
 from ring_hilbert.training.metrics import Metrics, check_log, peak_memory, read_metrics
 from ring_hilbert.training.model import build_skeleton, check_model, model_config, vocab_size
 from ring_hilbert.training.packing import describe
-from ring_hilbert.training.plots import plot_loss, plot_loss_by_position
 from ring_hilbert.training.prepare import cache_folder
 from ring_hilbert.training.prepared import with_prepared
 from ring_hilbert.training.probe import probe
@@ -37,7 +37,7 @@ from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flop
 from ring_hilbert.training.step import accumulate
 from ring_hilbert.training.stragglers import Stopwatch, Stragglers
 from ring_hilbert.training.weights import decoder_layers
-from ring_hilbert.training.world import RankError, World, open_world, process_group, rank_device, release_memory
+from ring_hilbert.training.world import RankError, World, open_world, process_group, release_memory
 
 HANGS = "hangs"  # the folder below log.dir for the traces of a hang
 
@@ -309,6 +309,8 @@ class Run:
         return Summary(self.progress, None if evaluation is None else evaluation.loss, unigram, folder)
 
     def _draw(self, metrics: Metrics, evaluation: Evaluation | None, unigram: float | None) -> None:
+        from ring_hilbert.training.plots import plot_loss, plot_loss_by_position  # Matplotlib: on one rank, at the end
+
         logs = Path(self.config.log.dir)
         plot_loss(read_metrics(metrics.path), unigram, logs / "loss.png")
         if evaluation is not None:

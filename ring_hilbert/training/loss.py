@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ring_hilbert.parallel.sharding import IGNORED
 
-CHUNK_ELEMENTS = (
-    2**25
-)  # logits held at once, 128 MiB in float32; or as many as there are weights, to whose gradient every chunk adds
+# Logits held at once, 128 MiB in float32; or as many as there are weights, to whose gradient every chunk adds.
+CHUNK_ELEMENTS = 2**25
 
 
 class LossHead(nn.Module):

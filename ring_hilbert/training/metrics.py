@@ -104,8 +104,12 @@ def check_log(config: RunConfig) -> None:
     """Check that all that is to be logged to is available.
 
     Raises:
-        ValueError: if log.wandb is set and the package is not installed.
+        ValueError: if Matplotlib, which draws at the end, is not installed, or log.wandb is set and that is not.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "log: the plots of a run need Matplotlib, which is not installed: pip install 'ring_hilbert[train]'"
+        )
     if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError("log.wandb: Weights & Biases is not installed; pip install wandb, or log.wandb=null")
 

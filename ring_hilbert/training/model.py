@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import difflib
+import json
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ring_hilbert.checkpointing import checkpoint_contexts, selective_contexts
 from ring_hilbert.integrations.transformers import ROWS_ALONE
@@ -27,16 +27,9 @@ from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.fused import Fused, fuse
 from ring_hilbert.training.head import INSTEAD, OwnHead, output_layer
 from ring_hilbert.training.loss import LossHead
-from ring_hilbert.training.tokens import load_tokenizer
+from ring_hilbert.training.model_keys import refuse_forgotten, refuse_misspelt_rope, refuse_unknown
+from ring_hilbert.training.tokens import load_tokenizer, refuse_other_tokenizer
 from ring_hilbert.training.weights import Weights, decoder_layers
-
-_LEGACY_ROPE = {"rope_theta", "rope_scaling"}
-_LEGACY_KEYS = _LEGACY_ROPE | {"torch_dtype", "dtype"}  # still accepted, but no fields of a configuration class
-_ROPE_KEYS = (
-    "rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings", "attention_factor",
-    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor", "low_freq_factor",
-    "high_freq_factor",
-)  # fmt: skip
 
 
 def model_config(config: RunConfig) -> PretrainedConfig:
@@ -50,16 +43,17 @@ def model_config(config: RunConfig) -> PretrainedConfig:
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     if config.model.path is not None and config.model.path != config.data.tokenizer:
-        _refuse_other_tokenizer(tokenizer, Path(config.model.path))
+        refuse_other_tokenizer(tokenizer, Path(config.model.path))
     try:
         if config.model.path is not None:
             hf_config = AutoConfig.from_pretrained(config.model.path, local_files_only=True)
             changes = copy.deepcopy(config.model.changes)  # Transformers adds to mappings that it is given
-            _refuse_unknown(hf_config, changes)
-            _refuse_forgotten(hf_config.to_dict(), changes)
+            refuse_unknown(hf_config, changes)
+            refuse_forgotten(hf_config.to_dict(), changes)
             longest = max(hf_config.max_position_embeddings, config.data.seq_len)
             changed = hf_config.to_dict() | {"max_position_embeddings": longest} | changes
             hf_config = type(hf_config).from_dict(changed)
+            generation_settings(config)  # now, not when the trained model is exported
         else:
             assert config.model.config is not None  # checked by RunConfig
             keys = {
@@ -68,9 +62,9 @@ def model_config(config: RunConfig) -> PretrainedConfig:
                 "eos_token_id": tokenizer.eos_token_id,
                 **copy.deepcopy(config.model.config),
             }
-            _refuse_misspelt_rope(keys.get("rope_parameters"))
+            refuse_misspelt_rope(keys.get("rope_parameters"))
             hf_config = AutoConfig.for_model(keys.pop("model_type"), **keys)
-            _refuse_unknown(hf_config, keys)
+            refuse_unknown(hf_config, keys)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise ValueError(f"model: Transformers cannot make a configuration from this: {error}") from error
     kind = local_rope(hf_config.get_text_config(decoder=True)) if config.parallel.sp > 1 else None
@@ -78,6 +72,23 @@ def model_config(config: RunConfig) -> PretrainedConfig:
         raise ValueError(f"model: {LOCAL_ROPE.format(kind)} (model.changes.rope_parameters), or parallel.sp=1")
     hf_config.ring_hilbert = config.attention.to_mapping()
     return hf_config
+
+
+def generation_settings(config: RunConfig) -> dict[str, Any]:
+    """How the model in model.path generates by default, its `generation_config.json`; empty without one.
+
+    It may name more tokens that end a text than the configuration does.
+
+    Raises:
+        ValueError: if the file is not a JSON object.
+    """
+    file = None if config.model.path is None else Path(config.model.path) / GENERATION_CONFIG_NAME
+    if file is None or not file.is_file():
+        return {}
+    try:
+        return {**json.loads(file.read_text())}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not a JSON object: {error}; mend it, or take it out of the folder") from error
 
 
 def vocab_size(hf_config: PretrainedConfig) -> int:
@@ -282,56 +293,3 @@ class LossModel(torch.nn.Module):
         features, after = self.own_head.features(hidden)
         with marked_loss():
             return self.head(features, shift_labels, after)
-
-
-def _refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Refuse ids that mean other tokens to the model in a folder."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return
-    try:
-        theirs = {number: token for token, number in load_tokenizer(str(folder)).get_vocab().items()}
-    except ValueError as error:
-        raise ValueError(f"model.path: its tokenizer cannot be compared with data.tokenizer: {error}") from error
-    for token, number in tokenizer.get_vocab().items():
-        if theirs.get(number, token) != token:
-            raise ValueError(
-                f"data.tokenizer: its id {number} is {token!r}, and {theirs[number]!r} to the model in model.path; use "
-                f"data.tokenizer: {folder}, or take the tokenizer out of that folder to train the model on another one"
-            )
-
-
-def _refuse_unknown(hf_config: PretrainedConfig, keys: dict[str, Any]) -> None:
-    """Refuse unknown keys: Transformers would keep a misspelt one as an attribute that nothing reads."""
-    if not dataclasses.is_dataclass(hf_config):
-        return
-    known = {field.name for field in dataclasses.fields(hf_config)} | set(hf_config.attribute_map) | _LEGACY_KEYS
-    for key in keys:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"{type(hf_config).__name__} has no key {key!r}{hint}")
-
-
-def _refuse_forgotten(saved: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Refuse changes of RoPE that would have no effect, or take back more of it than they name."""
-    for key in _LEGACY_ROPE & changes.keys():
-        raise ValueError(
-            f"changes.{key} would not take effect beside rope_parameters; change these: {saved['rope_parameters']}"
-        )
-    old, new = saved.get("rope_parameters") or {}, changes.get("rope_parameters")
-    if not isinstance(new, dict):
-        return
-    _refuse_misspelt_rope(new)
-    own = {key for key, value in old.items() if key in _ROPE_KEYS[:3] or isinstance(value, dict)}
-    if own - new.keys():
-        raise ValueError(
-            f"changes.rope_parameters replaces all of {old}, and has no {', '.join(sorted(own - new.keys()))}; give it in full"
-        )
-
-
-def _refuse_misspelt_rope(rope: Any) -> None:
-    """Refuse what Transformers would only warn of, and leave out."""
-    for key in rope if isinstance(rope, dict) else ():
-        nearest = difflib.get_close_matches(key, _ROPE_KEYS, n=1, cutoff=0.8)
-        if nearest and key not in _ROPE_KEYS and not isinstance(rope[key], dict):
-            raise ValueError(f"rope_parameters has no key {key!r}; did you mean {nearest[0]}?")

@@ -36,6 +36,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def refuse_other_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse ids that mean other tokens to the model in a folder."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    try:
+        theirs = {number: token for token, number in load_tokenizer(str(folder)).get_vocab().items()}
+    except ValueError as error:
+        raise ValueError(f"model.path: its tokenizer cannot be compared with data.tokenizer: {error}") from error
+    for token, number in tokenizer.get_vocab().items():
+        if theirs.get(number, token) != token:
+            raise ValueError(
+                f"data.tokenizer: its id {number} is {token!r}, and {theirs[number]!r} to the model in model.path; use "
+                f"data.tokenizer: {folder}, or take the tokenizer out of that folder to train the model on another one"
+            )
+
+
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over the files that the tokenizer saves: its whole behaviour, whatever folder it came from."""
     with tempfile.TemporaryDirectory() as folder:

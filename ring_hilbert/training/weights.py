@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -161,8 +160,8 @@ class _Files:
         return value
 
     def _tensor(self, name: str) -> Tensor:
-        with ExitStack() as stack:
-            return stack.enter_context(safe_open(self.folder / self.place[name], "pt")).get_tensor(name)
+        with safe_open(self.folder / self.place[name], "pt") as file:
+            return file.get_tensor(name)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

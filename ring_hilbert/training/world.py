@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ring_hilbert.training.config import ParallelConfig, TimeoutsConfig
-from ring_hilbert.training.hosts import answered, join
+from ring_hilbert.training.hosts import answered, join, rank_device
 from ring_hilbert.training.verdict import Report
 from ring_hilbert.training.watchdog import RankLost, Watchdog, first_reports
 from ring_hilbert.training.whereabouts import Phase, Whereabouts
@@ -159,9 +159,8 @@ def process_group(device: torch.device, timeouts: TimeoutsConfig) -> Iterator[No
     try:
         yield
     except BaseException:
-        leave = (
-            dist.get_world_size() == 1
-        )  # others may be waiting in a collective, which the end of this process aborts
+        # Others may be waiting in a collective, which the end of this process aborts.
+        leave = dist.get_world_size() == 1
         raise
     finally:
         if leave:
@@ -214,24 +213,6 @@ def open_world(
                 if lost is None:
                     raise
                 raise RankLost(lost) from error
-
-
-def rank_device() -> torch.device:
-    """This rank's CUDA device, made the current one, or the CPU.
-
-    Raises:
-        ValueError: if there are CUDA devices, but fewer than ranks on this host.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= count:
-        raise ValueError(
-            f"local rank {local_rank} has no CUDA device of its own: this host has {count}; "
-            f"start {count} ranks per host, or hide the devices with CUDA_VISIBLE_DEVICES= to run on the CPU"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def lay_world(

@@ -190,4 +190,10 @@ def cases(draw: st.DrawFn, max_length: int = 48, orders: bool = True) -> Case:
     )  # fmt: skip
 
 
-__all__ = ["Case", "assert_close", "cases", "counting_patterns", "patterns", "replace"]
+@st.composite
+def counting_cases(draw: st.DrawFn, max_length: int = 48, orders: bool = True) -> Case:
+    """Cases whose pairs do not all count once per branch."""
+    return replace(draw(cases(max_length, orders)), pattern=draw(counting_patterns(max_length)))
+
+
+__all__ = ["Case", "assert_close", "cases", "counting_cases", "counting_patterns", "patterns", "replace"]

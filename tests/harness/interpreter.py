@@ -79,9 +79,8 @@ def _numpy_dtype(dtype: Any, find: Any = interpreter._get_np_dtype) -> np.dtype:
 _running: list[Any] = []  # the launch, if there is one
 _types: dict[tuple[Any, ...], dict[str, Any]] = {}
 interpreter._patch_lang = _patched_once
-interpreter.interpreter_builder.options.__dict__["sanitize_overflow"] = (
-    False  # a third of the time, and no test is that large
-)
+# A third of the time, and no test is that large.
+interpreter.interpreter_builder.options.__dict__["sanitize_overflow"] = False
 interpreter._patch_lang_tensor = _scalars_are_integers
 interpreter._get_np_dtype = _numpy_dtype
 tl.block_type.__init__, tl.tensor.__init__ = _block_type, _tensor

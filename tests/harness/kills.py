@@ -42,12 +42,8 @@ from tests.harness.tiny_run import tiny_config, write_texts
 RANKS, STEPS = 2, 10
 VICTIMS = ("one rank", "all ranks", "launcher")
 MOMENTS = ("step", "save", "publish")
-PUBLISHING = (
-    "write_json",
-    "write_manifest",
-    "sync_file",
-    "rmtree",
-)  # calls of the code that makes a checkpoint visible
+# Calls of the code that makes a checkpoint visible.
+PUBLISHING = "write_json", "write_manifest", "sync_file", "rmtree"
 LIMIT = 240.0  # seconds that a start may take
 
 _context = multiprocessing.get_context("fork")  # everything is imported once

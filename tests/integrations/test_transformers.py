@@ -275,7 +275,7 @@ def test_positions_that_begin_behind_the_padding_token_are_refused():
     model = pair("roberta", is_decoder=True)[0]
     model(batch["input_ids"], use_cache=False)
     with pytest.raises(
-        ValueError, match=r"RobertaModel counts positions from padding_idx \+ 1 on \(.*position_embeddings\)"
+        ValueError, match=r"RobertaForCausalLM counts positions from padding_idx \+ 1 on \(.*position_embeddings\)"
     ):
         model(**rh.shard_batch(batch), use_cache=False)
     bert = pair("bert", is_decoder=True)[0]
@@ -301,8 +301,10 @@ def test_recurrent_layers_are_not_sharded():
 
 
 def test_layers_that_drop_keyword_arguments_are_not_sharded(monkeypatch: pytest.MonkeyPatch):
-    """Every rank would attend by itself, and in another order."""
+    """Every rank would attend by itself, and in another order: also of rows that met in another model before."""
     model, forward = tiny_model(), LlamaAttention.forward
+    batch = rh.shard_batch({"input_ids": tokens()["input_ids"]})
+    model(**batch)
     monkeypatch.setattr(
         LlamaAttention, "forward", lambda self, hidden_states, position_embeddings, attention_mask, **_: forward(
             self, hidden_states, position_embeddings, attention_mask
@@ -311,7 +313,7 @@ def test_layers_that_drop_keyword_arguments_are_not_sharded(monkeypatch: pytest.
     with pytest.raises(
         ValueError, match="no attention layer of LlamaModel was given the ring_hilbert= of the model call"
     ):
-        model(**rh.shard_batch({"input_ids": tokens()["input_ids"]}))
+        model(**batch)
 
 
 def _without_positions(rank: int, world: int, how: str):

@@ -6,24 +6,31 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis.strategies import SearchStrategy
 
 import ring_hilbert as rh
-from tests.harness.cases import Case, assert_close, cases, interpreted, replace
+from tests.harness.cases import Case, assert_close, cases, counting_cases, interpreted, replace
 
 LONGNET = rh.DilatedPattern((16, 32, None), (1, 2, 5))
 
 
-@given(cases())
-@settings(max_examples=150, deadline=None)
-def test_float64_equals_the_reference(case: Case):
-    assert_close(case.actual(), case.expected())
+@pytest.mark.parametrize(
+    ("kind", "examples"),
+    [
+        (cases(), 150),
+        (counting_cases(), 40),
+        pytest.param(cases(max_length=160), 3000, marks=pytest.mark.full),
+        pytest.param(counting_cases(max_length=160), 1500, marks=pytest.mark.full),
+    ],
+    ids=["any", "counting", "any-long", "counting-long"],
+)
+def test_float64_equals_the_reference(kind: SearchStrategy[Case], examples: int):
+    @given(kind)
+    @settings(max_examples=examples, deadline=None)
+    def equals(case: Case):
+        assert_close(case.actual(), case.expected())
 
-
-@pytest.mark.full
-@given(cases(max_length=160))
-@settings(max_examples=3000, deadline=None)
-def test_float64_equals_the_reference_on_many(case: Case):
-    assert_close(case.actual(), case.expected())
+    equals()
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -140,6 +140,7 @@ def test_every_pair_counts_as_often_as_defined(case: Case, blocks: tuple[int, in
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)  # the interpreter takes seconds for an example
 @given(cases(max_length=200), blocks)
 @settings(max_examples=600, deadline=None)
 def test_every_pair_counts_as_often_as_defined_at_length(case: Case, blocks: tuple[int, int]):

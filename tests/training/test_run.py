@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +104,28 @@ def test_export_computes_what_training_computed(tmp_path: Path, texts: Path) -> 
 
 
 def test_continues_from_an_exported_model(tmp_path: Path, texts: Path) -> None:
-    """`model.path` starts from the weights of a folder."""
+    """`model.path` starts from the weights of a folder, whose settings for generation stay, but for what is changed."""
     first = pretrain(tiny_config(texts, **in_folder(tmp_path / "first"), train__steps=4))
-    places = in_folder(tmp_path / "second")
-    again = tiny_config(texts, **places, model={"path": str(first.model)}, train__steps=1, optim__lr=1e-9)
-    assert pretrain(again).eval_loss == pytest.approx(first.eval_loss, rel=1e-5)
+    # A temperature without sampling: found in published models, though Transformers refuses to write it.
+    generation = {"eos_token_id": [1, 7], "pad_token_id": 0, "temperature": 0.6}
+    (first.model / "generation_config.json").write_text(json.dumps(generation))
+    places, model = in_folder(tmp_path / "second"), {"path": str(first.model), "changes": {"pad_token_id": 5}}
+    again = pretrain(tiny_config(texts, **places, model=model, train__steps=1, optim__lr=1e-9))
+    assert again.eval_loss == pytest.approx(first.eval_loss, rel=1e-5)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(again.model)
+    kept = loaded.generation_config.to_dict()
+    assert {key: kept[key] for key in generation} == generation | {"pad_token_id": 5}
+    loaded.generate(torch.arange(3)[None], max_new_tokens=2)  # without a key-value cache, which is refused
+    (first.model / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"model: .*generation_config.json is not a JSON object"):
+        model_config(tiny_config(texts, model=model))
+
+
+def test_what_draws_at_the_end_is_missed_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"plots of a run need Matplotlib, .*: pip install 'ring_hilbert\[train\]'"):
+        pretrain(tiny_config(tmp_path, **in_folder(tmp_path)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_is_not_continued_on_the_ids_of_another_tokenizer(tmp_path: Path) -> None:
@@ -159,9 +178,8 @@ def test_rope_is_changed_as_said_or_not_at_all(tmp_path: Path, changes: dict[str
     else:
         with pytest.raises(ValueError, match=message):
             model_config(config)
-    assert (
-        config.model.changes == changes
-    )  # nor does it write into the configuration, of which checkpoints keep a digest
+    # Nor does it write into the configuration, of which checkpoints keep a digest.
+    assert config.model.changes == changes
 
 
 def test_rope_of_a_new_model_is_not_misspelt(tmp_path: Path) -> None:
