@@ -138,9 +138,12 @@ def plan_tile(tiles: tuple[Tile, ...], plan: Callable[[Tile], Walk]) -> tuple[Ti
     Raises:
         ValueError: for a Gluon tile if some tiles of the walk lie in several segments.
     """
-    walk = plan(tiles[0])
-    tile = tiles[min(demand(walk), len(tiles) - 1)]
-    walk = walk if tile == tiles[0] else plan(tile)
+    tile, walk = tiles[0], plan(tiles[0])
+    level = demand(walk)
+    while tile != tiles[min(level, len(tiles) - 1)]:
+        tile = tiles[min(level, len(tiles) - 1)]
+        walk = plan(tile)
+        level = max(level, demand(walk))  # larger tiles may lie in several segments where smaller ones do not
     if tile.gluon and walk.segments:
         raise ValueError(
             f"tiles={tile}: some tiles of {tile.block_outer} rows lie in several segments, which the masks of Gluon kernels do "

@@ -503,3 +503,16 @@ def test_walks_that_take_registers_have_smaller_tiles():
 
     assert chosen(64) == large
     assert chosen(4) == small and chosen(64, rows.flip(0)) == small
+
+
+def test_tiles_of_more_rows_are_not_taken_where_they_lie_in_several_segments():
+    """Rows in a list have larger tiles for heads of 128."""
+    found = tiles.tiles_for("dkdv", 90, 128, torch.bfloat16)
+    rows, places = torch.arange(1024), torch.arange(1024).flip(0)
+
+    def chosen(length: int) -> Tile:
+        of = chains(rh.DilatedPattern((length, None), (1, 2)), 1)
+        return tiles.plan_tile(found, lambda t: plan_rows(of, 0, rows, places, block_outer=t.block_outer))[0]
+
+    assert found[1].block_outer == 128 and chosen(512) == found[1]
+    assert chosen(64) == found[3] and not found[3].gluon
