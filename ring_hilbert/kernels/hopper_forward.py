@@ -89,6 +89,8 @@ def attend(
         step = in_order(step)
         values, p = wait_for(0, values, exact)
         values = [x * by_row(decay, x) for x in values]
+        if D <= 48:  # lest the compiler scale behind the loop, where products would wait for that (Triton 3.9)
+            values, p = wait_for(0, values, p)
         step += 1
     return values, maximum, total, p, walk, step
 
