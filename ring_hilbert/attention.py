@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ring_hilbert.ops.backends import choose
 from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import DilatedPattern, LayerPattern
-from ring_hilbert.ops.triton_core import choose
 from ring_hilbert.parallel.agreement import Group, resolve_group
 from ring_hilbert.parallel.arguments import check_choices, kv_heads_of, metadata
-from ring_hilbert.parallel.node import Call, agreed_fields, attend
+from ring_hilbert.parallel.call import Call, agreed_fields
+from ring_hilbert.parallel.node import attend
 from ring_hilbert.parallel.plan import Shapes
 from ring_hilbert.parallel.prepare import prepare_call
 from ring_hilbert.parallel.prepared import Prepared

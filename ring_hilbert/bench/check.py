@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.cuda import nccl
 
 import ring_hilbert as rh
-from ring_hilbert.ops.triton_core import unsupported
+from ring_hilbert.ops.backends import unsupported
 from ring_hilbert.parallel.layout import Layout
 from ring_hilbert.parallel.wire import collective, communicator
 from ring_hilbert.training.hosts import groups_across, identity, join, local_address, rank_device

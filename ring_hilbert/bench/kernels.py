@@ -40,8 +40,9 @@ from ring_hilbert.bench.contenders import (
 from ring_hilbert.bench.kernels_shipped import FLOPS
 from ring_hilbert.bench.timing import interleaved
 from ring_hilbert.kernels.tiles import PASSES, Pass, Tile, device_tiles
+from ring_hilbert.ops.backends import choose
 from ring_hilbert.ops.core import Shard
-from ring_hilbert.ops.triton_core import TritonCore, choose
+from ring_hilbert.ops.triton_core import TritonCore
 from ring_hilbert.ops.visible import Visible
 from ring_hilbert.ops.visits import Chunk
 

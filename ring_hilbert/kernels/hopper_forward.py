@@ -51,6 +51,12 @@ def by_row(factor, x):
 
 
 @gluon.jit
+def by_thread(factor, total):
+    """`factor [M]` of the rows of `total`, of `summed`."""
+    return gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout)), 1)
+
+
+@gluon.jit
 def attend(
     values, maximum, total, p, walk, step, queries, keys, index, full, number, low, high, scale2,
     D: gl.constexpr, BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
@@ -82,9 +88,7 @@ def attend(
         exact = gl.exp2(scores * scale2 - gl.expand_dims(finite - weight, 1))
         decay = gl.exp2(maximum - finite)
         maximum = higher
-        total = total * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout)), 1) + summed(
-            exact
-        )
+        total = total * by_thread(decay, total) + summed(exact)
         exact = gl.convert_layout(exact.to(p.dtype), p.type.layout, assert_trivial=True)
         step = in_order(step)
         values, p = wait_for(0, values, exact)
@@ -111,7 +115,7 @@ def resumed(total, results, batch, head, slot, s_row, own, columns, D: gl.conste
     _, _, _, _, s_total, s_values = results[0]
     _, _, _, _, values_strides = results[1]
     before = gl.load(s_total + s_row, mask=slot >= 0, other=0.0)
-    before = gl.expand_dims(gl.convert_layout(before, gl.SliceLayout(1, total.type.layout)), 1)
+    before = by_thread(before, total)
     first = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, total.type.layout)), 0) == 0
     places = [(gl.convert_layout(slot, x[0].type.layout), x[1]) for x in own]
     values = load_outer(s_values, values_strides, batch, head, places, columns, D)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ring_hilbert.kernels.hopper_forward import by_row, finish, resumed, slot_of, summed
+from ring_hilbert.kernels.hopper_forward import by_row, by_thread, finish, resumed, slot_of, summed
 from ring_hilbert.kernels.hopper_steps import (
     COUNT,
     FLAT,
@@ -24,6 +24,7 @@ from ring_hilbert.kernels.hopper_steps import (
     RUN,
     WIDTH,
     add_rows,
+    barriers,
     columns_of,
     copied_outer,
     copied_rows,
@@ -39,34 +40,18 @@ from ring_hilbert.kernels.hopper_steps import (
     send_outer,
     send_rows,
     step_weight,
+    together,
+    until,
     vectors,
     wait_for,
     walk_from,
 )
 from ring_hilbert.kernels.steps import VARIES
 
-# Of the threads of a warp group; the second is the name in Triton 3.6.
-together = getattr(gl, "barrier", None) or gl.thread_barrier
-
 RING = gl.constexpr(2)  # steps whose keys, or values, are in shared memory
 REGISTERS = gl.constexpr(216)  # of a thread that computes
 COPIER = gl.constexpr(72)  # of one that copies: together 3 * 168, as without these numbers
 FACTS = gl.constexpr(8)  # numbers by which an item is told, at most
-
-
-@gluon.jit
-def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Barriers, each of whose phases ends after so many arrivals."""
-    made = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUMBER):
-        mbarrier.init(made.index(i), count=ARRIVALS)
-    return made
-
-
-@gluon.jit
-def until(bar, number, SLOTS: gl.constexpr):
-    """Wait at the barrier of a slot until the `number`-th use of the slots has arrived there; if it is negative, not at all."""
-    mbarrier.wait(bar.index((number + SLOTS) % SLOTS), ((number + SLOTS) // SLOTS + 1) & 1)
 
 
 @gluon.jit
@@ -211,9 +196,7 @@ def attend(
         together()
         mbarrier.arrive(k_free.index(here), count=1)
         exact, maximum, decay = weighed(scores, maximum, weight, scale2, MASKED)
-        total = total * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout)), 1) + summed(
-            exact
-        )
+        total = total * by_thread(decay, total) + summed(exact)
         exact = gl.convert_layout(exact.to(p.dtype), p.type.layout, assert_trivial=True)
         step = in_order(step)
         values, p = wait_for(0, values, exact)
@@ -284,7 +267,7 @@ def compute(
             if STAGED >= 2:
                 own = copied_outer(outer, place, count, M, 1, columns)
                 before, values = resumed(total, results, batch, head, slot, s_row, own, columns, D)
-                total += before * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout)), 1)
+                total += before * by_thread(decay, total)
                 values = [x * by_row(decay, x) for x in values]
                 # Lest ptxas scale them in the loop, where products would wait for that.
                 step = in_order(step)

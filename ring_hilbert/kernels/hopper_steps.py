@@ -9,12 +9,15 @@ Blocks of columns are powers of two. What has the columns of a head is a list of
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ring_hilbert.kernels import tables
 
-# The second is the name in Triton 3.6.
+# The second are the names in Triton 3.6.
 send = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+together = (
+    getattr(gl, "barrier", None) or gl.thread_barrier
+)  # of the threads of a program, or of a part with warps of its own
 
 PLACE, COUNT, RUN = (gl.constexpr(x) for x in (tables.TILE_PLACE, tables.TILE_COUNT, tables.TILE_RUN))
 FIRST, STEP, LEFT, TIMES, WIDTH = (
@@ -317,6 +320,21 @@ def wait_for(left: gl.constexpr, sums, kept):
     """Sums in flight, done once at most `left` products are, and `kept`, which stays where it is until then."""
     done = warpgroup_mma_wait(left, sums + [kept])
     return done[:-1], done[-1]
+
+
+@gluon.jit
+def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Barriers, each of whose phases ends after so many arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
+
+
+@gluon.jit
+def until(bar, number, SLOTS: gl.constexpr):
+    """Wait at the barrier of a slot until the `number`-th use of the slots has arrived there; if it is negative, not at all."""
+    mbarrier.wait(bar.index((number + SLOTS) % SLOTS), ((number + SLOTS) // SLOTS + 1) & 1)
 
 
 @gluon.jit

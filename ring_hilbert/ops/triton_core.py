@@ -9,7 +9,6 @@ on them and by the definition in plain PyTorch, differentiated by autograd, and 
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton_package
 
 from ring_hilbert.kernels.tables import Walk
 from ring_hilbert.kernels.tiles import Pass, Tile, device_tiles, plan_tile
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
     from ring_hilbert.kernels.launch import Output, RowTerms, Staging
     from ring_hilbert.kernels.tables import Schedule
 
-BACKENDS = ("triton", "torch", "auto")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KEPT_WALKS = 512  # for layers with offsets of their own: at most as many as there are rotations of the dilation rates
 KEPT_BYTES = (
     2**31
@@ -43,36 +39,6 @@ KEPT_SCHEDULES = 2**27  # bytes of all schedules, beyond which those of the core
 
 _walks: OrderedDict[Shard, dict[tuple[Any, ...], Walk]] = OrderedDict()
 _schedules: WeakKeyDictionary[TritonCore, _Kept] = WeakKeyDictionary()
-
-
-def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the kernels cannot run for this device, dtype and head dim; None if they can."""
-    if not has_triton_package():
-        return "Triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return (
-            f"the device is {device.type}; the kernels need a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)"
-        )
-    if dtype not in DTYPES:
-        return f"the dtype is {dtype}; there are kernels for float16, bfloat16 and float32"
-    if head_dim % 8 or head_dim > 256:
-        return f"the head dim is {head_dim}; there are kernels for multiples of 8 up to 256"
-    return None
-
-
-def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend to run, "triton" or "torch", for `backend`, which may be "auto": Triton on CUDA devices where it can run.
-
-    Raises:
-        ValueError: for another name, or for "triton" where it cannot run.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not supported; use one of {', '.join(map(repr, BACKENDS))}")
-    why = unsupported(device, dtype, head_dim)
-    if backend == "triton" and why:
-        raise ValueError(f"backend='triton' is not supported here: {why}; use backend='torch' or 'auto'")
-    automatic = "triton" if device.type == "cuda" and not why else "torch"
-    return automatic if backend == "auto" else backend
 
 
 @dataclass

@@ -11,9 +11,10 @@ import torch
 from ring_hilbert.integrations.transformers_config import heads_of, order_of, pattern_of
 from ring_hilbert.kernels.tables import Walk
 from ring_hilbert.kernels.tiles import PASSES, Tile, plan_tile, tiles_for
+from ring_hilbert.ops.backends import unsupported
 from ring_hilbert.ops.core import Shard
 from ring_hilbert.ops.nesting import chains
-from ring_hilbert.ops.triton_core import KEPT_SCHEDULES, unsupported
+from ring_hilbert.ops.triton_core import KEPT_SCHEDULES
 from ring_hilbert.ops.walk import plan_rows
 from ring_hilbert.parallel.execution import remote_walks
 from ring_hilbert.parallel.plan import Plan

@@ -27,7 +27,7 @@ from ring_hilbert.bench import kernels, kernels_aot, kernels_shipped
 from ring_hilbert.bench.contenders import Problem
 from ring_hilbert.kernels import tiles
 from ring_hilbert.kernels.tiles import Tile
-from ring_hilbert.ops import triton_core
+from ring_hilbert.ops import backends, triton_core
 from ring_hilbert.ops.nesting import chains
 from ring_hilbert.ops.walk import plan_rows
 from ring_hilbert.parallel.layout import Layout
@@ -479,16 +479,16 @@ def test_an_explicit_backend_works_or_says_why_not(monkeypatch: pytest.MonkeyPat
 def test_auto_is_triton_on_cuda_and_torch_elsewhere(monkeypatch: pytest.MonkeyPatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for dtype, dim in itertools.product((torch.float16, torch.bfloat16, torch.float32), (16, 40, 256)):
-        assert triton_core.choose("auto", cuda, dtype, dim) == "triton"
-        assert triton_core.choose("auto", cpu, dtype, dim) == "torch"
-    assert triton_core.choose("auto", cuda, torch.float64, 64) == "torch"
-    assert triton_core.choose("auto", cuda, torch.float32, 20) == "torch"
-    monkeypatch.setattr(triton_core, "has_triton_package", lambda: False)
-    assert triton_core.choose("auto", cuda, torch.float32, 64) == "torch"
+        assert backends.choose("auto", cuda, dtype, dim) == "triton"
+        assert backends.choose("auto", cpu, dtype, dim) == "torch"
+    assert backends.choose("auto", cuda, torch.float64, 64) == "torch"
+    assert backends.choose("auto", cuda, torch.float32, 20) == "torch"
+    monkeypatch.setattr(backends, "has_triton_package", lambda: False)
+    assert backends.choose("auto", cuda, torch.float32, 64) == "torch"
 
 
 def test_every_call_the_kernels_take_has_tiles():
-    shapes = itertools.product(tiles.PASSES, (80, 90, 100, 120), range(8, 257, 8), triton_core.DTYPES)
+    shapes = itertools.product(tiles.PASSES, (80, 90, 100, 120), range(8, 257, 8), backends.DTYPES)
     for pass_, capability, dim, dtype in shapes:
         assert all(tile.block_outer >= 16 for tile in tiles.tiles_for(pass_, capability, dim, dtype))
 

@@ -20,9 +20,9 @@ from ring_hilbert.ops.nesting import chains
 from ring_hilbert.ops.pattern import LayerPattern, LayerRule, OwnPattern
 from ring_hilbert.ops.shells import shell_visits
 from ring_hilbert.ops.visits import Chunk, branch_visits
+from ring_hilbert.parallel.call import Call
 from ring_hilbert.parallel.execution import remote_walks
 from ring_hilbert.parallel.layout import Layout
-from ring_hilbert.parallel.node import Call
 from tests.harness.cases import Case, assert_close, counting_cases, counting_patterns
 from tests.ops.test_shells import counted
 from tests.ops.test_walk import blocks

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ring_hilbert as rh
 from ring_hilbert.ops.pattern import LayerPattern, LayerRule, OwnPattern
-from ring_hilbert.parallel import node
+from ring_hilbert.parallel.call import Call
 from ring_hilbert.parallel.execution import Execution
 from ring_hilbert.parallel.handles import held_by
 from tests.harness.cases import Case
@@ -252,11 +252,11 @@ def test_opcheck(dtype: torch.dtype, order: rh.TokenOrder | None):
     """Schema, fake results (shapes, dtypes, strides) and autograd registration, with and without facts."""
     x = Case(PATTERN, 40, 2, 4, 2, 8).tensors(dtype)
     q, k, v = (x[name].transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for name in "qkv")
-    call = node.Call.of(PATTERN, causal=True, order=order, scale=0.3, name="layer")
+    call = Call.of(PATTERN, causal=True, order=order, scale=0.3, name="layer")
     many = LayerPattern(
         LayerRule(PATTERN, 2, (OwnPattern(1, True, 0, 0), OwnPattern(3, False, 5, 7, 2))), torch.tensor(3)
     )
-    of_layer = node.Call.of(many, causal=True, order=order, scale=0.3, name=None)
+    of_layer = Call.of(many, causal=True, order=order, scale=0.3, name=None)
     prepared = rh.prepare(40, document_ids=documents(1, 40), order=order)
     attention, backward = torch.ops.ring_hilbert.attention.default, torch.ops.ring_hilbert.attention_backward.default
     for data in ((None, None, call), (prepared.handle, None, call), (prepared.handle, many.layer, of_layer)):
