@@ -45,4 +45,3 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(BaseProcess, "start", skip)
         if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton") is not None:
             monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", skip)
-        monkeypatch.setattr("tests.harness.gluon.Kernel.__getitem__", skip)
