@@ -87,11 +87,12 @@ def dq_kernel(
 ):  # fmt: skip
     """Grid `(tiles, H, B)`: the outer rows are queries. STAGED as in the forward kernel, but for sums."""
     batch = tl.program_id(2).to(tl.int64)
-    _, head = along_grid(num_tiles)
+    at, head = along_grid(num_tiles)
     kv_head = head // GROUP
     count, outer, runs, run, full, masked = tile_of(
-        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, BLOCK_M
-    )
+        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at,
+        BLOCK_M,
+    )  # fmt: skip
     if count == 0:
         return
     exists = outer >= 0
@@ -186,10 +187,11 @@ def dkdv_kernel(
 ):  # fmt: skip
     """Grid `(tiles, Hkv, B)`: the outer rows are keys."""
     batch = tl.program_id(2).to(tl.int64)
-    _, kv_head = along_grid(num_tiles)
+    at, kv_head = along_grid(num_tiles)
     count, outer, runs, run, full, masked = tile_of(
-        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, BLOCK_N
-    )
+        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at,
+        BLOCK_N,
+    )  # fmt: skip
     if count == 0:
         return
     exists = outer >= 0

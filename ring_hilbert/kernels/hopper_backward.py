@@ -14,6 +14,7 @@ from ring_hilbert.kernels.hopper_steps import (
     AHEAD,
     FLAT,
     STAGES,
+    WIDTH,
     add_rows,
     along_grid,
     begin_keys,
@@ -97,13 +98,16 @@ def dq_kernel(
     M: gl.constexpr = BLOCK_M * MEMBERS
     SCORES: gl.constexpr = products(BLOCK_N, gl.num_warps())
     dtype: gl.constexpr = k.dtype.element_ty
-    batch, head = gl.program_id(2).to(gl.int64), along_grid(num_tiles)[1] * MEMBERS
+    batch = gl.program_id(2).to(gl.int64)
+    at, head = along_grid(num_tiles)
+    head *= MEMBERS
     kv_head = head // GROUP
     count, place, run, full, masked = tile_of(
-        tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head
+        tables, order, tiles, steps, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at
     )
     if count == 0:
         return
+    run = runs + run * WIDTH
     columns = columns_of(D)
     queries = room(dtype, [M], columns)
     douts = room(dtype, [M], columns)
@@ -257,12 +261,14 @@ def dkdv_kernel(
     """Grid `(tiles, Hkv, B)`: the outer rows are keys. The heads of a group take turns."""
     SCORES: gl.constexpr = products(BLOCK_M, gl.num_warps())
     dtype: gl.constexpr = k.dtype.element_ty
-    batch, kv_head = gl.program_id(2).to(gl.int64), along_grid(num_tiles)[1]
+    batch = gl.program_id(2).to(gl.int64)
+    at, kv_head = along_grid(num_tiles)
     count, place, run, full, masked = tile_of(
-        tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head
+        tables, order, tiles, steps, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at
     )
     if count == 0:
         return
+    run = runs + run * WIDTH
     head = kv_head.to(gl.int64) * GROUP
     q += gl.multiple_of(batch * q_strides[0] + head * q_strides[2], 8)
     dout += gl.multiple_of(batch * dout_strides[0] + head * dout_strides[2], 8)

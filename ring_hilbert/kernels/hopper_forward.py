@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from ring_hilbert.kernels.hopper_steps import (
     AHEAD,
     STAGES,
+    WIDTH,
     add_rows,
     along_grid,
     begin_keys,
@@ -57,6 +58,16 @@ def by_thread(factor, total):
 
 
 @gluon.jit
+def weighed(scores, highest, maximum, weight, scale2, MASKED: gl.constexpr):
+    """The weights of `scores`, whose rows have a `highest`, relative to the new row maximum; that; the decay of the sums so far."""
+    higher = gl.maximum(maximum, highest * scale2)
+    finite = higher
+    if MASKED:
+        finite = gl.where(higher == float("-inf"), 0.0, higher)
+    return gl.exp2(scores * scale2 - gl.expand_dims(finite - weight, 1)), higher, gl.exp2(maximum - finite)
+
+
+@gluon.jit
 def attend(
     values, maximum, total, p, walk, step, queries, keys, index, full, number, low, high, scale2,
     D: gl.constexpr, BLOCK_N: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
@@ -81,13 +92,7 @@ def attend(
         scores = warpgroup_mma_wait(len(values), [scores])
         if MASKED:
             scores = gl.where(seen(key_ring.index(here), low, high, SCORES), scores, float("-inf"))
-        higher = gl.maximum(maximum, gl.max(scores, 1) * scale2)
-        finite = higher
-        if MASKED:
-            finite = gl.where(higher == float("-inf"), 0.0, higher)
-        exact = gl.exp2(scores * scale2 - gl.expand_dims(finite - weight, 1))
-        decay = gl.exp2(maximum - finite)
-        maximum = higher
+        exact, maximum, decay = weighed(scores, gl.max(scores, 1), maximum, weight, scale2, MASKED)
         total = total * by_thread(decay, total) + summed(exact)
         exact = gl.convert_layout(exact.to(p.dtype), p.type.layout, assert_trivial=True)
         step = in_order(step)
@@ -166,13 +171,16 @@ def forward_kernel(
     WARPS: gl.constexpr = gl.num_warps()
     SCORES: gl.constexpr = products(BLOCK_N, WARPS)
     dtype: gl.constexpr = k.dtype.element_ty
-    batch, head = gl.program_id(2).to(gl.int64), along_grid(num_tiles)[1] * MEMBERS
+    batch = gl.program_id(2).to(gl.int64)
+    at, head = along_grid(num_tiles)
+    head *= MEMBERS
     kv_head = head // GROUP
     count, place, run, full, masked = tile_of(
-        tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head
+        tables, order, tiles, steps, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at
     )
     if count == 0:
         return
+    run = runs + run * WIDTH
     columns = columns_of(D)
     queries = room(dtype, [M], columns)
     own = copied_outer(outer, place, count, BLOCK_M, MEMBERS, columns)

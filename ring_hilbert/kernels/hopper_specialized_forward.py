@@ -16,14 +16,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ring_hilbert.kernels.hopper_forward import by_row, by_thread, finish, resumed, slot_of, summed
+from ring_hilbert.kernels.hopper_forward import by_row, by_thread, finish, resumed, slot_of, summed, weighed
 from ring_hilbert.kernels.hopper_steps import (
-    COUNT,
     FLAT,
-    PLACE,
-    RUN,
     WIDTH,
     add_rows,
+    along,
     barriers,
     columns_of,
     copied_outer,
@@ -40,6 +38,7 @@ from ring_hilbert.kernels.hopper_steps import (
     send_outer,
     send_rows,
     step_weight,
+    tile_of,
     together,
     until,
     vectors,
@@ -61,17 +60,22 @@ def tell(told, number, item, items, work, GROUP: gl.constexpr):
     facts, known, free = told
     exists = item < items
     item = gl.minimum(item, items - 1)
-    first, second = item % sizes[0], item // sizes[0] % sizes[1]
-    batch = item // (sizes[0] * sizes[1])
-    rank, head = gl.where(sizes[0] == num_tiles, first, second), 2 * gl.where(sizes[0] == num_tiles, second, first)
-    table = gl.load(tables + batch.to(gl.int64) * table_strides[0] + head // GROUP).to(gl.int64)
-    entry = table + batch.to(gl.int64) * table_strides[1]
-    name = gl.load(order + entry * num_tiles + rank)
-    tile = tiles + (table * num_tiles + name) * tile_width
-    steps += (entry * num_tiles + name) * 2
-    run = (entry * num_runs + gl.load(tile + RUN)).to(gl.int32)
-    place, count = gl.load(tile + PLACE), gl.load(tile + COUNT)
-    numbers = gl.where(exists, head, -1), batch, place, count, run, gl.load(steps), gl.load(steps + 1)
+    at, head = along(num_tiles, sizes[0], item % sizes[0], item // sizes[0] % sizes[1])
+    batch, head = item // (sizes[0] * sizes[1]), 2 * head
+    count, place, run, full, masked = tile_of(
+        tables,
+        order,
+        tiles,
+        steps,
+        table_strides,
+        num_tiles,
+        tile_width,
+        num_runs,
+        batch.to(gl.int64),
+        head // GROUP,
+        at,
+    )
+    numbers = gl.where(exists, head, -1), batch, place, count, run.to(gl.int32), full, masked
     until(free, number - 2, 2)
     for i in gl.static_range(7):
         value = gl.full([1], numbers[i], gl.int32, vectors(gl.num_warps()))
@@ -158,16 +162,6 @@ def highest(x):
 
 
 @gluon.jit
-def weighed(scores, maximum, weight, scale2, MASKED: gl.constexpr):
-    """The weights of `scores` relative to the new row maximum, that maximum, and the decay of the sums so far."""
-    higher = gl.maximum(maximum, highest(scores) * scale2)
-    finite = higher
-    if MASKED:
-        finite = gl.where(higher == float("-inf"), 0.0, higher)
-    return gl.exp2(scores * scale2 - gl.expand_dims(finite - weight, 1)), higher, gl.exp2(maximum - finite)
-
-
-@gluon.jit
 def attend(
     values, maximum, total, p, at, step, queries, rings, signals, number, low, high, scale2,
     MEMBER: gl.constexpr, MASKED: gl.constexpr,
@@ -195,7 +189,7 @@ def attend(
             scores = gl.where(seen(key_ring.index(here), low, high, SCORES), scores, float("-inf"))
         together()
         mbarrier.arrive(k_free.index(here), count=1)
-        exact, maximum, decay = weighed(scores, maximum, weight, scale2, MASKED)
+        exact, maximum, decay = weighed(scores, highest(scores), maximum, weight, scale2, MASKED)
         total = total * by_thread(decay, total) + summed(exact)
         exact = gl.convert_layout(exact.to(p.dtype), p.type.layout, assert_trivial=True)
         step = in_order(step)
@@ -260,7 +254,7 @@ def compute(
             scores = gl.where(seen(key_ring.index(here), first, last, SCORES), scores, float("-inf"))
             together()
             mbarrier.arrive(k_free.index(here), count=1)
-            exact, maximum, decay = weighed(scores, maximum, weight, scale2, True)
+            exact, maximum, decay = weighed(scores, highest(scores), maximum, weight, scale2, True)
             p = gl.convert_layout(exact.to(dtype), gl.DotOperandLayout(0, SCORES, 2), assert_trivial=True)
             total = summed(exact)
             values = no_sums(M, columns)

@@ -86,24 +86,26 @@ def room(dtype: gl.constexpr, shape, columns):
 
 
 @gluon.jit
-def along_grid(num_tiles):
-    """As in `steps.py`."""
-    tiles_first = gl.num_programs(0) == num_tiles
-    return (
-        gl.where(tiles_first, gl.program_id(0), gl.program_id(1)),
-        gl.where(tiles_first, gl.program_id(1), gl.program_id(0)),
-    )
+def along(num_tiles, size, first, second):
+    """A place in the order of tiles, and a head, from numbers along two axes, the first of `size`, on which either may lie."""
+    tiles_first = size == num_tiles
+    return gl.where(tiles_first, first, second), gl.where(tiles_first, second, first)
 
 
 @gluon.jit
-def tile_of(tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head):
-    """This program's tile: `(number of rows, place of the first, its first run, blocks without a mask, with one)`."""
+def along_grid(num_tiles):
+    """As in `steps.py`."""
+    return along(num_tiles, gl.num_programs(0), gl.program_id(0), gl.program_id(1))
+
+
+@gluon.jit
+def tile_of(tables, order, tiles, steps, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at):
+    """The tile at a place of the order: `(rows, place of the first, number of its first run, blocks without a mask, with one)`."""
     table = gl.load(tables + batch * table_strides[0] + kv_head).to(gl.int64)
     number = table + batch * table_strides[1]
-    at, _ = along_grid(num_tiles)
     name = gl.load(order + number * num_tiles + at)
     tile = tiles + (table * num_tiles + name) * tile_width
-    run = runs + (number * num_runs + gl.load(tile + RUN)) * WIDTH
+    run = number * num_runs + gl.load(tile + RUN)
     steps += (number * num_tiles + name) * 2
     return gl.load(tile + COUNT), gl.load(tile + PLACE), run, gl.load(steps), gl.load(steps + 1)
 

@@ -34,14 +34,13 @@ def along_grid(num_tiles):
 
 @triton.jit
 def tile_of(
-    tables, order, tiles, steps, runs, outer, table_strides, num_tiles, tile_width, num_runs, batch, kv_head,
+    tables, order, tiles, steps, runs, outer, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile: `(number of rows, outer rows [BLOCK], runs, first run, blocks without a mask, blocks with one)`."""
+    """The tile at a place of the order: `(rows, outer rows [BLOCK], runs, first run, blocks without a mask, blocks with one)`."""
     table = tl.load(tables + batch * table_strides[0] + kv_head).to(tl.int64)
     number = table + batch * table_strides[1]
-    place, _ = along_grid(num_tiles)
-    name = tl.load(order + number * num_tiles + place)
+    name = tl.load(order + number * num_tiles + at)
     tile = tiles + (table * num_tiles + name) * tile_width
     count = tl.load(tile + COUNT)
     within = tl.arange(0, BLOCK)
