@@ -87,10 +87,10 @@ def dq_kernel(
 ):  # fmt: skip
     """Grid `(tiles, H, B)`: the outer rows are queries. STAGED as in the forward kernel, but for sums."""
     batch = tl.program_id(2).to(tl.int64)
-    at, head = along_grid(num_tiles)
+    turn, head = along_grid(num_tiles)
     kv_head = head // GROUP
     count, outer, runs, run, full, masked = tile_of(
-        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at,
+        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, turn,
         BLOCK_M,
     )  # fmt: skip
     if count == 0:
@@ -187,9 +187,9 @@ def dkdv_kernel(
 ):  # fmt: skip
     """Grid `(tiles, Hkv, B)`: the outer rows are keys."""
     batch = tl.program_id(2).to(tl.int64)
-    at, kv_head = along_grid(num_tiles)
+    turn, kv_head = along_grid(num_tiles)
     count, outer, runs, run, full, masked = tile_of(
-        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at,
+        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, turn,
         BLOCK_N,
     )  # fmt: skip
     if count == 0:

@@ -79,10 +79,10 @@ def forward_kernel(
     STAGED 1: rows with a slot leave their running softmax there instead of a result; 2: they resume from it; 3: both.
     """
     batch = tl.program_id(2).to(tl.int64)
-    at, head = along_grid(num_tiles)
+    turn, head = along_grid(num_tiles)
     kv_head = head // GROUP
     count, outer, runs, run, full, masked = tile_of(
-        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at,
+        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, turn,
         BLOCK_M,
     )  # fmt: skip
     if count == 0:

@@ -443,6 +443,13 @@ def test_compiles_ahead_of_time_for_hopper():
         check_compiled(row)
 
 
+def test_kernels_of_every_device_compile():
+    """Interpreted, they allow what Triton's compiler refuses, such as a name that changes its type in a loop."""
+    rows = compile_rows("(80,)", "(64,)", "torch.bfloat16", "a.PASSES", "('rows in a list',)")
+    assert [row["pass"] for row in rows] == list(tiles.PASSES)
+    assert all(int(row["shared_bytes"]) <= int(row["shared_limit"]) and row["gluon"] == "False" for row in rows)
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("capability", [80, 90, 100])
