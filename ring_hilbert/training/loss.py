@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +23,13 @@ class LossHead(nn.Module):
 
     Args:
         output: the layer.
-        fused: whether the passes over a chunk's logits are compiled into two, or run one after another.
+        fused: whether the passes over a chunk's logits are one kernel where there is a GPU, or run one after another.
     """
 
     def __init__(self, output: nn.Linear, fused: bool = False) -> None:
         super().__init__()
         self.weight, self.bias = output.weight, output.bias
-        self._rows = torch.compile(_row_losses) if fused else _row_losses
+        self._rows, self._fused = _row_losses, fused
 
     def forward(self, hidden: Tensor, labels: Tensor, after: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Cross-entropy (nats) of every row: `hidden [B, S, E]`, `labels [B, S]` int64 -> `[B, S]`, 0 where IGNORED.
@@ -37,7 +38,12 @@ class LossHead(nn.Module):
         summed in the same dtype; if backward then weights rows differently, they are recomputed. `after`: the model's own
         function of rows of logits `[n, V]`, which may be written to; None for none.
         """
-        chunk = _Chunk(after, self._rows, self._rows is _row_losses)
+        rows = self._rows
+        if self._fused and hidden.is_cuda:
+            from ring_hilbert.kernels.cross_entropy import row_losses
+
+            rows = partial(row_losses, ignored=IGNORED)
+        chunk = _Chunk(after, rows, rows is _row_losses)
         return _LinearLoss.apply(hidden, self.weight, self.bias, labels, chunk, torch.is_grad_enabled())
 
 
@@ -145,7 +151,7 @@ def _row_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of rows `[n]`, 0 where IGNORED, and, unless `dtype` is None, the gradient of their sum in it, `[n, V]`.
 
-    `scratch`: `logits`, to be overwritten, as they are large; None in compiled code, which keeps nothing between the passes.
+    `scratch`: `logits`, to be overwritten, as they are large; None to leave them.
     """
     real, at = labels != IGNORED, labels.clamp_min(0)[:, None]
     wanted, most = logits.gather(-1, at), logits.amax(-1, keepdim=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ring_hilbert.kernels import cross_entropy
 from ring_hilbert.training import loss
 from ring_hilbert.training.engine import make_engine
 from ring_hilbert.training.evaluate import Evaluation
@@ -45,6 +47,31 @@ def test_loss_head(monkeypatch: pytest.MonkeyPatch, chunk_elements: int, bias: b
     of = [hidden, *output.parameters()]
     expected = torch.autograd.grad((plain * weights).sum(), of)
     torch.testing.assert_close(torch.autograd.grad((losses * weights).sum(), of), expected)
+
+
+@pytest.mark.parametrize("vocab", [5, 64, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_losses_in_one_kernel(vocab: int, dtype: torch.dtype) -> None:
+    """What the passes one after another give, logits of -inf and rows without a target included, and the logits stay."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    logits = torch.randn(7, vocab, dtype=dtype, device=device) * 20
+    logits[0, 1], logits[1, : vocab - 1] = -math.inf, -math.inf
+    labels = torch.randint(0, vocab, (7,), device=device)
+    labels[0], labels[1], labels[5] = 0, vocab - 1, -100
+    before = logits.clone()
+    in_one = partial(cross_entropy.row_losses, ignored=-100)
+    losses, gradient = in_one(logits, labels, dtype)
+    expected = loss._row_losses(logits, labels, dtype)
+    torch.testing.assert_close((losses, gradient), expected)
+    assert losses[5] == 0 and gradient is not None and not gradient[5].any() and torch.equal(logits, before)
+    if dtype == torch.float32:  # the interpreter cuts bits off
+        rounded = in_one(logits.mT.contiguous().mT, labels, torch.bfloat16)[1]
+        torch.testing.assert_close(rounded, gradient.bfloat16(), rtol=2**-7, atol=1e-30)
+    only, nothing = in_one(logits, labels, None)
+    assert torch.equal(only, losses) and nothing is None
+    assert in_one(logits[:0], labels[:0], dtype)[0].shape == (0,)
+    logits[2, 0] = math.nan
+    assert in_one(logits, labels, dtype)[0][2].isnan()
 
 
 def test_loss_head_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
