@@ -68,11 +68,13 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
 # Two are kept because they are faster, although the assembler makes dQ's matrix products of heads of 64 wait for one another, and
 # dK and dV of heads of 128 spill up to 24 bytes. Backward of the 1B ladder, with them on an H200 and with tiles free of both on an
 # H100: 23.3 and 25.4 ms with heads of 64, 24.1 and 27.2 with heads of 128; forward took 9.3 and 9.5, 8.9 and 9.0 there.
+# Backward of slides with heads of 24 took 15.9 ms with dQ in steps of 64 keys and dK and dV without a limit, each of which costs 5
+# to 10 percent, although the limit too makes products wait for one another (H200).
 # Of dK and dV of heads of 128, 64 and 128 rows took 15.0 and 14.0 ms in curve order, 7.9 and 9.1 on the raster x2 ladder (H100).
 _SMALL = Tile(64, 64, 4, 4, gluon=True)
 _LIMITED = _SMALL._replace(registers=128)
 HOPPER: dict[int, tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
-    32: ((_LIMITED,), (_SMALL,), (_SMALL,)),
+    32: ((_LIMITED,), (Tile(64, 32, 4, 4, gluon=True),), (_SMALL._replace(registers=168),)),
     64: ((_LIMITED,), (_LIMITED,), (_SMALL,)),
     96: ((_SMALL,), (_SMALL,), (Tile(64, 32, 4, 4, gluon=True),)),
     128: ((_SMALL,), (_SMALL,), (Tile(64, 32, 4, 4, gluon=True), Tile(128, 64, 8, 4, gluon=True))),
