@@ -29,8 +29,18 @@ settings.load_profile("fast")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The option of `run.sh --quick`."""
     parser.addoption(
-        "--quick", action="store_true", help="skip a test as soon as it starts a process or interprets a kernel"
+        "--quick",
+        action="store_true",
+        help="leave slow tests out, and skip the others as soon as they start a process or interpret a kernel",
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --quick: no slow test."""
+    if config.getoption("quick"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(autouse=True)

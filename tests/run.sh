@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Set-up and tests: the hooks people run before a commit, then pytest. The fast tier by default; `--full` runs every
-# matrix, `--quick` what needs no ranks, commands or interpreted kernels, with the hooks beside it. Further arguments go to pytest:
+# Set-up and tests: the hooks people run before a commit, then pytest. The fast tier by default; `--full` runs every matrix,
+# `--quick` what is not slow and needs no ranks, commands or interpreted kernels, with the hooks beside it. Further arguments go
+# to pytest:
 #
 #     bash tests/run.sh [--quick | --full] [pytest arguments ...]        e.g. tests/ops -n 0
 set -euo pipefail

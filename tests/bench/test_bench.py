@@ -362,6 +362,7 @@ def test_peers():
         assert {r["problem"] for r in records} == {"dense", "dilated"} and len(records) == 5
 
 
+@pytest.mark.slow
 def test_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two runs, compared step by step; the second is the first in another precision."""
     write_texts(tmp_path)

@@ -87,6 +87,7 @@ def test_lengths_that_change_are_one_more_graph():
     assert counter.frame_count <= 4  # with and without prepared, static and dynamic
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [None, "plain", "policy"])
 def test_a_whole_model_is_one_graph(checkpointing: str | None):
     model = tiny_model().train()
@@ -124,6 +125,7 @@ def nested(model: torch.nn.Module, nesting: str, counter: CompileCounterWithBack
         layer.forward = partial(checkpoint, function, **policy) if nesting == "around" else function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nesting", ["transformers", "around", "within"])
 @pytest.mark.parametrize(
     "layers", [4, pytest.param(16, marks=pytest.mark.full), pytest.param(40, marks=pytest.mark.full)]
@@ -199,6 +201,7 @@ class _Adapted(torch.nn.Module):
         return self.base(x) + x @ self.down.T @ self.up.T
 
 
+@pytest.mark.slow
 def test_a_model_without_prepared_takes_one_document_and_nothing_else():
     model = tiny_model()
     fast, _ = compiled(model)

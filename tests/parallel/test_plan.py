@@ -41,6 +41,7 @@ def test_bytes_of_the_published_pattern():
     assert round(plan.received_bytes(32, "backward") / MIB, 1) == 42.7
 
 
+@pytest.mark.slow
 def test_bytes_of_the_ladder_of_ring_and_of_ulysses():
     """Two to the twentieth rows, 64 ranks, H D = 4096 in bf16, not causal (a doubling ladder of 10 branches; dense)."""
     received = {(r["pattern"], r["strategy"]): r for r in wire.rows() if not r["causal"] and r["pass"] == "forward"}
@@ -58,6 +59,7 @@ def costs(worlds: list[int], causal: bool) -> Iterator[list[dict[str, float]]]:
         yield [{key: float(r[key]) for key in r if key.endswith("_max")} for r in found if r["ladder"] == name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_cost_at_equal_rows_per_rank(causal: bool):
     fixed, steep, doubling = costs([4, 16, 64, 256], causal)
@@ -68,6 +70,7 @@ def test_cost_at_equal_rows_per_rank(causal: bool):
     assert grown[2] - grown[1] == pytest.approx(grown[1] - grown[0], rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_rank_of_thousands_is_planned_in_seconds():
     """4096 ranks, a billion rows, 12 branches; memory is that of the rows that one rank reads, whatever the length."""
     pattern = rh.DilatedPattern(tuple(2 ** (19 + i) for i in range(12)), tuple(4**i for i in range(12)))
@@ -93,6 +96,7 @@ def test_a_rank_of_thousands_is_planned_in_seconds():
     assert most[4096] < 1.2 * most[64]
 
 
+@pytest.mark.slow
 @given(cases(), st.integers(1, 6), st.sampled_from(["contiguous", "zigzag"]))
 @settings(max_examples=150, deadline=None)
 def test_rows_that_are_counted_are_those_that_are_listed(case: Case, world: int, kind: str):

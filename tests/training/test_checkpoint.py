@@ -111,6 +111,7 @@ def poison_entries(file: Path, payload: bytes) -> int:
     return planted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_init", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_nothing_in_a_checkpoint_is_executed(texts: Path, four_steps: Path, tmp_path: Path, as_init: bool) -> None:
     """A payload in each file, in each entry and in files of other names; every one with a manifest that fits."""
@@ -364,6 +365,7 @@ def test_a_folder_that_was_taken_over(texts: Path, tmp_path: Path, monkeypatch: 
     assert not checkpoints_in(tmp_path / "checkpoints")
 
 
+@pytest.mark.slow
 def test_a_full_disk(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen before: nothing is written. Not seen before: the file, with the same figures. The older checkpoint stays."""
     config = config_in(texts, tmp_path, 4)

@@ -26,6 +26,8 @@ from tests.harness.deepspeed_rank import STAGES, deepspeed_rank, zero
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny_run import VOCAB, PaddedDataset, tiny_config
 
+pytestmark = pytest.mark.slow  # the references of its tests, and their ranks
+
 STEPS = 20
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,

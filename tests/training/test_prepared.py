@@ -391,6 +391,7 @@ def test_foreign_files_are_named(tmp_path: Path, texts: Path) -> None:
         opened(folder)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_data_prepared(tmp_path: Path) -> None:
     """Its checkpoint is of the same data and configuration, though neither sources nor eval are given any more."""
     write_texts(tmp_path)

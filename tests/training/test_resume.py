@@ -83,6 +83,7 @@ def test_ten_and_ten_is_twenty(tmp_path: Path, texts: Path, sp: int, precision: 
         assert torch.equal(weight, expected_weights[name]), name
 
 
+@pytest.mark.slow
 def test_other_number_of_ranks(tmp_path: Path, texts: Path, alone: Path) -> None:
     """Ten steps on one rank, ten on two and none on one: the losses of twenty steps on one, up to rounding."""
     run_ranks(run_all, 1, [config_in(texts, tmp_path, train__steps=10)])

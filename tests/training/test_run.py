@@ -103,6 +103,7 @@ def test_export_computes_what_training_computed(tmp_path: Path, texts: Path) -> 
     assert loaded.config.eos_token_id == tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_continues_from_an_exported_model(tmp_path: Path, texts: Path) -> None:
     """`model.path` starts from the weights of a folder, whose settings for generation stay, but for what is changed."""
     first = pretrain(tiny_config(texts, **in_folder(tmp_path / "first"), train__steps=4))

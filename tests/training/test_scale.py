@@ -35,6 +35,7 @@ def places(folder: Path) -> dict[str, Any]:
     return {"checkpoint__dir": str(folder / "checkpoints"), "log__dir": str(folder / "logs")}
 
 
+@pytest.mark.slow
 def test_memory_plan(tmp_path: Path) -> None:
     """Linear in the rows of a rank, with a vocabulary of any size; states are divided among the ranks."""
     wide = {
@@ -89,6 +90,7 @@ DEEP = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_memory_decides_what_is_recomputed(tmp_path: Path) -> None:
     """The fastest settings that leave 5 % of it; one that is not auto stays; what fits nowhere is refused with what would."""
     sizes = {**DEEP, "train__fused": "none"}  # whose MLP is most of what is held
@@ -212,6 +214,7 @@ def test_a_signal_on_one_rank_ends_the_run_after_a_checkpoint(tmp_path: Path, te
     assert resumed.eval_loss == whole.eval_loss
 
 
+@pytest.mark.slow
 def test_where_time_goes(tmp_path: Path, texts: Path) -> None:
     """MFU, seconds by part and their spread in the metrics; loss by position; a trace of the steps asked for."""
     look = {"log__breakdown_every": 2, "log__profile": [3, 3], "log__peak_tflops": 0.1}

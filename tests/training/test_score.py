@@ -58,6 +58,7 @@ def scored(rank: int, world_size: int, trained: Path) -> tuple[float, dict[int, 
     return found.loss, found.by_position()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_the_score_is_the_held_out_loss_of_training(trained: Path, ranks: int) -> None:
     """By position too, on any number of ranks."""
@@ -67,6 +68,7 @@ def test_the_score_is_the_held_out_loss_of_training(trained: Path, ranks: int) -
         assert positions == pytest.approx({2**k: last[f"loss_at_{2**k}"] for k in range(8)}, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, model = tmp_path / "new" / "score.json", str(trained / "checkpoints" / "model")
     assert main(["score", "--model", model, "--data", str(trained / "eval"), "--json", str(out)]) == 0

@@ -112,6 +112,7 @@ def test_the_collective_is_the_innermost_call(monkeypatch: pytest.MonkeyPatch) -
     assert found is not None and found[0].name == "innermost" and collective_of(found[:1]) is None
 
 
+@pytest.mark.slow
 def test_a_thread_is_looked_at_while_others_come_and_go() -> None:
     """Threads that Python has not started are made without its lock, which `faulthandler` and the interpreter do not survive."""
     system, main, looks = ctypes.CDLL(None), threading.get_ident(), list[Call]()
