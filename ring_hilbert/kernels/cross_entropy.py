@@ -34,7 +34,8 @@ def cross_entropy_kernel(logits, labels, losses, gradient, vocab, ignored, GRADI
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(most - finite) + tl.sum(tl.exp(x - finite), 0)
         most = higher
-    tl.store(losses + row, tl.log(total) + most - tl.load(logits + label))
+    wanted = tl.load(logits + label, (label >= 0) & (label < vocab), float("nan"))
+    tl.store(losses + row, tl.log(total) + most - wanted)
     if GRADIENT:
         for first in range(0, vocab, BLOCK):
             x = tl.load(logits + first + columns, first + columns < vocab, float("-inf"))
@@ -47,7 +48,7 @@ def row_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy in nats of rows `[n]`, and the gradient of their sum in `dtype`, `[n, V]`, unless None.
 
-    `logits [n, V]` float32 or float64, `labels [n]` int64; 0 where the label is `ignored`.
+    `logits [n, V]` float32 or float64, `labels [n]` int64; 0 where the label is `ignored`, NaN where it is no column.
     """
     logits = logits.contiguous()
     losses = logits.new_empty(len(logits))

@@ -153,7 +153,8 @@ def _row_losses(
 
     `scratch`: `logits`, to be overwritten, as they are large; None to leave them.
     """
-    real, at = labels != IGNORED, labels.clamp_min(0)[:, None]
+    real = labels != IGNORED
+    at = labels.masked_fill(~real, 0)[:, None]
     wanted, most = logits.gather(-1, at), logits.amax(-1, keepdim=True)
     powers = torch.exp(torch.sub(logits, most, out=scratch), out=scratch)
     total = powers.sum(-1, keepdim=True)
@@ -170,8 +171,9 @@ def _row_hits(
 ) -> tuple[Tensor, None]:
     """Of rows `[n, V]`; `dtype` is None, as nothing is differentiated, and `scratch` too."""
     assert dtype is None and scratch is None
-    wanted = logits.gather(-1, labels.clamp_min(0)[:, None]).squeeze(-1)
-    return ((wanted >= logits.amax(-1)) & (labels != IGNORED)).to(logits.dtype), None
+    real = labels != IGNORED
+    wanted = logits.gather(-1, labels.masked_fill(~real, 0)[:, None]).squeeze(-1)
+    return ((wanted >= logits.amax(-1)) & real).to(logits.dtype), None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

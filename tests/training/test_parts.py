@@ -70,6 +70,12 @@ def test_losses_in_one_kernel(vocab: int, dtype: torch.dtype) -> None:
     only, nothing = in_one(logits, labels, None)
     assert torch.equal(only, losses) and nothing is None
     assert in_one(logits[:0], labels[:0], dtype)[0].shape == (0,)
+    for wrong in (vocab, -1):  # never another column's loss
+        labels[3] = wrong
+        assert in_one(logits, labels, dtype)[0].isnan().tolist() == [number == 3 for number in range(7)]
+        if device.type == "cpu":
+            with pytest.raises(RuntimeError, match="out of bounds"):
+                loss._row_losses(logits, labels, dtype)
     logits[2, 0] = math.nan
     assert in_one(logits, labels, dtype)[0][2].isnan()
 
