@@ -2,20 +2,27 @@
 """Starting kernels: Triton finds the compiled form of a kernel anew at every launch; here it is found by what decides it.
 
 With 40 arguments and the constants of a module, all of which are examined, this takes longer than a small kernel runs.
+Compiling them takes two seconds each, one after another, in which other ranks wait for this one: `compiling` does all at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 ALIGNED = 16  # bytes; Triton compiles other kernels for addresses that are not
 KEPT = 4096  # launches that differ in more than addresses
 
+_compiling = ContextVar("compiling", default=False)  # of a thread: others start kernels meanwhile
 _found: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
 
@@ -24,7 +31,23 @@ def on(kernel: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
     return partial(_start, kernel, grid)
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, kernels are not started but compiled, several at a time. One that does not compile says so when it is started."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(2, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    before = _compiling.set(True)
+    try:
+        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            yield
+    finally:
+        _compiling.reset(before)
+
+
 def _start(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
+    if _compiling.get():
+        kernel.warmup(*args, grid=grid, **constants)
+        return
     if not _compiles_by_address(args[0]):
         kernel[grid](*args, **constants)
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from ring_hilbert.ops.core import BackwardState, Core, Incoming, Shard
+from ring_hilbert.ops.core import BackwardState, Core, Shard
 from ring_hilbert.ops.order import natural_places
 from ring_hilbert.ops.remote_walk import RemoteWalks
 from ring_hilbert.ops.sight import RowIntervals
 from ring_hilbert.ops.torch_core import TorchCore
-from ring_hilbert.ops.visible import HIDDEN, Intervals
+from ring_hilbert.ops.visible import HIDDEN, Intervals, Visible
 from ring_hilbert.ops.zero_keys import add_zero_keys, count_zero_keys
 from ring_hilbert.parallel.crossings import KEPT, Crossings
 from ring_hilbert.parallel.exchange import Exchange
@@ -30,6 +31,8 @@ from ring_hilbert.parallel.plan import Plan
 from ring_hilbert.parallel.remote import payload
 from ring_hilbert.parallel.travel import HopTravel, hop_candidates, read_counts
 from ring_hilbert.parallel.wire import Pending, communicator
+
+_compiled: set[tuple[Any, ...]] = set()  # kinds of tensors whose kernels are
 
 
 def span(name: str) -> AbstractContextManager:
@@ -62,32 +65,35 @@ class Execution:
         if group is not None and self.hops:
             own, together = communicator(group), plan.strategy == "exchange"
             self.exchanges = [Exchange(travel, own, together=together) for travel in travels]
-        incoming = [travel.incoming() for travel in travels]
-        make = self._triton_core if backend == "triton" else self._torch_core
-        self.core: Core = make(rank, device, incoming)
+        self.incoming, self.backend = [travel.incoming() for travel in travels], backend
+        if backend == "triton":
+            self.core: Core = self._triton_core(device, plan.visible)
+        else:
+            self.core = self._torch_core(device)
         self.zero_keys: Tensor | None = None
         if plan.pattern.zero_keys and not plan.visible.causal:
             rows = torch.from_numpy(self.shard.rows()).to(device)
             self.zero_keys = count_zero_keys(plan.pattern, rows, self.shard.seq_len, plan.shapes.num_kv_heads)
 
-    def _torch_core(self, rank: int, device: torch.device, incoming: Sequence[Incoming]) -> Core:
+    def _torch_core(self, device: torch.device) -> Core:
         plan, own = self.plan, None
         if not plan.visible.by_row_alone:
             entries = [plan.visible.of(self.shard.rows(), entry) for entry in range(plan.visible.batch_size)]
             own = RowIntervals(*(np.stack(x) for x in zip(*entries, strict=True)))
-        on_host = [arriving.on(torch.device("cpu")) for arriving in incoming]
+        on_host = [arriving.on(torch.device("cpu")) for arriving in self.incoming]
         visits = [hop.hop.visits for hop in self.hops]
-        return TorchCore(plan.local(rank), own, plan.shapes.head_dim, plan.shapes.dtype, device, visits, on_host)
+        return TorchCore(plan.local(self.rank), own, plan.shapes.head_dim, plan.shapes.dtype, device, visits, on_host)
 
-    def _triton_core(self, rank: int, device: torch.device, incoming: Sequence[Incoming]) -> Core:
+    def _triton_core(self, device: torch.device, keeping: Visible | None) -> Core:
+        """`keeping`: whose schedules it keeps."""
         from ring_hilbert.ops.triton_core import TritonCore
 
-        plan, shapes = self.plan, self.plan.shapes
+        plan, shapes, rank = self.plan, self.plan.shapes, self.rank
         own = Intervals(*(plan.layout.cut(rank, x) for x in plan.visible.on(device)))
         remote = remote_walks(plan.crossings, rank, plan.strategy == "ring", self.shard, device) if self.hops else None
         return TritonCore(
-            plan.pattern, shapes.num_kv_heads, self.shard, own, shapes.head_dim, shapes.dtype, device, remote, incoming,
-            visible=plan.visible, group=shapes.num_heads // shapes.num_kv_heads,
+            plan.pattern, shapes.num_kv_heads, self.shard, own, shapes.head_dim, shapes.dtype, device, remote, self.incoming,
+            visible=keeping, group=shapes.num_heads // shapes.num_kv_heads,
         )  # fmt: skip
 
     def _clean(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -97,6 +103,35 @@ class Execution:
             return tensors
         padding = self.plan.layout.cut(self.rank, visible.on(tensors[0].device).key) == HIDDEN
         return tuple(x.masked_fill(padding[:, :, None, None], 0.0) for x in tensors)
+
+    def compile_ahead(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        """Compile all kernels that forward and backward start, unless that was done for tensors like these.
+
+        They run as in a step, on rows that nobody sent, and start nothing.
+        """
+        received = [sum(exchange.received.values()) for exchange in self.exchanges]
+        kind = q.dtype, q.device, q.shape[2:], k.shape[2], *map(bool, received)
+        if self.backend != "triton" or kind in _compiled or not q.is_cuda or torch.cuda.is_current_stream_capturing():
+            return
+        _compiled.add(kind)
+        from ring_hilbert.kernels.starting import compiling
+
+        core, rows = self._triton_core(q.device, None), [q.new_empty(n, 2, q.shape[3]) for n in received]
+        with compiling():
+            state = core.begin(q, k, v, scale)
+            for hop, arrived in enumerate(rows):
+                core.forward_hop(state, hop, arrived)
+            out, lse, lse_error = core.finish(state)
+            gradients = core.begin_backward(q, q, k, v, out, lse, lse_error, scale, self._sums(k.dtype), 1.0)
+            for hop, arrived in enumerate(rows):
+                core.backward_hop(gradients, hop, arrived)
+            core.rest_of_backward(gradients)
+
+    def _sums(self, dtype: torch.dtype, wide: bool = False) -> torch.dtype:
+        """In which dK and dV are summed: rows with shares of many ranks collect a rounding error from each, unless it is wider."""
+        if not self.exchanges and not wide:
+            return dtype
+        return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, name: str = "", *, keep: bool = False, lse: bool = True
@@ -151,10 +186,7 @@ class Execution:
         """
         q, k, v, out, lse, lse_error, *kept = saved
         k, v = self._clean(k, v)
-        sums = k.dtype
-        if self.exchanges or wide:
-            # Rows that sum shares from many ranks collect a rounding error from each, unless the sum is wider.
-            sums = torch.float64 if k.dtype in (torch.float32, torch.float64) else torch.float32
+        sums = self._sums(k.dtype, wide)
         core, hops = self.core, len(self.exchanges)
         arrived = self._unpack(kept[0], k) if kept else None
         pending = None if arrived else self._fetch(0, k, v, name)

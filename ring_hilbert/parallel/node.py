@@ -114,13 +114,16 @@ def _attention(
         misfit = f"{call.name}: {misfit}"
     prepared.agree(agreed_fields(call.pattern, call.scale, shapes) | {"strategy": call.strategy}, misfit)
     execution = _execution(call, prepared, shapes, q.device)
-    permutation = prepared.permutation(q.device)
+    permutation, trained = prepared.permutation(q.device), q.requires_grad
     options = {"keep": call.keep, "lse": call.return_lse}
+    if permutation is not None:
+        q, k, v = (x.index_select(1, permutation[0]) for x in (q, k, v))
+    if trained and isinstance(execution, Execution):
+        execution.compile_ahead(q, k, v, call.scale)
+    results = execution.forward(q, k, v, call.scale, call.name, **options)
     if permutation is None:
-        return execution.forward(q, k, v, call.scale, call.name, **options)
-    row, token = permutation
-    q, k, v = (x.index_select(1, row) for x in (q, k, v))
-    out, lse, lse_error, kept = execution.forward(q, k, v, call.scale, call.name, **options)
+        return results
+    (out, lse, lse_error, kept), (_, token) = results, permutation
     return out.index_select(1, token), lse.index_select(2, token), lse_error.index_select(2, token), kept
 
 

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels are started past Triton only where Triton would start what it compiled for an earlier launch."""
+"""Kernels are started past Triton only where Triton would start what it compiled before; they are compiled together."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
 
+import ring_hilbert as rh
 from ring_hilbert.kernels import starting
+from ring_hilbert.parallel.execution import Execution
 
 
 class Kernel:
@@ -91,3 +99,104 @@ def test_what_is_interpreted_or_on_another_device_asks_triton(monkeypatch: pytes
     for _ in range(2):
         starting.on(compiled, (1, 1, 1))(aligned(), 5, (8, 1), SIZE=64)
     assert len(interpreted.asked) == len(compiled.asked) == 2 and not interpreted.started + compiled.started
+
+
+def test_kernels_are_compiled_together(monkeypatch: pytest.MonkeyPatch):
+    """Inside, all are compiled, on several threads, and nothing starts; those that fail say so when they are started."""
+    threads, meeting = set(), threading.Barrier(2, timeout=20)
+
+    class Slow(Kernel):
+        def warmup(self, *args: Any, grid: tuple[int, ...], **constants: Any) -> None:
+            def compile_it() -> None:
+                threads.add(threading.get_ident())
+                meeting.wait()  # two at a time, or never
+                raise ValueError("it does not compile")
+
+            mode = triton.runtime._async_compile.active_mode.get()
+            done = [lambda _: None] * (mode.submit.__code__.co_argcount - 3)  # one in Triton 3.6, two in 3.9
+            mode.submit(grid, compile_it, *done)
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    kernel, other, x = Slow(), Kernel(), aligned()
+    with starting.compiling():
+        for number in range(4):
+            starting.on(kernel, (number, 1, 1))(x, 5, (8, 1), SIZE=64)
+        thread = threading.Thread(target=starting.on(other, (1, 1, 1)), args=(x, 5, (8, 1)), kwargs={"SIZE": 64})
+        thread.start()  # it does not know of this
+        thread.join()
+    assert len(other.asked) == 1
+    assert len(threads) == 2 and threading.get_ident() not in threads and not kernel.asked
+    starting.on(kernel, (1, 1, 1))(x, 5, (8, 1), SIZE=64)
+    assert len(kernel.asked) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_trained_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch, compiled: bool):
+    """Before its forward, and with the tensors that kernels get; what needs no gradient is not."""
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(Execution, "compile_ahead", lambda self, q, k, v, scale: seen.append((*q.shape, k.shape[2])))
+    pattern, order = rh.DilatedPattern((8, None), (1, 2)), rh.TokenOrder("hilbert", block=4)
+    attend = torch.compile(rh.dilated_attention, backend="aot_eager") if compiled else rh.dilated_attention
+    q, k = torch.randn(1, 16, 4, 8, requires_grad=True), torch.randn(1, 16, 2, 8)
+    attend(q, k, k, pattern, order=order, backend="torch").sum().backward()
+    assert seen == [(1, 16, 4, 8, 2)]
+    attend(q.detach(), k, k, pattern, order=order, backend="torch")
+    assert len(seen) == 1
+
+
+COMPILED_AHEAD = """
+import os, sys, torch, triton.compiler
+from functools import partial
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Stub:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = get_current_stream = lambda self, *_: 0
+
+driver.set_active(Stub())
+import ring_hilbert as rh
+from ring_hilbert.kernels import launch, prune, starting, tiles
+from ring_hilbert.ops.core import Shard
+from ring_hilbert.ops.triton_core import TritonCore
+from ring_hilbert.ops.visible import Visible
+from ring_hilbert.ops.visits import Chunk
+
+rows, dim, cpu = 512, int(sys.argv[1]), torch.device("cpu")
+launch._processors = lambda device: 132
+visible = Visible(rows, True, order=rh.TokenOrder("hilbert", block=256))
+pattern, shard = rh.DilatedPattern((256, None), (1, 4)), Shard((Chunk(0, rows, 0),), rows, visible.order)
+core = TritonCore(
+    pattern, 2, shard, visible.on(cpu), dim, torch.bfloat16, cpu,
+    tiles={name: tiles.tiles_for(name, 90, dim, torch.bfloat16, 4)[1] for name in tiles.PASSES}, group=4,
+)
+q, k = torch.zeros(1, rows, 8, dim).bfloat16(), torch.zeros(1, rows, 2, dim).bfloat16()
+
+def step():
+    out, lse, error = core.finish(core.begin(q, k, k, 0.1))
+    core.rest_of_backward(core.begin_backward(q, q, k, k, out, lse, error, 0.1, torch.float32, 1.0))
+
+with starting.compiling():
+    step()
+
+def refuse(*_, **__):
+    raise AssertionError("left to compile")
+
+def known(kernel, grid, *args, **constants):
+    kernel.compile = triton.compiler.compile = refuse  # what Triton would call
+    kernel.warmup(*args, grid=grid, **constants)
+
+launch.on = prune.on = lambda kernel, grid: partial(known, kernel, grid)
+step()
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dim", [64, 128])
+def test_nothing_is_left_to_compile(dim: int, tmp_path: Path):
+    """With Triton's own compiler: a step finds all its kernels among those that were compiled together."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", COMPILED_AHEAD, str(dim)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
