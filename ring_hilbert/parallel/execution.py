@@ -7,6 +7,7 @@ roles exchanged.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -116,16 +117,22 @@ class Execution:
         _compiled.add(kind)
         from ring_hilbert.kernels.starting import compiling
 
-        core, rows = self._triton_core(q.device, None), [q.new_empty(n, 2, q.shape[3]) for n in received]
-        with compiling():
-            state = core.begin(q, k, v, scale)
-            for hop, arrived in enumerate(rows):
-                core.forward_hop(state, hop, arrived)
-            out, lse, lse_error = core.finish(state)
-            gradients = core.begin_backward(q, q, k, v, out, lse, lse_error, scale, self._sums(k.dtype), 1.0)
-            for hop, arrived in enumerate(rows):
-                core.backward_hop(gradients, hop, arrived)
-            core.rest_of_backward(gradients)
+        try:
+            with compiling():
+                self._rehearse(q, k, v, scale, [q.new_empty(n, 2, q.shape[3]) for n in received])
+        except Exception as error:  # what only saves time does not stop a run: memory may do for a step without this
+            warnings.warn(f"ring_hilbert: kernels compile one after another, since together: {error}", stacklevel=2)
+
+    def _rehearse(self, q: Tensor, k: Tensor, v: Tensor, scale: float, received: Sequence[Tensor]) -> None:
+        core = self._triton_core(q.device, None)
+        state = core.begin(q, k, v, scale)
+        for hop, rows in enumerate(received):
+            core.forward_hop(state, hop, rows)
+        out, lse, lse_error = core.finish(state)
+        gradients = core.begin_backward(q, q, k, v, out, lse, lse_error, scale, self._sums(k.dtype), 1.0)
+        for hop, rows in enumerate(received):
+            core.backward_hop(gradients, hop, rows)
+        core.rest_of_backward(gradients)
 
     def _sums(self, dtype: torch.dtype, wide: bool = False) -> torch.dtype:
         """In which dK and dV are summed: rows with shares of many ranks collect a rounding error from each, unless it is wider."""

@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import triton
 
 import ring_hilbert as rh
 from ring_hilbert.kernels import starting
 from ring_hilbert.parallel.execution import Execution
+from tests.harness.ranks import run_ranks
+
+on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets kernels")
 
 
 class Kernel:
@@ -142,6 +146,40 @@ def test_what_is_trained_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch, comp
     assert seen == [(1, 16, 4, 8, 2)]
     attend(q.detach(), k, k, pattern, order=order, backend="torch")
     assert len(seen) == 1
+
+
+def started_and_rehearsed(rank: int, world: int, way: str) -> tuple[set[Any], set[Any]]:
+    """The kernels of a step of two ranks, interpreted, and those that are compiled ahead: names, constants and dtypes."""
+    rehearsed, started = set[Any](), set[Any]()
+    start, to = starting._start, started
+
+    def noted(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        dtypes = (x.dtype for x in args if isinstance(x, torch.Tensor))
+        to.add((kernel.fn.__name__, *sorted(constants.items()), *dtypes))
+        if to is started:
+            start(kernel, grid, *args, **constants)
+
+    def rehearse(self: Execution, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        nonlocal to
+        to = rehearsed
+        self._rehearse(q, k, v, scale, [q.new_empty(sum(e.received.values()), 2, q.shape[3]) for e in self.exchanges])
+        to = started
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Execution, "compile_ahead", rehearse)
+        patch.setattr(starting, "_start", noted)
+        prepared = rh.prepare(64, group=dist.group.WORLD, strategy=way)
+        q, k = torch.randn(1, 64, 4, 16, requires_grad=True), torch.randn(1, 64, 2, 16, requires_grad=True)
+        pattern = rh.DilatedPattern((32, None), (1, 4), segment_shift=8)
+        rh.dilated_attention(q, k, k, pattern, prepared=prepared, backend="triton").sum().backward()
+    return started, rehearsed
+
+
+@on_the_cpu
+@pytest.mark.parametrize("way", ["exchange", pytest.param("ring", marks=pytest.mark.full)])
+def test_what_ranks_start_was_rehearsed(way: str):
+    for started, rehearsed in run_ranks(started_and_rehearsed, 3, way):
+        assert len(started) >= 8 and started <= rehearsed
 
 
 COMPILED_AHEAD = """
