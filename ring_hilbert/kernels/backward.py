@@ -209,15 +209,15 @@ def dkdv_kernel(
         queries = at_head(q, q_strides, batch, head, D)
         douts = at_head(dout, dout_strides, batch, head, D)
         row = batch * lse_strides[0] + head * lse_strides[2]
-        key_gradient, value_gradient, at = add_queries(
+        key_gradient, value_gradient, walk = add_queries(
             key_gradient, value_gradient, keys, vals, queries, douts, lse2 + row, delta + row,
             q_strides[1], dout_strides[1], lse_strides[1], full, runs, index, start_walk(runs, run, index, BLOCK_M, INDEXED),
             outer, own_key, low, high, batch, interval_strides[0], columns, scale2,
             D, BLOCK_M, SEGMENTS, INDEXED, False, PRECISION,
         )  # fmt: skip
-        key_gradient, value_gradient, at = add_queries(
+        key_gradient, value_gradient, walk = add_queries(
             key_gradient, value_gradient, keys, vals, queries, douts, lse2 + row, delta + row,
-            q_strides[1], dout_strides[1], lse_strides[1], masked, runs, index, at,
+            q_strides[1], dout_strides[1], lse_strides[1], masked, runs, index, walk,
             outer, own_key, low, high, batch, interval_strides[0], columns, scale2,
             D, BLOCK_M, SEGMENTS, INDEXED, True, PRECISION,
         )  # fmt: skip
