@@ -65,9 +65,10 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
 }  # fmt: skip
 # For compute capability 9.0, by the largest head dim, from 24 on: tiles of forward, dQ, dK and dV; of two, the second is for
 # rows in a list. They replace those above for walks whose masks do not compare segments.
-# Two are kept because they are faster, although the assembler makes dQ's matrix products of heads of 64 wait for one another, and
-# dK and dV of heads of 128 spill up to 24 bytes. Backward of the 1B ladder, with them on an H200 and with tiles free of both on an
-# H100: 23.3 and 25.4 ms with heads of 64, 24.1 and 27.2 with heads of 128; forward took 9.3 and 9.5, 8.9 and 9.0 there.
+# One is kept because it is faster, although the assembler makes dQ's matrix products of heads of 64 wait for one another; dK and
+# dV of heads of 128 spilled up to 24 bytes when they were timed. Backward of the 1B ladder, with them on an H200 and with tiles
+# free of both on an H100: 23.3 and 25.4 ms with heads of 64, 24.1 and 27.2 with heads of 128; forward took 9.3 and 9.5, 8.9 and
+# 9.0 there.
 # Of dK and dV of heads of 128, 64 and 128 rows took 15.0 and 14.0 ms in curve order, 7.9 and 9.1 on the raster x2 ladder (H100).
 _SMALL = Tile(64, 64, 4, 4, gluon=True)
 _LIMITED = _SMALL._replace(registers=128)
