@@ -43,8 +43,16 @@ class Tile(NamedTuple):
 # to four, for walks of increasing register demand (`demand`). The first row that fits a call is used, so rows go from the
 # newest generation to the oldest. `ring-hilbert bench kernels --tune` and `--aot` measure what a change is worth.
 TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
-    (100, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
-    (100, 128, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 2),)),
+    (100, 64, 2): (
+        (*(Tile(128, 64, 8, 3),) * 3, Tile(128, 32, 8, 3)),
+        (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)),
+        (Tile(64, 64, 4, 2), Tile(64, 16, 4, 2)),
+    ),
+    (100, 128, 2): (
+        (*(Tile(128, 64, 8, 3),) * 3, Tile(128, 32, 8, 3)),
+        (*(Tile(64, 64, 4, 2),) * 3, Tile(64, 32, 4, 2)),
+        (Tile(64, 32, 8, 2),),
+    ),
     (90, 64, 2): (
         (*(Tile(64, 64, 4, 3, 168),) * 2, Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
         (*(Tile(64, 64, 4, 3, 168),) * 2, Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
@@ -56,7 +64,11 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
         (Tile(128, 32, 8, 2), *(Tile(128, 16, 8, 3),) * 2, Tile(64, 16, 8, 3)),
     ),
     (90, 256, 2): ((Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 1),), (Tile(32, 32, 4, 1),)),
-    (0, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
+    (0, 64, 2): (
+        (*(Tile(128, 64, 8, 3),) * 3, Tile(128, 32, 8, 2)),
+        (Tile(64, 64, 4, 3), *(Tile(64, 32, 4, 2),) * 2, Tile(64, 16, 4, 2)),
+        (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2)),
+    ),
     (0, 128, 2): ((Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)), (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)), (Tile(64, 32, 8, 2),)),
     (0, 256, 2): ((Tile(64, 32, 4, 1),), (Tile(64, 32, 8, 1),), (Tile(32, 32, 4, 1),)),
     (0, 64, 4): ((Tile(64, 32, 4, 2),), (Tile(64, 32, 4, 1),), (Tile(32, 32, 4, 1),)),
