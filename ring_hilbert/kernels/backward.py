@@ -15,6 +15,7 @@ from ring_hilbert.kernels.steps import (
     at_head,
     load_rows,
     next_step,
+    outer_rows,
     row_interval,
     row_key,
     sees,
@@ -89,12 +90,12 @@ def dq_kernel(
     batch = tl.program_id(2).to(tl.int64)
     turn, head = along_grid(num_tiles)
     kv_head = head // GROUP
-    count, outer, runs, run, full, masked = tile_of(
-        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, turn,
-        BLOCK_M,
-    )  # fmt: skip
+    tile, count, runs, run, full, masked = tile_of(
+        tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, turn
+    )
     if count == 0:
         return
+    outer = outer_rows(tile, rows, BLOCK_M)
     exists = outer >= 0
     columns = tl.arange(0, BLOCK_D)
     q = at_head(q, q_strides, batch, head, D)
@@ -130,6 +131,8 @@ def dq_kernel(
         D, BLOCK_N, SEGMENTS, INDEXED, True, PRECISION,
     )  # fmt: skip
 
+    outer = outer_rows(tile, rows, BLOCK_M, True)
+    exists = outer >= 0
     if STAGED == 1 or STAGED == 3:
         store_rows(s_values, values_strides[1], slot, in_slot, columns, gradient, D)
         if STAGED == 3:
@@ -188,12 +191,12 @@ def dkdv_kernel(
     """Grid `(tiles, Hkv, B)`: the outer rows are keys."""
     batch = tl.program_id(2).to(tl.int64)
     turn, kv_head = along_grid(num_tiles)
-    count, outer, runs, run, full, masked = tile_of(
-        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, turn,
-        BLOCK_N,
-    )  # fmt: skip
+    tile, count, runs, run, full, masked = tile_of(
+        tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, turn
+    )
     if count == 0:
         return
+    outer = outer_rows(tile, rows, BLOCK_N)
     exists = outer >= 0
     columns = tl.arange(0, BLOCK_D)
     k = at_head(k, k_strides, batch, kv_head, D)
@@ -209,19 +212,21 @@ def dkdv_kernel(
         queries = at_head(q, q_strides, batch, head, D)
         douts = at_head(dout, dout_strides, batch, head, D)
         row = batch * lse_strides[0] + head * lse_strides[2]
-        key_gradient, value_gradient, at = add_queries(
+        key_gradient, value_gradient, walk = add_queries(
             key_gradient, value_gradient, keys, vals, queries, douts, lse2 + row, delta + row,
             q_strides[1], dout_strides[1], lse_strides[1], full, runs, index, start_walk(runs, run, index, BLOCK_M, INDEXED),
             outer, own_key, low, high, batch, interval_strides[0], columns, scale2,
             D, BLOCK_M, SEGMENTS, INDEXED, False, PRECISION,
         )  # fmt: skip
-        key_gradient, value_gradient, at = add_queries(
+        key_gradient, value_gradient, walk = add_queries(
             key_gradient, value_gradient, keys, vals, queries, douts, lse2 + row, delta + row,
-            q_strides[1], dout_strides[1], lse_strides[1], masked, runs, index, at,
+            q_strides[1], dout_strides[1], lse_strides[1], masked, runs, index, walk,
             outer, own_key, low, high, batch, interval_strides[0], columns, scale2,
             D, BLOCK_M, SEGMENTS, INDEXED, True, PRECISION,
         )  # fmt: skip
 
+    outer = outer_rows(tile, rows, BLOCK_N, True)
+    exists = outer >= 0
     dk = at_head(dk, dk_strides, batch, kv_head, D)
     dv = at_head(dv, dv_strides, batch, kv_head, D)
     store_rows(dk, dk_strides[1], outer, exists, columns, key_gradient * scale, D)

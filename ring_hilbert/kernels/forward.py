@@ -14,6 +14,7 @@ from ring_hilbert.kernels.steps import (
     at_head,
     load_rows,
     next_step,
+    outer_rows,
     row_interval,
     row_key,
     sees,
@@ -64,6 +65,12 @@ def attend(
     return values, maximum, total, at
 
 
+@triton.jit
+def slot_of(slots, strides, rows, exists):
+    """The staging index of each row, -1 if not staged."""
+    return tl.load(slots + rows.to(tl.int64) * strides[1], mask=exists, other=-1)
+
+
 @triton.jit(do_not_specialize=VARIES)
 def forward_kernel(
     q, k, v, out, lse, lse_error, slots, s_maximum, s_total, s_values,
@@ -81,12 +88,12 @@ def forward_kernel(
     batch = tl.program_id(2).to(tl.int64)
     turn, head = along_grid(num_tiles)
     kv_head = head // GROUP
-    count, outer, runs, run, full, masked = tile_of(
-        tables, order, tiles, steps, runs, rows, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, turn,
-        BLOCK_M,
-    )  # fmt: skip
+    tile, count, runs, run, full, masked = tile_of(
+        tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, turn
+    )
     if count == 0:
         return
+    outer = outer_rows(tile, rows, BLOCK_M)
     exists = outer >= 0
     columns = tl.arange(0, BLOCK_D)
     q = at_head(q, q_strides, batch, head, D)
@@ -94,14 +101,14 @@ def forward_kernel(
     v = at_head(v, v_strides, batch, kv_head, D)
     queries = load_rows(q, q_strides[1], outer, exists, columns, D, True)
 
-    wide = outer.to(tl.int64)
     if STAGED:
         slots += batch * slot_strides[0] + kv_head * slot_strides[2]
-        slot = tl.load(slots + wide * slot_strides[1], mask=exists, other=-1)
-        in_slot = slot >= 0
-        s_row = batch * row_strides[0] + head * row_strides[2] + slot.to(tl.int64) * row_strides[1]
+        terms = batch * row_strides[0] + head * row_strides[2]
         s_values = at_head(s_values, values_strides, batch, head, D)
     if STAGED >= 2:
+        slot = slot_of(slots, slot_strides, outer, exists)
+        in_slot = slot >= 0
+        s_row = terms + slot.to(tl.int64) * row_strides[1]
         maximum = tl.load(s_maximum + s_row, mask=in_slot, other=float("-inf"))
         total = tl.load(s_total + s_row, mask=in_slot, other=0.0)
         values = load_rows(s_values, values_strides[1], slot, in_slot, columns, D, True)
@@ -122,7 +129,12 @@ def forward_kernel(
         D, BLOCK_N, SEGMENTS, INDEXED, True, PRECISION,
     )  # fmt: skip
 
+    outer = outer_rows(tile, rows, BLOCK_M, True)
+    exists = outer >= 0
     if STAGED == 1 or STAGED == 3:
+        slot = slot_of(slots, slot_strides, outer, exists)
+        in_slot = slot >= 0
+        s_row = terms + slot.to(tl.int64) * row_strides[1]
         tl.store(s_maximum + s_row, maximum, mask=in_slot)
         tl.store(s_total + s_row, total, mask=in_slot)
         store_rows(s_values, values_strides[1], slot, in_slot, columns, values, D)
@@ -132,7 +144,7 @@ def forward_kernel(
     some = total > 0
     values = values / tl.where(some, total, 1.0)[:, None]
     store_rows(at_head(out, out_strides, batch, head, D), out_strides[1], outer, exists, columns, values, D)
-    row = batch * lse_strides[0] + head * lse_strides[2] + wide * lse_strides[1]
+    row = batch * lse_strides[0] + head * lse_strides[2] + outer.to(tl.int64) * lse_strides[1]
     ln2: tl.constexpr = 0.6931471805599453
     if LSE_ERROR:
         highest = tl.where(some, maximum, 0.0).to(tl.float64)

@@ -14,20 +14,14 @@ from ring_hilbert.kernels.hopper_steps import (
     AHEAD,
     FLAT,
     STAGES,
-    WIDTH,
     add_rows,
-    along_grid,
     begin_keys,
     columns_of,
-    copied_outer,
-    copied_rows,
     dots,
     in_order,
     load_outer,
-    next_step,
     no_sums,
     not_staged,
-    outer_rows,
     products,
     room,
     row_cells,
@@ -36,14 +30,22 @@ from ring_hilbert.kernels.hopper_steps import (
     send_keys,
     send_outer,
     send_rows,
-    step_rows,
-    step_weight,
     store_outer,
-    tile_of,
     vectors,
     wait_for,
-    walk_from,
     walk_on,
+)
+from ring_hilbert.kernels.hopper_walk import (
+    WIDTH,
+    along_grid,
+    copied_outer,
+    copied_rows,
+    next_step,
+    outer_rows,
+    step_rows,
+    step_weight,
+    tile_of,
+    walk_from,
 )
 from ring_hilbert.kernels.steps import VARIES
 
@@ -147,7 +149,7 @@ def dq_kernel(
     async_copy.wait_group(0)
 
     place = in_order(place)
-    own = copied_outer(outer, place, count, BLOCK_M, MEMBERS, columns)  # as in forward
+    own = copied_outer(outer, place, in_order(count), BLOCK_M, MEMBERS, columns)  # as in forward
     if STAGED == 1 or STAGED == 3:
         places = [(slot_of(slots, slot_strides, x[0]), x[1]) for x in own]
         store_outer(s_values, values_strides, batch, head, places, gradient, columns, D)
@@ -183,22 +185,23 @@ def send_queries(
 
 
 @gluon.jit
-def next_of_group(at, run, left, member, number, BLOCK: gl.constexpr, GROUP: gl.constexpr):
-    """The next state of a walk that each head of the group repeats in `number` steps; after the last, the first step again."""
+def next_of_group(at, left, member, number, BLOCK: gl.constexpr, GROUP: gl.constexpr, INDEXED: gl.constexpr):
+    """The next state of a walk that each head of the group repeats in `number` steps, `left` of which are left for this one."""
     left -= 1
-    if left == 0:
-        at = walk_from(run)
-        left = number
-        member = (member + 1) % GROUP
-    else:
-        at = next_step(at, BLOCK)
+    if GROUP > 1:  # behind the last step of a head, as before the first run
+        ends = left == 0
+        runs, run, first, step, rows, times = at
+        at = runs, gl.where(ends, -1, run), first, step, gl.where(ends, 0, rows), times
+        left = gl.where(ends, number, left)
+        member = (member + ends.to(gl.int32)) % GROUP
+    at = next_step(at, BLOCK, INDEXED)
     return at, left, member
 
 
 @gluon.jit
 def add_queries(
     dk, dv, ds, at, left, member, rows, flat, weights, step, keys, values, q_ring, dout_ring, terms, bounds,
-    q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, index, columns, run, full, masked, key, scale2,
+    q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, index, columns, full, masked, own_keys, scale2,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Add to `dk, dv [N, D]` what one head's blocks of queries contribute; `dk` lacks the last one's `ds`.
@@ -224,15 +227,15 @@ def add_queries(
         dk = add_rows(dk, ds, q_ring, gl.maximum(step - 1, 0) % STAGES)
         weight = weights[0]
         weights = weights[1:] + (step_weight(at),)
-        at, left, member = next_of_group(at, run, left, member, full + masked, BLOCK_M, GROUP)
+        at, left, member = next_of_group(at, left, member, full + masked, BLOCK_M, GROUP, INDEXED)
         rows = copied_rows(at, index, BLOCK_M, INDEXED, columns)
         flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(gl.num_warps()))
         log = terms[0].index(here).load(COLUMN)
         scores = warpgroup_mma_wait(2 * PARTS, [scores])
         exact = gl.exp2(scores * scale2 - gl.expand_dims(log - weight, 0))
         if MASKED:
+            own = gl.expand_dims(own_keys.load(gl.SliceLayout(1, SCORES)), 1)  # not in registers all the time
             first, last = bounds[0].index(here).load(COLUMN), bounds[1].index(here).load(COLUMN)
-            own = gl.expand_dims(key, 1)
             exact = gl.where((own >= gl.expand_dims(first, 0)) & (own <= gl.expand_dims(last, 0)), exact, 0.0)
         shift = terms[1].index(here).load(COLUMN)
         p = gl.convert_layout(exact.to(ds.dtype), ds.type.layout, assert_trivial=True)
@@ -288,7 +291,7 @@ def dkdv_kernel(
     own = copied_outer(outer, place, count, BLOCK_N, 1, columns)
     send_outer(keys, k, k_strides, batch, kv_head, own, columns, D)
     send_outer(values, v, v_strides, batch, kv_head, own, columns, D)
-    at, left = walk_from(run), full + masked
+    at, left = walk_from(run, 0, INDEXED), full + masked
     member = full * 0  # a run-time value, not a constant
     weights = ()
     for i in gl.static_range(AHEAD):
@@ -299,12 +302,13 @@ def dkdv_kernel(
             q_ring, dout_ring, terms, bounds, i, left <= masked, D,
         )  # fmt: skip
         weights = weights + (step_weight(at),)
-        at, left, member = next_of_group(at, run, left, member, full + masked, BLOCK_M, GROUP)
+        at, left, member = next_of_group(at, left, member, full + masked, BLOCK_M, GROUP, INDEXED)
     rows = copied_rows(at, index, BLOCK_M, INDEXED, columns)
     flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(gl.num_warps()))
 
     row, _ = outer_rows(outer, place, count, BLOCK_N, 1, gl.SliceLayout(1, SCORES))
-    own_key = gl.load(key + batch * interval_strides[1] + row, mask=row >= 0, other=0)
+    own_keys = gl.allocate_shared_memory(gl.int32, [BLOCK_N], FLAT)
+    own_keys.store(gl.load(key + batch * interval_strides[1] + row, mask=row >= 0, other=0))
     ds = gl.zeros([BLOCK_N, BLOCK_M], dtype, gl.DotOperandLayout(0, SCORES, 2))
     key_gradient = no_sums(BLOCK_N, columns)
     value_gradient = no_sums(BLOCK_N, columns)
@@ -315,13 +319,13 @@ def dkdv_kernel(
         key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step = add_queries(
             key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step,
             keys, values, q_ring, dout_ring, terms, bounds, q, dout, lse2, delta, low, high,
-            q_strides, dout_strides, lse_strides, index, columns, run, full, masked, own_key, scale2[0],
+            q_strides, dout_strides, lse_strides, index, columns, full, masked, own_keys, scale2[0],
             GROUP, D, BLOCK_M, INDEXED, False,
         )  # fmt: skip
         key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step = add_queries(
             key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step,
             keys, values, q_ring, dout_ring, terms, bounds, q, dout, lse2, delta, low, high,
-            q_strides, dout_strides, lse_strides, index, columns, run, full, masked, own_key, scale2[0],
+            q_strides, dout_strides, lse_strides, index, columns, full, masked, own_keys, scale2[0],
             GROUP, D, BLOCK_M, INDEXED, True,
         )  # fmt: skip
     async_copy.wait_group(0)
@@ -331,6 +335,6 @@ def dkdv_kernel(
     key_gradient, value_gradient = done[: len(columns)], done[len(columns) :]
 
     place = in_order(place)
-    own = copied_outer(outer, place, count, BLOCK_N, 1, columns)  # as in forward
+    own = copied_outer(outer, place, in_order(count), BLOCK_N, 1, columns)  # as in forward
     store_outer(dk, dk_strides, batch, kv_head, own, [x * scale for x in key_gradient], columns, D)
     store_outer(dv, dv_strides, batch, kv_head, own, value_gradient, columns, D)

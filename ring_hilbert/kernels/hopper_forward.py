@@ -12,18 +12,14 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from ring_hilbert.kernels.hopper_steps import (
     AHEAD,
     STAGES,
-    WIDTH,
     add_rows,
-    along_grid,
     begin_keys,
     columns_of,
-    copied_outer,
     dots,
     in_order,
     load_outer,
     no_sums,
     not_staged,
-    outer_rows,
     products,
     room,
     row_cells,
@@ -31,9 +27,15 @@ from ring_hilbert.kernels.hopper_steps import (
     send_keys,
     send_outer,
     store_outer,
-    tile_of,
     wait_for,
     walk_on,
+)
+from ring_hilbert.kernels.hopper_walk import (
+    WIDTH,
+    along_grid,
+    copied_outer,
+    outer_rows,
+    tile_of,
 )
 from ring_hilbert.kernels.steps import VARIES
 

@@ -19,37 +19,40 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ring_hilbert.kernels.hopper_forward import by_row, by_thread, finish, resumed, slot_of, summed, weighed
 from ring_hilbert.kernels.hopper_steps import (
     FLAT,
-    WIDTH,
     add_rows,
-    along,
     barriers,
     columns_of,
-    copied_outer,
-    copied_rows,
     dots,
     in_order,
-    next_step,
     no_sums,
-    outer_rows,
     products,
     room,
     seen,
     send,
     send_outer,
     send_rows,
-    step_weight,
-    tile_of,
     together,
     until,
     vectors,
     wait_for,
+)
+from ring_hilbert.kernels.hopper_walk import (
+    WIDTH,
+    along,
+    copied_outer,
+    copied_rows,
+    next_step,
+    outer_rows,
+    step_rows,
+    step_weight,
+    tile_of,
     walk_from,
 )
 from ring_hilbert.kernels.steps import VARIES
 
 RING = gl.constexpr(2)  # steps whose keys, or values, are in shared memory
-REGISTERS = gl.constexpr(216)  # of a thread that computes
-COPIER = gl.constexpr(72)  # of one that copies: together 3 * 168, as without these numbers
+REGISTERS = gl.constexpr(224)  # of a thread that computes
+COPIER = gl.constexpr(56)  # of one that copies: together 3 * 168, as without these numbers
 FACTS = gl.constexpr(8)  # numbers by which an item is told, at most
 
 
@@ -124,26 +127,29 @@ def copy(
             own_k = k + gl.multiple_of(batch * k_strides[0] + (head // GROUP) * k_strides[2], 8)
             own_v = v + gl.multiple_of(batch * v_strides[0] + (head // GROUP) * v_strides[2], 8)
             steps = gl.maximum(full + masked, 1)
-            at = walk_from(run)
+            at = walk_from(run, 0, INDEXED)
             rows = copied_rows(at, index, BLOCK, INDEXED, columns)
+            flat = step_rows(at, index, BLOCK, INDEXED, vectors(gl.num_warps()))
             for i in range(steps):
                 to = step % RING
                 until(k_free, step - RING, RING)
                 send_rows(k_ring, to, own_k, rows, k_strides[1], columns, D)
                 if (i >= full) | (i == 0):
-                    send(key_ring.index(to), key + batch * interval_stride + rows[0], rows[0] >= 0)
+                    send(key_ring.index(to), key + batch * interval_stride + flat, flat >= 0)
                 async_copy.mbarrier_arrive(k_ready.index(to), increment_count=False)
                 if i == 0:
                     until(q_free, turn - 1, 1)
                     for m in gl.static_range(2):
                         own = copied_outer(outer, in_order(place), count, M, 1, columns)
-                        send_outer([part.index(m) for part in queries], q, q_strides, batch, head + m, own, columns, D)
+                        part = [x.index(m) for x in queries]
+                        send_outer(part, q, q_strides, batch, in_order(head) + m, own, columns, D)
                     async_copy.mbarrier_arrive(q_ready.index(0), increment_count=False)
                 until(v_free, step - RING, RING)
                 send_rows(v_ring, to, own_v, rows, v_strides[1], columns, D)
                 async_copy.mbarrier_arrive(v_ready.index(to), increment_count=False)
-                at = next_step(at, BLOCK)
+                at = next_step(at, BLOCK, INDEXED)
                 rows = copied_rows(at, index, BLOCK, INDEXED, columns)
+                flat = step_rows(at, index, BLOCK, INDEXED, vectors(gl.num_warps()))
                 if i == gl.minimum(steps, RING) - 1:  # now there is time
                     tell(told, number + 1, gl.atomic_add(ticket, 1) + gl.num_programs(0), items, work, GROUP)
                 step += 1
@@ -183,7 +189,7 @@ def attend(
         values = add_rows(values, p, v_ring, before)
         mbarrier.arrive(turns[1 - MEMBER].index(0), count=1)
         weight = step_weight(at)
-        at = next_step(at, BLOCK)
+        at = next_step(at, BLOCK, False)
         scores = warpgroup_mma_wait(len(values), [scores])
         if MASKED:
             scores = gl.where(seen(key_ring.index(here), low, high, SCORES), scores, float("-inf"))
@@ -239,7 +245,7 @@ def compute(
 
             # The first step, with a mask whether it needs one or not: there is no product with values yet.
             first, last = bounds(low, high, interval_stride, batch, row)
-            at = walk_from(run)
+            at = walk_from(run, 0, False)
             here = step % RING
             until(q_ready, turn, 1)
             until(k_ready, step, RING)
@@ -249,7 +255,7 @@ def compute(
             scores = dots(own_queries, k_ring, here, zeros)
             mbarrier.arrive(turns[1 - MEMBER].index(0), count=1)
             weight = step_weight(at)
-            at = next_step(at, BLOCK)
+            at = next_step(at, BLOCK, False)
             scores = warpgroup_mma_wait(0, [scores])
             scores = gl.where(seen(key_ring.index(here), first, last, SCORES), scores, float("-inf"))
             together()

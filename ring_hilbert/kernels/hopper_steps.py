@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schedule inside a kernel for compute capability 9.0, in Gluon: the counterpart of `steps.py`.
+"""What is in flight inside a kernel for compute capability 9.0, in Gluon: copies of the rows of a step, and matrix products.
 
 A program starts copying the rows of a step two steps before it uses them, wherever they lie, into a ring of `STAGES` buffers in
 shared memory. All loops follow `attend` of `hopper_forward.py`.
@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from ring_hilbert.kernels import tables
+from ring_hilbert.kernels.hopper_walk import copied_rows, next_step, step_rows, step_weight, walk_from
 
 # The second are the names in Triton 3.6.
 send = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -19,11 +19,6 @@ together = (
     getattr(gl, "barrier", None) or gl.thread_barrier
 )  # of the threads of a program, or of a part with warps of its own
 
-PLACE, COUNT, RUN = (gl.constexpr(x) for x in (tables.TILE_PLACE, tables.TILE_COUNT, tables.TILE_RUN))
-FIRST, STEP, LEFT, TIMES, WIDTH = (
-    gl.constexpr(x) for x in (tables.RUN_FIRST, tables.RUN_STEP, tables.RUN_COUNT, tables.RUN_TIMES, tables.RUN_WIDTH)
-)
-NOTHING = gl.constexpr(tables.ENDLESS // 2)  # the sentinel run after the last one has more rows
 STAGES = gl.constexpr(4)
 AHEAD = gl.constexpr(2)  # in steps: STAGES - 2, since the product with the previous step may be in flight
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of vectors in shared memory
@@ -31,8 +26,9 @@ FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of vectors in shar
 
 @gluon.constexpr_function
 def copied(dim, warps):
-    """How threads copy rows of `dim` columns: 16 bytes each."""
-    return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [warps, 1], [1, 0])
+    """How threads copy rows of `dim` columns: 16 bytes each, at most 128 of a row at once, so that few rows are looked up."""
+    row = min(dim, 64) // 8
+    return gl.BlockedLayout([1, 8], [32 // row, row], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -86,75 +82,6 @@ def room(dtype: gl.constexpr, shape, columns):
 
 
 @gluon.jit
-def along(num_tiles, size, first, second):
-    """A place in the order of tiles, and a head, from numbers along two axes, the first of `size`, on which either may lie."""
-    tiles_first = size == num_tiles
-    return gl.where(tiles_first, first, second), gl.where(tiles_first, second, first)
-
-
-@gluon.jit
-def along_grid(num_tiles):
-    """As in `steps.py`."""
-    return along(num_tiles, gl.num_programs(0), gl.program_id(0), gl.program_id(1))
-
-
-@gluon.jit
-def tile_of(tables, order, tiles, steps, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at):
-    """The tile at a place of the order: `(rows, place of the first, number of its first run, blocks without a mask, with one)`."""
-    table = gl.load(tables + batch * table_strides[0] + kv_head).to(gl.int64)
-    number = table + batch * table_strides[1]
-    name = gl.load(order + number * num_tiles + at)
-    tile = tiles + (table * num_tiles + name) * tile_width
-    run = number * num_runs + gl.load(tile + RUN)
-    steps += (number * num_tiles + name) * 2
-    return gl.load(tile + COUNT), gl.load(tile + PLACE), run, gl.load(steps), gl.load(steps + 1)
-
-
-@gluon.jit
-def walk_from(run):
-    """The state of a walk at the start of a run: `(run, first row, stride, rows left, multiplicity)`."""
-    return run, gl.load(run + FIRST), gl.load(run + STEP), gl.load(run + LEFT), gl.load(run + TIMES)
-
-
-@gluon.jit
-def outer_rows(outer, place, count, BLOCK: gl.constexpr, MEMBERS: gl.constexpr, LAYOUT: gl.constexpr):
-    """The rows of a tile, -1 where there is none, repeated for each of its heads; and the head of each."""
-    within = gl.arange(0, BLOCK * MEMBERS, LAYOUT)
-    rows = gl.load(outer + place + within % BLOCK, mask=within % BLOCK < count, other=-1)
-    return rows, within // BLOCK
-
-
-@gluon.jit
-def next_step(at, BLOCK: gl.constexpr):
-    """The state of a walk after a step."""
-    run, first, step, left, times = at
-    if left <= BLOCK:
-        at = walk_from(run + WIDTH)
-    else:
-        at = run, first + BLOCK * step, step, left - BLOCK, times
-    return at
-
-
-@gluon.jit
-def step_rows(at, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr, LAYOUT: gl.constexpr):
-    """The inner rows of a walk's current step, -1 where there is none."""
-    _, first, step, left, _ = at
-    places = gl.arange(0, BLOCK, LAYOUT)
-    exists = (places < left) & (left < NOTHING)
-    if INDEXED:
-        rows = gl.load(index + first + places, mask=exists, other=-1)  # selecting behind the load would wait for it
-    else:
-        rows = gl.where(exists, first + places * step, -1)
-    return rows
-
-
-@gluon.jit
-def copied_rows(at, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr, columns):
-    """`step_rows` for the copies of each part."""
-    return [step_rows(at, index, BLOCK, INDEXED, gl.SliceLayout(1, x.type.layout.parent)) for x in columns]
-
-
-@gluon.jit
 def seen(place, low, high, SCORES: gl.constexpr):
     """Which of a step's keys, whose `key` numbers lie at `place`, each query sees."""
     keys = gl.expand_dims(place.load(gl.SliceLayout(0, SCORES)), 0)
@@ -162,17 +89,12 @@ def seen(place, low, high, SCORES: gl.constexpr):
 
 
 @gluon.jit
-def step_weight(at):
-    """log2 of the multiplicity of a step's pairs: small, and exactly 0 for 1."""
-    times = at[4].to(gl.float32)
-    return gl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [times], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
 def inner_cells(pointer, rows, stride, columns):
     """Pointers to `rows [N]`, which are multiples of 8 elements apart; in units of 8 their offsets fit in 32 bits."""
-    offsets = (rows * (stride // 8)).to(gl.uint32).to(gl.int64) * 8
-    return pointer + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
+    # With the column of each thread in the same 32 bits, not in a pointer of its own for each tensor.
+    offsets = gl.expand_dims(rows * (stride // 8), 1) + gl.expand_dims(columns // 8 % 8, 0)
+    rest = columns // 64 * 64 + columns % 8
+    return pointer + offsets.to(gl.uint32).to(gl.int64) * 8 + gl.expand_dims(rest, 0)
 
 
 @gluon.jit
@@ -207,7 +129,7 @@ def begin_keys(
     k += gl.multiple_of(batch * k_strides[0] + kv_head * k_strides[2], 8)
     v += gl.multiple_of(batch * v_strides[0] + kv_head * v_strides[2], 8)
     keys = (k, v, key + batch * interval_strides[1], k_strides[1], v_strides[1], columns), (k_ring, v_ring, key_ring)
-    at = walk_from(run)
+    at = walk_from(run, 0, INDEXED)
     walk = at, copied_rows(at, index, BLOCK, INDEXED, columns), ()
     for i in gl.static_range(AHEAD):
         send_keys(keys, walk, i, full, D)
@@ -219,7 +141,7 @@ def begin_keys(
 def walk_on(walk, weights, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
     """The state of a walk after a step, whose weight is appended to `weights`."""
     weights = weights + (step_weight(walk[0]),)
-    at = next_step(walk[0], BLOCK)
+    at = next_step(walk[0], BLOCK, INDEXED)
     return at, [step_rows(at, index, BLOCK, INDEXED, gl.constexpr(x.type.layout)) for x in walk[1]], weights
 
 
@@ -240,15 +162,10 @@ def send_keys(keys, walk, step, full, D: gl.constexpr):
 @gluon.jit
 def outer_cells(pointer, strides, batch, head, rows, members, columns, D: gl.constexpr):
     """Pointers to the outer rows of several heads, and which of these cells exist."""
-    offsets = batch * strides[0] + rows.to(gl.int64) * strides[1] + (head + members).to(gl.int64) * strides[2]
+    stride = hidden(strides[1])
+    offsets = batch * strides[0] + rows.to(gl.int64) * stride + (head + members).to(gl.int64) * strides[2]
     offsets = gl.multiple_of(offsets, 8)
     return pointer + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0), there(rows, columns, D)
-
-
-@gluon.jit
-def copied_outer(outer, place, count, BLOCK: gl.constexpr, MEMBERS: gl.constexpr, columns):
-    """`outer_rows` for the copies of each part."""
-    return [outer_rows(outer, place, count, BLOCK, MEMBERS, gl.SliceLayout(1, x.type.layout.parent)) for x in columns]
 
 
 @gluon.jit
@@ -345,3 +262,11 @@ def in_order(x):
     return gl.inline_asm_elementwise(
         "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def hidden(x):
+    """The number `x`, but what follows from it is not computed ahead of a loop, where it would occupy registers."""
+    if x.dtype == gl.int32:
+        x = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+    return x

@@ -251,11 +251,11 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: Tile) -> tupl
 
 
 def _rows_of(x: Tensor, tile: Tile | None = None) -> Tensor:
-    """`x [B, S, H, D]` with contiguous rows for copies of 16 bytes; with Gluon, they are at 32-bit offsets in units of 8."""
+    """`x [B, S, H, D]` with contiguous rows, for copies of 16 bytes, at 32-bit offsets in units of 8."""
     batch, row, head, column = x.stride()
-    whole = column == 1 and not (batch | row | head) % 8
+    whole = column == 1 and not (batch | row | head) % 8 and x.shape[1] * row < 8 * 2**32
     if tile is not None and tile.gluon:
-        whole &= x.data_ptr() % 16 == 0 and x.shape[1] * row < 8 * 2**32
+        whole &= x.data_ptr() % 16 == 0
     return x if whole else x.contiguous()
 
 

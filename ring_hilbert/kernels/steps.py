@@ -33,20 +33,23 @@ def along_grid(num_tiles):
 
 
 @triton.jit
-def tile_of(
-    tables, order, tiles, steps, runs, outer, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The tile at a place of the order: `(rows, outer rows [BLOCK], runs, first run, blocks without a mask, blocks with one)`."""
+def tile_of(tables, order, tiles, steps, runs, table_strides, num_tiles, tile_width, num_runs, batch, kv_head, at):
+    """The tile at a place of the order: `(its entry, rows, runs, first run, blocks without a mask, blocks with one)`."""
     table = tl.load(tables + batch * table_strides[0] + kv_head).to(tl.int64)
     number = table + batch * table_strides[1]
     name = tl.load(order + number * num_tiles + at)
     tile = tiles + (table * num_tiles + name) * tile_width
-    count = tl.load(tile + COUNT)
-    within = tl.arange(0, BLOCK)
-    rows = tl.load(outer + tl.load(tile + PLACE) + within, mask=within < count, other=-1)
+    runs += number * num_runs * WIDTH
     steps += (number * num_tiles + name) * 2
-    return count, rows, runs + number * num_runs * WIDTH, tl.load(tile + RUN), tl.load(steps), tl.load(steps + 1)
+    return tile, tl.load(tile + COUNT), runs, tl.load(tile + RUN), tl.load(steps), tl.load(steps + 1)
+
+
+@triton.jit
+def outer_rows(tile, rows, BLOCK: tl.constexpr, AGAIN: tl.constexpr = False):
+    """The rows `[BLOCK]` of a tile, -1 where there is none; AGAIN: nothing of before, which occupies registers during loops."""
+    within = tl.arange(0, BLOCK)
+    exists = within < tl.load(tile + COUNT, volatile=AGAIN)
+    return tl.load(rows + tl.load(tile + PLACE, volatile=AGAIN) + within, mask=exists, other=-1)
 
 
 @triton.jit
@@ -151,18 +154,15 @@ def at_head(tensor, strides, batch, head, D: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(rows, stride, D: tl.constexpr):
-    """Where rows begin, in elements."""
-    offsets = rows.to(tl.int64) * stride
-    if D % 16 != 0:
-        offsets = tl.multiple_of(offsets, [8])
-    return offsets
+def row_offsets(rows, stride):
+    """Where rows begin, in elements: in units of 8, 32 bits suffice."""
+    return (rows * (stride // 8)).to(tl.uint32).to(tl.int64) * 8
 
 
 @triton.jit
 def load_rows(pointer, stride, rows, exists, columns, D: tl.constexpr, MASKED: tl.constexpr):
     """Rows `[N, BLOCK_D]` of a tensor; 0 in columns from D on and, with MASKED, where not `exists [N]`."""
-    pointers = pointer + row_offsets(rows, stride, D)[:, None] + columns[None, :]
+    pointers = pointer + row_offsets(rows, stride)[:, None] + columns[None, :]
     if columns.shape[0] != D:
         if MASKED:
             block = tl.load(pointers, mask=exists[:, None] & (columns < D)[None, :], other=0.0)
@@ -179,5 +179,5 @@ def load_rows(pointer, stride, rows, exists, columns, D: tl.constexpr, MASKED: t
 def store_rows(pointer, stride, rows, exists, columns, values, D: tl.constexpr):
     """Write rows `[M, BLOCK_D]`, those that exist, in the dtype of the tensor."""
     cells = exists[:, None] & (columns < D)[None, :]
-    pointers = pointer + row_offsets(rows, stride, D)[:, None] + columns[None, :]
+    pointers = pointer + row_offsets(rows, stride)[:, None] + columns[None, :]
     tl.store(pointers, values.to(pointer.dtype.element_ty), mask=cells)

@@ -43,8 +43,16 @@ class Tile(NamedTuple):
 # to four, for walks of increasing register demand (`demand`). The first row that fits a call is used, so rows go from the
 # newest generation to the oldest. `ring-hilbert bench kernels --tune` and `--aot` measure what a change is worth.
 TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] = {
-    (100, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
-    (100, 128, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 2),)),
+    (100, 64, 2): (
+        (*(Tile(128, 64, 8, 3),) * 3, Tile(128, 32, 8, 3)),
+        (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)),
+        (Tile(64, 64, 4, 2), Tile(64, 16, 4, 2)),
+    ),
+    (100, 128, 2): (
+        (*(Tile(128, 64, 8, 3),) * 3, Tile(128, 32, 8, 3)),
+        (*(Tile(64, 64, 4, 2),) * 3, Tile(64, 32, 4, 2)),
+        (Tile(64, 32, 8, 2),),
+    ),
     (90, 64, 2): (
         (*(Tile(64, 64, 4, 3, 168),) * 2, Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
         (*(Tile(64, 64, 4, 3, 168),) * 2, Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
@@ -56,7 +64,11 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
         (Tile(128, 32, 8, 2), *(Tile(128, 16, 8, 3),) * 2, Tile(64, 16, 8, 3)),
     ),
     (90, 256, 2): ((Tile(64, 64, 4, 2),), (Tile(64, 32, 8, 1),), (Tile(32, 32, 4, 1),)),
-    (0, 64, 2): ((Tile(128, 64, 8, 3),), (Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)), (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2))),
+    (0, 64, 2): (
+        (*(Tile(128, 64, 8, 3),) * 3, Tile(128, 32, 8, 2)),
+        (Tile(64, 64, 4, 3), *(Tile(64, 32, 4, 2),) * 2, Tile(64, 16, 4, 2)),
+        (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2)),
+    ),
     (0, 128, 2): ((Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)), (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)), (Tile(64, 32, 8, 2),)),
     (0, 256, 2): ((Tile(64, 32, 4, 1),), (Tile(64, 32, 8, 1),), (Tile(32, 32, 4, 1),)),
     (0, 64, 4): ((Tile(64, 32, 4, 2),), (Tile(64, 32, 4, 1),), (Tile(32, 32, 4, 1),)),
@@ -65,9 +77,10 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
 }  # fmt: skip
 # For compute capability 9.0, by the largest head dim, from 24 on: tiles of forward, dQ, dK and dV; of two, the second is for
 # rows in a list. They replace those above for walks whose masks do not compare segments.
-# Two are kept because they are faster, although the assembler makes dQ's matrix products of heads of 64 wait for one another, and
-# dK and dV of heads of 128 spill up to 24 bytes. Backward of the 1B ladder, with them on an H200 and with tiles free of both on an
-# H100: 23.3 and 25.4 ms with heads of 64, 24.1 and 27.2 with heads of 128; forward took 9.3 and 9.5, 8.9 and 9.0 there.
+# One is kept because it is faster, although the assembler makes dQ's matrix products of heads of 64 wait for one another; dK and
+# dV of heads of 128 spilled up to 24 bytes when they were timed. Backward of the 1B ladder, with them on an H200 and with tiles
+# free of both on an H100: 23.3 and 25.4 ms with heads of 64, 24.1 and 27.2 with heads of 128; forward took 9.3 and 9.5, 8.9 and
+# 9.0 there.
 # Backward of slides with heads of 24 took 15.9 ms with dQ in steps of 64 keys and dK and dV without a limit, each of which costs 5
 # to 10 percent, although the limit too makes products wait for one another (H200).
 # Of dK and dV of heads of 128, 64 and 128 rows took 15.0 and 14.0 ms in curve order, 7.9 and 9.1 on the raster x2 ladder (H100).

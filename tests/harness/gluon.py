@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-MODULES = [f"ring_hilbert.kernels.hopper_{name}" for name in ("steps", "forward", "specialized_forward", "backward")]
+MODULES = [
+    f"ring_hilbert.kernels.hopper_{name}" for name in ("walk", "steps", "forward", "specialized_forward", "backward")
+]
 PATIENCE = 60.0  # seconds at a barrier, then it is a deadlock
 
 
@@ -256,13 +258,21 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def run(*args: Any, num_warps: int, maxnreg: int | None = None, **constants: Any) -> None:
-            given = [_pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
+            given = [_argument(x) for x in args]
             with np.errstate(all="ignore"):
                 for ids in np.ndindex(*grid):
                     Shared.program.begin(ids, grid, num_warps)
                     self.function(*given, **constants)
 
         return run
+
+
+def _argument(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(_argument(part) for part in x)
+    if isinstance(x, int):
+        return values(x, np.int32 if abs(x) < 2**31 else np.int64)
+    return _pointer(x) if isinstance(x, torch.Tensor) else x
 
 
 def _pointer(x: torch.Tensor) -> Pointer:
@@ -279,6 +289,8 @@ def _assembly(text: str, constraints: str, args: Sequence[Any], **options: Any) 
 
 
 class _Layout:
+    threads_per_warp, warps_per_cta = (16, 2), (8, 1)  # with as many rows at once as any
+
     def __init__(self, *args: Any) -> None: ...
 
     @staticmethod

@@ -436,8 +436,11 @@ def check_compiled(row: dict[str, str]) -> None:
     assert (int(row["wgmma"]) > 0) == (row["capability"] == "90"), row
 
 
-def test_compiles_ahead_of_time_for_hopper():
-    rows = compile_rows("(90,)", "(64,)", "torch.bfloat16", "('forward', 'dkdv')", "('rows at equal steps',)")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_ahead_of_time_where_rows_are_at_equal_steps(capability: int):
+    rows = compile_rows(
+        f"({capability},)", "(64,)", "torch.bfloat16", "('forward', 'dkdv')", "('rows at equal steps',)"
+    )
     assert len(rows) == 2
     for row in rows:
         check_compiled(row)
