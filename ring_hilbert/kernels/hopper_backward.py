@@ -16,6 +16,7 @@ from ring_hilbert.kernels.hopper_steps import (
     STAGES,
     add_rows,
     begin_keys,
+    buffer_of,
     columns_of,
     dots,
     in_order,
@@ -64,7 +65,7 @@ def add_keys(
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
         send_keys(keys, walk, step + AHEAD, full, D)
-        here = step % STAGES
+        here = buffer_of(step)
         scores = dots(queries, k_ring, here, zeros)
         dp = dots(douts, v_ring, here, zeros)
         weight = walk[2][0]
@@ -171,7 +172,7 @@ def send_queries(
     q_ring, dout_ring, terms, bounds, step, is_masked, D: gl.constexpr,
 ):  # fmt: skip
     """Start copying the queries of a step, for one head of the group, and their row terms."""
-    to = step % STAGES
+    to = buffer_of(step)
     head = member.to(gl.int64)
     send_rows(q_ring, to, q + gl.multiple_of(head * q_strides[2], 8), rows, q_strides[1], columns, D)
     send_rows(dout_ring, to, dout + gl.multiple_of(head * dout_strides[2], 8), rows, dout_strides[1], columns, D)
@@ -221,10 +222,10 @@ def add_queries(
             q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, member, rows, flat, columns,
             q_ring, dout_ring, terms, bounds, step + AHEAD, left <= masked, D,
         )  # fmt: skip
-        here = step % STAGES
+        here = buffer_of(step)
         scores = dots(keys, q_ring, here, zeros)
         dp = dots(values, dout_ring, here, zeros)
-        dk = add_rows(dk, ds, q_ring, gl.maximum(step - 1, 0) % STAGES)
+        dk = add_rows(dk, ds, q_ring, buffer_of(gl.maximum(step - 1, 0)))
         weight = weights[0]
         weights = weights[1:] + (step_weight(at),)
         at, left, member = next_of_group(at, left, member, full + masked, BLOCK_M, GROUP, INDEXED)
@@ -330,7 +331,7 @@ def dkdv_kernel(
         )  # fmt: skip
     async_copy.wait_group(0)
     fence_async_shared()
-    key_gradient = add_rows(key_gradient, ds, q_ring, gl.maximum(step - 1, 0) % STAGES)
+    key_gradient = add_rows(key_gradient, ds, q_ring, buffer_of(gl.maximum(step - 1, 0)))
     done = warpgroup_mma_wait(0, key_gradient + value_gradient)
     key_gradient, value_gradient = done[: len(columns)], done[len(columns) :]
 

@@ -11,9 +11,9 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 
 from ring_hilbert.kernels.hopper_steps import (
     AHEAD,
-    STAGES,
     add_rows,
     begin_keys,
+    buffer_of,
     columns_of,
     dots,
     in_order,
@@ -86,9 +86,9 @@ def attend(
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
         send_keys(keys, walk, step + AHEAD, full, D)
-        here = step % STAGES
+        here = buffer_of(step)
         scores = dots(queries, k_ring, here, zeros)
-        values = add_rows(values, p, v_ring, gl.maximum(step - 1, 0) % STAGES)
+        values = add_rows(values, p, v_ring, buffer_of(gl.maximum(step - 1, 0)))
         weight = walk[2][0]
         walk = walk_on(walk, walk[2][1:], index, BLOCK_N, INDEXED)
         scores = warpgroup_mma_wait(len(values), [scores])
@@ -219,7 +219,7 @@ def forward_kernel(
     async_copy.wait_group(0)
     fence_async_shared()
     _, v_ring, _ = keys[1]
-    values = add_rows(values, p, v_ring, gl.maximum(step - 1, 0) % STAGES)
+    values = add_rows(values, p, v_ring, buffer_of(gl.maximum(step - 1, 0)))
     values, p = wait_for(0, values, p)
 
     # Rows are looked up again, so as not to occupy registers during the loops.

@@ -107,6 +107,12 @@ def there(rows, columns, D: gl.constexpr):
 
 
 @gluon.jit
+def buffer_of(step):
+    """The buffer of a ring that a step uses; a remainder would take four more instructions, since numbers may be negative."""
+    return step & (STAGES - 1)
+
+
+@gluon.jit
 def send_rows(ring, to, pointer, rows, stride, columns, D: gl.constexpr):
     """Start copying rows of a tensor to a buffer of a ring; 0 where a row is -1, and from column D on."""
     for i in gl.static_range(len(columns)):
@@ -151,7 +157,7 @@ def send_keys(keys, walk, step, full, D: gl.constexpr):
     k, v, key, k_stride, v_stride, columns = keys[0]
     k_ring, v_ring, key_ring = keys[1]
     rows = walk[1]
-    to = step % STAGES
+    to = buffer_of(step)
     send_rows(k_ring, to, k, rows, k_stride, columns, D)
     send_rows(v_ring, to, v, rows, v_stride, columns, D)
     if step >= full:

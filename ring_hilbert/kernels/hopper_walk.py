@@ -69,7 +69,9 @@ def next_step(at, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
 def step_weight(at):
     """log2 of the multiplicity of a step's pairs: small, and exactly 0 for 1."""
     times = at[5].to(gl.float32)
-    return gl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [times], dtype=gl.float32, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [times], dtype=gl.float32, is_pure=True, pack=1
+    )
 
 
 @gluon.constexpr_function
