@@ -17,7 +17,7 @@ from ring_hilbert.kernels.starting import on
 from ring_hilbert.kernels.steps import row_interval, row_key, sees, segment_of
 from ring_hilbert.kernels.tables import RUN_WIDTH, Schedule, Walk
 
-GROUP = 64  # blocks, or chunks, that a program examines together
+TOGETHER = 64  # blocks, or chunks, that a program examines together
 RANKED, COMPARED = 32, 256  # tiles that a program ranks, and those that it compares them with at a time
 NOWHERE = tl.constexpr(tables.ENDLESS)
 SPLITS = tl.constexpr(tables.GAPS)
@@ -32,7 +32,7 @@ VISIT_WIDTH = tl.constexpr(tables.VISIT_WIDTH)
 BASE, STEP = tl.constexpr(tables.LIST_BASE), tl.constexpr(tables.LIST_STEP)
 LIST_COUNT, CHUNK_AT, LIST_WIDTH = (tl.constexpr(x) for x in (tables.LIST_COUNT, tables.LIST_CHUNK, tables.LIST_WIDTH))
 EDGE, LENGTH = tl.constexpr(tables.LEVEL_EDGE), tl.constexpr(tables.LEVEL_LENGTH)
-AHEAD, LEVEL_WIDTH = tl.constexpr(tables.LEVEL_AHEAD), tl.constexpr(tables.LEVEL_WIDTH)
+LEVEL_AHEAD, LEVEL_WIDTH = tl.constexpr(tables.LEVEL_AHEAD), tl.constexpr(tables.LEVEL_WIDTH)
 RUN_FIRST, RUN_STEP = tl.constexpr(tables.RUN_FIRST), tl.constexpr(tables.RUN_STEP)
 RUN_COUNT, RUN_TIMES = tl.constexpr(tables.RUN_COUNT), tl.constexpr(tables.RUN_TIMES)
 RUN_SEGMENT, RUN_AHEAD = tl.constexpr(tables.RUN_SEGMENT), tl.constexpr(tables.RUN_AHEAD)
@@ -68,9 +68,9 @@ def prune(
     order = torch.empty((number, tiles), dtype=torch.int32, device=device)
     low_stride, key_stride = (x.stride(0) if x.shape[0] > 1 else 0 for x in (low, key))
     facts = (low, high, key, low_stride, key_stride, walk.entries, walk.tiles.shape[0])
-    sizes = {"CHUNK": walk.chunk, "TRANSPOSED": transposed, "GROUP": GROUP, "num_warps": 1}
+    sizes = {"CHUNK": walk.chunk, "TRANSPOSED": transposed, "TOGETHER": TOGETHER, "num_warps": 1}
     if number and walk.longest:
-        on(chunks_kernel, (triton.cdiv(walk.longest, walk.chunk * GROUP), lists, number))(
+        on(chunks_kernel, (triton.cdiv(walk.longest, walk.chunk * TOGETHER), lists, number))(
             walk.lists, walk.inner, extremes, *facts, lists, walk.chunks, INDEXED=walk.indexed, **sizes
         )
     if number and tiles:
@@ -112,7 +112,7 @@ def extremes_of(low, high, key, low_stride, key_stride, entry, rows, there, KEYS
 @triton.jit(do_not_specialize=VARIES)
 def chunks_kernel(
     lists, inner, extremes, low, high, key, low_stride, key_stride, entries, num_tables, num_lists, num_chunks,
-    CHUNK: tl.constexpr, INDEXED: tl.constexpr, TRANSPOSED: tl.constexpr, GROUP: tl.constexpr,
+    CHUNK: tl.constexpr, INDEXED: tl.constexpr, TRANSPOSED: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups of chunks, lists, tables of the batch): the extremes of every chunk of every list."""
     number, name = tl.program_id(2), tl.program_id(1)
@@ -120,9 +120,9 @@ def chunks_kernel(
     entry = (tl.load(entries + table) + number // num_tables).to(tl.int64)
     record = lists + (table * num_lists + name) * LIST_WIDTH
     count = tl.load(record + LIST_COUNT)
-    if tl.program_id(0) * GROUP * CHUNK >= count:
+    if tl.program_id(0) * TOGETHER * CHUNK >= count:
         return
-    chunks = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    chunks = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
     places = chunks[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     there = places < count
     base, step = tl.load(record + BASE), tl.load(record + STEP)
@@ -170,7 +170,7 @@ def prune_kernel(
     low, high, key, low_stride, key_stride, entries, num_tables,
     num_lists, num_chunks, num_runs, num_edges, tile_width,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr, INDEXED: tl.constexpr, SPAN: tl.constexpr,
-    CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, GROUP: tl.constexpr,
+    CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, tables of the batch): the runs of every tile, and their numbers of blocks."""
     number = tl.program_id(1)
@@ -216,7 +216,7 @@ def prune_kernel(
         segment, ahead, hole_length, hole_ahead = NOWHERE, 0, 0, 0
         if SEGMENTS:
             segment = tl.load(levels + level * LEVEL_WIDTH + LENGTH)
-            ahead = tl.load(levels + level * LEVEL_WIDTH + AHEAD)
+            ahead = tl.load(levels + level * LEVEL_WIDTH + LEVEL_AHEAD)
         if hole_level >= 0:
             first_hole = tl.load(tile + SEGMENTS_OF + 2 * hole_level)
             last_hole = tl.load(tile + SEGMENTS_OF + 2 * hole_level + 1)
@@ -225,7 +225,7 @@ def prune_kernel(
             hole_straddles = first_hole != last_hole
             if SEGMENTS:
                 hole_length = tl.load(levels + hole_level * LEVEL_WIDTH + LENGTH)
-                hole_ahead = tl.load(levels + hole_level * LEVEL_WIDTH + AHEAD)
+                hole_ahead = tl.load(levels + hole_level * LEVEL_WIDTH + LEVEL_AHEAD)
 
         for part in range(3 if SEGMENTS else 2):  # before the hole, behind it, and within it
             a = tl.where(part == 0, start, tl.where(part == 1, hole_stop, hole))
@@ -236,8 +236,8 @@ def prune_kernel(
             if b > a:
                 blocks = (b - a + BLOCK_N - 1) // BLOCK_N
                 first, last, first_full, last_full = blocks, 0, blocks, blocks  # the `last` ones are exclusive
-                for group in range(0, blocks, GROUP):
-                    i = group + tl.arange(0, GROUP)
+                for done in range(0, blocks, TOGETHER):
+                    i = done + tl.arange(0, TOGETHER)
                     there = i < blocks
                     begin = a + i * BLOCK_N
                     end = tl.minimum(begin + BLOCK_N, b)

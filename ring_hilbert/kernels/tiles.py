@@ -50,7 +50,7 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
     ),
     (100, 128, 2): (
         (*(Tile(128, 64, 8, 3),) * 3, Tile(128, 32, 8, 3)),
-        (*(Tile(64, 64, 4, 2),) * 3, Tile(64, 32, 4, 2)),
+        (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
         (Tile(64, 32, 8, 2),),
     ),
     (90, 64, 2): (
