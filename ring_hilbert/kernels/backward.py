@@ -19,6 +19,7 @@ from ring_hilbert.kernels.steps import (
     row_interval,
     row_key,
     sees,
+    slot_of,
     start_walk,
     step_rows,
     store_rows,
@@ -104,14 +105,13 @@ def dq_kernel(
     v = at_head(v, v_strides, batch, kv_head, D)
     queries = load_rows(q, q_strides[1], outer, exists, columns, D, True)
     do = load_rows(dout, dout_strides[1], outer, exists, columns, D, True)
-    wide = outer.to(tl.int64)
-    row = batch * lse_strides[0] + head * lse_strides[2] + wide * lse_strides[1]
+    row = batch * lse_strides[0] + head * lse_strides[2] + outer.to(tl.int64) * lse_strides[1]
     log = tl.load(lse2 + row, mask=exists, other=float("inf"))
     shift = tl.load(delta + row, mask=exists, other=0.0)
 
     if STAGED:
         slots += batch * slot_strides[0] + kv_head * slot_strides[2]
-        slot = tl.load(slots + wide * slot_strides[1], mask=exists, other=-1)
+        slot = slot_of(slots, slot_strides, outer, exists)
         in_slot = slot >= 0
         s_values = at_head(s_values, values_strides, batch, head, D)
     if STAGED >= 2:

@@ -18,6 +18,7 @@ from ring_hilbert.kernels.steps import (
     row_interval,
     row_key,
     sees,
+    slot_of,
     start_walk,
     step_rows,
     store_rows,
@@ -63,12 +64,6 @@ def attend(
         values = tl.dot(p.to(vals.dtype), vals, values, input_precision=PRECISION)
         at = next_step(runs, index, at, BLOCK_N, INDEXED)
     return values, maximum, total, at
-
-
-@triton.jit
-def slot_of(slots, strides, rows, exists):
-    """The staging index of each row, -1 if not staged."""
-    return tl.load(slots + rows.to(tl.int64) * strides[1], mask=exists, other=-1)
 
 
 @triton.jit(do_not_specialize=VARIES)

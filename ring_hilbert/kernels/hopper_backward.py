@@ -26,6 +26,7 @@ from ring_hilbert.kernels.hopper_steps import (
     products,
     room,
     row_cells,
+    row_interval,
     seen,
     send,
     send_keys,
@@ -140,8 +141,7 @@ def dq_kernel(
         gradient, walk, step, queries, douts, keys, index, full, full, log, shift, nowhere, nowhere, scale2[0],
         D, BLOCK_N, INDEXED, False,
     )  # fmt: skip
-    first = gl.load(low + batch * interval_strides[0] + row, mask=exists, other=0)
-    last = gl.load(high + batch * interval_strides[0] + row, mask=exists, other=0)
+    first, last = row_interval(low, high, batch, interval_strides[0], row)
     gradient, walk, step = add_keys(
         gradient, walk, step, queries, douts, keys, index, full, masked, log, shift, first, last, scale2[0],
         D, BLOCK_N, INDEXED, True,

@@ -23,6 +23,7 @@ from ring_hilbert.kernels.hopper_steps import (
     products,
     room,
     row_cells,
+    row_interval,
     seen,
     send_keys,
     send_outer,
@@ -210,8 +211,7 @@ def forward_kernel(
         values, maximum, total, p, walk, step, queries, keys, index, full, full, nowhere, nowhere, scale2[0],
         D, BLOCK_N, INDEXED, False,
     )  # fmt: skip
-    first = gl.load(low + batch * interval_strides[0] + row, mask=row >= 0, other=0)
-    last = gl.load(high + batch * interval_strides[0] + row, mask=row >= 0, other=0)
+    first, last = row_interval(low, high, batch, interval_strides[0], row)
     values, maximum, total, p, walk, step = attend(
         values, maximum, total, p, walk, step, queries, keys, index, full, masked, first, last, scale2[0],
         D, BLOCK_N, INDEXED, True,

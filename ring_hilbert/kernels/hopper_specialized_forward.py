@@ -27,6 +27,7 @@ from ring_hilbert.kernels.hopper_steps import (
     no_sums,
     products,
     room,
+    row_interval,
     seen,
     send,
     send_outer,
@@ -208,13 +209,6 @@ def attend(
 
 
 @gluon.jit
-def bounds(low, high, stride, batch, row):
-    """The intervals of keys that rows see."""
-    at = batch * stride + row
-    return gl.load(low + at, mask=row >= 0, other=0), gl.load(high + at, mask=row >= 0, other=0)
-
-
-@gluon.jit
 def compute(
     told, rings, signals, results, intervals, items, runs, scale2,
     GROUP: gl.constexpr, D: gl.constexpr, STAGED: gl.constexpr, MEMBER: gl.constexpr,
@@ -244,7 +238,7 @@ def compute(
                 maximum = gl.load(s_maximum + s_row, mask=slot >= 0, other=float("-inf"))
 
             # The first step, with a mask whether it needs one or not: there is no product with values yet.
-            first, last = bounds(low, high, interval_stride, batch, row)
+            first, last = row_interval(low, high, batch, interval_stride, row)
             at = walk_from(run, 0, False)
             here = step % RING
             until(q_ready, turn, 1)
@@ -282,7 +276,7 @@ def compute(
             # Rows are loaded again, so as not to occupy registers during the loops.
             place = in_order(place)
             row, member = outer_rows(outer, place, count, M, 1, OWN)
-            first, last = bounds(low, high, interval_stride, batch, row)
+            first, last = row_interval(low, high, batch, interval_stride, row)
             left = masked - (full == 0).to(gl.int32)
             values, maximum, total, p, at, step = attend(
                 values, maximum, total, p, at, step, own_queries, rings, signals, left, first, last, scale2,

@@ -82,6 +82,13 @@ def room(dtype: gl.constexpr, shape, columns):
 
 
 @gluon.jit
+def row_interval(low, high, batch, stride, row):
+    """The intervals of keys that query rows see."""
+    at = batch * stride + row
+    return gl.load(low + at, mask=row >= 0, other=0), gl.load(high + at, mask=row >= 0, other=0)
+
+
+@gluon.jit
 def seen(place, low, high, SCORES: gl.constexpr):
     """Which of a step's keys, whose `key` numbers lie at `place`, each query sees."""
     keys = gl.expand_dims(place.load(gl.SliceLayout(0, SCORES)), 0)

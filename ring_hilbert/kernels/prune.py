@@ -17,7 +17,7 @@ from ring_hilbert.kernels.starting import on
 from ring_hilbert.kernels.steps import row_interval, row_key, sees, segment_of
 from ring_hilbert.kernels.tables import RUN_WIDTH, Schedule, Walk
 
-TOGETHER = 64  # blocks, or chunks, that a program examines together
+EXAMINED = 64  # blocks, or chunks, that a program examines together
 RANKED, COMPARED = 32, 256  # tiles that a program ranks, and those that it compares them with at a time
 NOWHERE = tl.constexpr(tables.ENDLESS)
 SPLITS = tl.constexpr(tables.GAPS)
@@ -68,9 +68,9 @@ def prune(
     order = torch.empty((number, tiles), dtype=torch.int32, device=device)
     low_stride, key_stride = (x.stride(0) if x.shape[0] > 1 else 0 for x in (low, key))
     facts = (low, high, key, low_stride, key_stride, walk.entries, walk.tiles.shape[0])
-    sizes = {"CHUNK": walk.chunk, "TRANSPOSED": transposed, "TOGETHER": TOGETHER, "num_warps": 1}
+    sizes = {"CHUNK": walk.chunk, "TRANSPOSED": transposed, "EXAMINED": EXAMINED, "num_warps": 1}
     if number and walk.longest:
-        on(chunks_kernel, (triton.cdiv(walk.longest, walk.chunk * TOGETHER), lists, number))(
+        on(chunks_kernel, (triton.cdiv(walk.longest, walk.chunk * EXAMINED), lists, number))(
             walk.lists, walk.inner, extremes, *facts, lists, walk.chunks, INDEXED=walk.indexed, **sizes
         )
     if number and tiles:
@@ -112,7 +112,7 @@ def extremes_of(low, high, key, low_stride, key_stride, entry, rows, there, KEYS
 @triton.jit(do_not_specialize=VARIES)
 def chunks_kernel(
     lists, inner, extremes, low, high, key, low_stride, key_stride, entries, num_tables, num_lists, num_chunks,
-    CHUNK: tl.constexpr, INDEXED: tl.constexpr, TRANSPOSED: tl.constexpr, TOGETHER: tl.constexpr,
+    CHUNK: tl.constexpr, INDEXED: tl.constexpr, TRANSPOSED: tl.constexpr, EXAMINED: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups of chunks, lists, tables of the batch): the extremes of every chunk of every list."""
     number, name = tl.program_id(2), tl.program_id(1)
@@ -120,9 +120,9 @@ def chunks_kernel(
     entry = (tl.load(entries + table) + number // num_tables).to(tl.int64)
     record = lists + (table * num_lists + name) * LIST_WIDTH
     count = tl.load(record + LIST_COUNT)
-    if tl.program_id(0) * TOGETHER * CHUNK >= count:
+    if tl.program_id(0) * EXAMINED * CHUNK >= count:
         return
-    chunks = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
+    chunks = tl.program_id(0) * EXAMINED + tl.arange(0, EXAMINED)
     places = chunks[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     there = places < count
     base, step = tl.load(record + BASE), tl.load(record + STEP)
@@ -170,7 +170,7 @@ def prune_kernel(
     low, high, key, low_stride, key_stride, entries, num_tables,
     num_lists, num_chunks, num_runs, num_edges, tile_width,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr, INDEXED: tl.constexpr, SPAN: tl.constexpr,
-    CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, TOGETHER: tl.constexpr,
+    CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, EXAMINED: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, tables of the batch): the runs of every tile, and their numbers of blocks."""
     number = tl.program_id(1)
@@ -236,8 +236,8 @@ def prune_kernel(
             if b > a:
                 blocks = (b - a + BLOCK_N - 1) // BLOCK_N
                 first, last, first_full, last_full = blocks, 0, blocks, blocks  # the `last` ones are exclusive
-                for done in range(0, blocks, TOGETHER):
-                    i = done + tl.arange(0, TOGETHER)
+                for done in range(0, blocks, EXAMINED):
+                    i = done + tl.arange(0, EXAMINED)
                     there = i < blocks
                     begin = a + i * BLOCK_N
                     end = tl.minimum(begin + BLOCK_N, b)

@@ -45,6 +45,12 @@ def tile_of(tables, order, tiles, steps, runs, table_strides, num_tiles, tile_wi
 
 
 @triton.jit
+def slot_of(slots, strides, rows, exists):
+    """The staging index of each row, -1 if not staged."""
+    return tl.load(slots + rows.to(tl.int64) * strides[1], mask=exists, other=-1)
+
+
+@triton.jit
 def outer_rows(tile, rows, BLOCK: tl.constexpr, AGAIN: tl.constexpr = False):
     """The rows `[BLOCK]` of a tile, -1 where there is none; AGAIN: nothing of before, which occupies registers during loops."""
     within = tl.arange(0, BLOCK)
