@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import faulthandler
 import functools
@@ -17,7 +18,6 @@ import threading
 import time
 import traceback
 import warnings
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """One call for one rank; `call` is the pickled (function, args), the group timeout is in seconds."""
 
@@ -37,14 +37,19 @@ class Task:
     group_timeout: float
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Report:
-    """How a call ended: a pickled value, or a pickled exception, its traceback and the moment (monotonic clock)."""
+    """How a call ended: a pickled value, or a pickled exception, its traceback and the moment (monotonic clock).
+
+    A rank without a group at the end is not `reusable`: torch may have numbered a group that it failed to join, and would
+    look for the next one under another name than the other ranks.
+    """
 
     value: bytes = b""
     error: bytes = b""
     traceback: str = ""
     failed_at: float = 0.0
+    reusable: bool = True
 
 
 def serve(connection: Connection, stack_file: str) -> None:
@@ -54,6 +59,8 @@ def serve(connection: Connection, stack_file: str) -> None:
     warnings.filterwarnings("error", module=r"ring_hilbert(\..*)?")
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # independent of how the host name resolves
+    # or a call that ends at once closes sockets to which other ranks are still connecting
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     with Path(stack_file).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         _CACHES.look()
@@ -83,9 +90,10 @@ def _answer(task: Task) -> Report:
         gc.collect()  # groups held by the traceback: their sockets must close for the other ranks to notice
     else:
         _wait_for_others()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        _CACHES.clear()
+    if not dist.is_initialized():
+        return dataclasses.replace(report, reusable=False)
+    dist.destroy_process_group()
+    _CACHES.clear()
     return report
 
 

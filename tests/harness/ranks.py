@@ -110,6 +110,8 @@ class _Rank:
         except (EOFError, ConnectionError):
             self.process.join(GRACE)
             return _Failure(ChildProcessError(f"{name} died with exit code {self.process.exitcode}"), time.monotonic())
+        if not report.reusable:
+            self.kill()
         if not report.error:
             return pickle.loads(report.value)
         exception = pickle.loads(report.error)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rank harness itself: values by rank, failures with their rank, and no hang."""
 
+import datetime
 import os
 import time
 
@@ -68,6 +69,13 @@ def _die_on(rank: int, _world_size: int, bad: int) -> int:
     return rank
 
 
+def _fail_to_join(rank: int, _world_size: int) -> None:
+    dist.destroy_process_group()
+    if rank == 1:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented
+        dist.init_process_group("gloo", store=store, rank=0, world_size=2, timeout=datetime.timedelta(seconds=1))
+
+
 def _use_subgroup(rank: int, _world_size: int) -> float:
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
     mine = torch.tensor(float(rank + 1))
@@ -106,6 +114,12 @@ def test_exceptions_are_collected_by_rank() -> None:
     assert [str(outcome) for outcome in outcomes] == ["argument k of rank 0", "argument k of rank 1"]
     assert all(type(outcome) is ValueError and isinstance(outcome.__cause__, RemoteTraceback) for outcome in outcomes)
     assert run_ranks(_raise_on, 2, -1) == [0, 1]
+
+
+def test_rank_that_could_not_join_does_not_disturb_the_next_call() -> None:
+    with pytest.raises(dist.DistStoreError):
+        run_ranks(_fail_to_join, 2)
+    assert run_ranks(_raise_on, 2, -1, timeout=10) == [0, 1]
 
 
 def test_exception_that_does_not_pickle_keeps_its_message() -> None:
