@@ -24,6 +24,7 @@ from ring_hilbert.bench import (
     overlap,
     peers,
     quality,
+    sampled,
     saving,
     scale,
     slides,
@@ -75,10 +76,13 @@ class Measurement:
 
 MEASUREMENTS = {
     "exactness": Measurement(
-        "errors against the float64 definition, alone or under torchrun",
+        "errors against the float64 definition, of small problems or of a run's attention at full length, alone or under torchrun",
         exactness.__doc__,
-        lambda _, device, group: exactness.rows(device, group),
+        exactness.measured,
+        sampled.add_options,
+        exactness.report,
         over_ranks=True,
+        file=exactness.file,
     ),
     "wire": Measurement(
         "bytes received per rank at a million tokens, from the plan",

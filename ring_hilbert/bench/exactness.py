@@ -5,10 +5,16 @@
 
 Every rank draws the same sequence and keeps its rows; rank 0 assembles and compares the results. Gloo on the CPU, NCCL with
 CUDA devices.
+
+With --config the attention of a run at full length: out, lse and dq of sampled rows, from all keys that they see, and dk and dv of
+one kv head of sampled rows, from all queries that see them. `rms_of_rounding` is the error of the exact values in the same dtype.
+
+    torchrun --standalone --nproc-per-node 4 -m ring_hilbert.cli bench exactness --config configs/llama_1b_1m.yaml --lengths 1048576
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ring_hilbert as rh
+from ring_hilbert.bench import sampled
 from ring_hilbert.parallel.layout import Layout
 
 QUANTITIES = ("out", "lse", "dq", "dk", "dv")
@@ -110,6 +117,31 @@ def truth(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[st
     )
     out.backward(x["dout"])
     return {name: value.detach() for name, value in zip(QUANTITIES, (out, lse, q.grad, k.grad, v.grad), strict=True)}  # type: ignore[union-attr]
+
+
+def measured(
+    chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGroup | None
+) -> Iterator[dict[str, Any]]:
+    """The records of small problems, or of a configuration's attention."""
+    return rows(device, group) if chosen.config is None else sampled.rows(chosen, device, group)
+
+
+def file(chosen: argparse.Namespace) -> str:
+    """The name of the CSV file."""
+    return "exactness" if chosen.config is None else "exactness_sampled"
+
+
+def report(records: list[dict[str, Any]], _chosen: argparse.Namespace) -> None:
+    """Print the errors."""
+    for r in records:
+        what = (
+            r["problem"] if "problem" in r else f"{r['config']}, {r['tokens']:,} tokens, {r['documents']} document(s)"
+        )
+        uncovered = "" if r["same_rows_uncovered"] else "; OTHER ROWS SEE NOTHING"
+        print(
+            f"{what:<36} {r['dtype']:<9}{r['quantity']:<4} largest {r['max_error']}, rms {r['rms_error']} "
+            f"of up to {r['max_reference']}{uncovered}"
+        )
 
 
 def rows(device: torch.device, group: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:

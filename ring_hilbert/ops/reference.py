@@ -18,28 +18,40 @@ from ring_hilbert.ops.order import TokenOrder
 from ring_hilbert.ops.pattern import Branch, DilatedPattern
 
 
-def multiplicity(pattern: DilatedPattern, length: int, num_kv_heads: int) -> Tensor:
-    """How often a pair counts before any mask: int64 `[Hkv, S, S]` (query, key).
+def multiplicity(
+    pattern: DilatedPattern,
+    length: int,
+    num_kv_heads: int,
+    queries: Tensor | None = None,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """How often a pair counts before any mask: int64 `[Hkv, Q, K]` for the rows `queries [Q]` and `keys [K]`, by default all.
 
     The sum of the weights of the branches that hold both rows in one segment; or, with `count="once"`, the weight of the innermost.
     """
-    rows = torch.arange(length) + pattern.segment_shift
-    count = torch.zeros(num_kv_heads, length, length, dtype=torch.int64)
+    queries, keys = (torch.arange(length) if rows is None else rows for rows in (queries, keys))
+    count = torch.zeros(num_kv_heads, len(queries), len(keys), dtype=torch.int64, device=queries.device)
     weights = pattern.weights or (1,) * len(pattern.branches)
 
     def size(weighted: tuple[Branch, int]) -> tuple[float, int]:
         return weighted[0].segment_length or math.inf, weighted[0].dilation_rate
 
     for branch, weight in sorted(zip(pattern.branches, weights, strict=True), key=size, reverse=True):  # innermost last
-        w, r = branch
-        segment = torch.zeros_like(rows) if w is None else rows.div(w, rounding_mode="floor")
-        within = rows if w is None else rows.remainder(w)
-        same_segment = segment[:, None] == segment[None, :]
+        (segment, phase), (key_segment, key_phase) = (segments(pattern, branch, rows) for rows in (queries, keys))
+        same_segment = segment[:, None] == key_segment[None, :]
         for g in range(num_kv_heads):
-            member = within.remainder(r) == pattern.offset(branch, g, num_kv_heads)
-            held = same_segment & member[:, None] & member[None, :]
+            offset = pattern.offset(branch, g, num_kv_heads)
+            held = same_segment & (phase == offset)[:, None] & (key_phase == offset)[None, :]
             count[g] = torch.where(held, weight, count[g]) if pattern.count == "once" else count[g] + weight * held
     return count
+
+
+def segments(pattern: DilatedPattern, branch: Branch, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The segment of a branch in which each row lies, and its phase there: a head with that offset holds the row."""
+    rows = rows + pattern.segment_shift
+    w, r = branch
+    segment = torch.zeros_like(rows) if w is None else rows.div(w, rounding_mode="floor")
+    return segment, (rows if w is None else rows.remainder(w)).remainder(r)
 
 
 def zero_keys(pattern: DilatedPattern, length: int, num_kv_heads: int) -> Tensor:
@@ -62,15 +74,23 @@ def zero_keys(pattern: DilatedPattern, length: int, num_kv_heads: int) -> Tensor
     return count
 
 
-def allowed(causal: bool, positions: Tensor, document_ids: Tensor | None) -> Tensor:
-    """Which query row may see which key row: bool `[B or 1, S, S]` from `[S]` or `[B, S]` positions and document ids."""
+def allowed(
+    causal: bool,
+    positions: Tensor,
+    document_ids: Tensor | None,
+    queries: Tensor | slice = slice(None),
+    keys: Tensor | slice = slice(None),
+) -> Tensor:
+    """Which row of `queries` may see which of `keys`: bool `[B or 1, Q, K]` from `[S]` or `[B, S]` positions and document ids."""
     positions = positions.reshape(-1, positions.shape[-1])
-    mask = torch.ones(1, positions.shape[-1], positions.shape[-1], dtype=torch.bool, device=positions.device)
+    at, of = positions[:, queries], positions[:, keys]
+    mask = torch.ones(1, at.shape[-1], of.shape[-1], dtype=torch.bool, device=positions.device)
     if causal:
-        mask = mask & (positions[:, None, :] <= positions[:, :, None])
+        mask = mask & (of[:, None, :] <= at[:, :, None])
     if document_ids is not None:
         ids = document_ids.reshape(-1, document_ids.shape[-1])
-        mask = mask & (ids[:, None, :] == ids[:, :, None]) & (ids[:, None, :] != -1)
+        at, of = ids[:, queries], ids[:, keys]
+        mask = mask & (of[:, None, :] == at[:, :, None]) & (of[:, None, :] != -1)
     return mask
 
 
@@ -108,25 +128,39 @@ def dilated_attention(
     """
     if pattern.zero_keys and document_ids is not None:
         raise ValueError("zero_keys fill up the segments of one whole sequence; leave out document_ids")
-    length, num_heads, num_kv_heads = q.shape[1], q.shape[2], k.shape[2]
-    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    length, num_kv_heads = q.shape[1], k.shape[2]
     positions = torch.arange(length, device=q.device) if positions is None else positions
     count = multiplicity(pattern, length, num_kv_heads).to(q.device)
-    zeros = zero_keys(pattern, length, num_kv_heads).to(q.device)
+    zeros = zero_keys(pattern, length, num_kv_heads).to(q.device) if pattern.zero_keys and not causal else None
     if order is not None:  # token t is at row inverse[t]: look the pattern up there and leave every tensor as it is
         row = order.inverse(length).to(q.device)
-        count, zeros = count[:, row][:, :, row], zeros[:, row]
-    mask = allowed(causal, positions, document_ids)
-    m = (count * mask[:, None]).repeat_interleave(num_heads // num_kv_heads, dim=1)  # [B or 1, H, S, S]
+        count, zeros = count[:, row][:, :, row], None if zeros is None else zeros[:, row]
+    m = count * allowed(causal, positions, document_ids)[:, None]
+    return weighted_softmax(q, k, v, m, q.shape[-1] ** -0.5 if scale is None else scale, zeros)
 
+
+def weighted_softmax(
+    q: Tensor, k: Tensor, v: Tensor, m: Tensor, scale: float, zeros: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention in which every pair counts as often as `m` says; what `dilated_attention` returns.
+
+    Args:
+        q: `[B, Q, H, D]`.
+        k, v: `[B, K, Hkv, D]`.
+        m: integers `[B or 1, Hkv, Q, K]`.
+        scale: factor on the scores.
+        zeros: how many keys of score 0 and value 0 a query sees besides, integers `[Hkv, Q]`.
+    """
+    num_heads = q.shape[2]
     heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    qh, kh, vh = (x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in heads_first)  # [B, H, S, D]
-    scores = factor * (qh @ kh.transpose(-1, -2))
+    qh, kh, vh = (x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in heads_first)  # [B, H, Q or K, D]
+    m = m.repeat_interleave(num_heads // m.shape[1], dim=1)
+    scores = scale * (qh @ kh.transpose(-1, -2))
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     scores = torch.where(m > 0, scores + m.clamp(min=1).to(scores.dtype).log(), float("-inf"))
     covered = (m > 0).any(-1, keepdim=True).expand((*scores.shape[:-1], 1))
-    if pattern.zero_keys and not causal:  # one more key, of value 0, counted as often as there are zero keys
-        zeros = zeros.repeat_interleave(num_heads // num_kv_heads, dim=0)[..., None].to(scores.dtype)
+    if zeros is not None:  # one more key, of value 0, counted as often as there are zero keys
+        zeros = zeros.repeat_interleave(num_heads // len(zeros), dim=0)[..., None].to(scores.dtype)
         scores = torch.cat((scores, zeros.log().expand_as(covered)), dim=-1)
         vh = torch.nn.functional.pad(vh, (0, 0, 0, 1))
     safe = torch.where(covered, scores, 0.0)  # keeps NaN out of the gradient of rows without a key
