@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 import ring_hilbert as rh
 from ring_hilbert.bench.contenders import DENSE, Contender, Problem, autograd_passes, core_passes, dense, published
 from ring_hilbert.bench.timing import Times, interleaved
+from ring_hilbert.kernels.tables import Schedule
+from ring_hilbert.kernels.tiles import PASSES, Pass, Tile
 from ring_hilbert.ops.core import Shard
 from ring_hilbert.ops.triton_core import TritonCore
 from ring_hilbert.ops.visible import Visible
@@ -23,6 +26,7 @@ FLOPS = {"forward": 4, "backward": 10}  # per pair and column of the head
 ROWS, DENSE_ROWS = 131072, 16384
 FLOOR = "cudnn, 16384 rows"
 KEPT = "ring_hilbert, schedules kept"
+TAIL, CUT = 0.05, "ring_hilbert, schedules kept, without the last 5 % of tiles"
 # TFLOP/s of cuDNN, forward and backward, on a healthy H100, by head dim: a lower rate is not used as a denominator.
 HEALTHY = {64: (440.0, 400.0), 128: (560.0, 500.0)}
 STEEP = rh.DilatedPattern((4096, 16384, 65536, 262144, None), (1, 4, 16, 64, 256))
@@ -33,7 +37,10 @@ DOCUMENTS, SIGMA, SEED = 200, 1.2, 0
 
 @dataclass(frozen=True)
 class Shape:
-    """A timed problem; `longnet`: also time the published algorithm. `name`: a configuration, or the part of one."""
+    """A timed problem. `name`: a configuration, or the part of one.
+
+    `longnet`: also time the published algorithm; `tail`: also leave out the last tiles of every launch.
+    """
 
     name: str
     pattern: rh.DilatedPattern
@@ -44,6 +51,7 @@ class Shape:
     head_dim: int
     documents: int = 1
     longnet: bool = False
+    tail: bool = False
 
     def problem(self, device: torch.device) -> Problem:
         """In bf16, causal."""
@@ -52,9 +60,9 @@ class Shape:
 
 
 SHAPES = (
-    Shape("llama_1b_1m", STEEP, BY_4096, ROWS, 32, 8, 64, longnet=True),
+    Shape("llama_1b_1m", STEEP, BY_4096, ROWS, 32, 8, 64, longnet=True, tail=True),
     Shape("llama_1b_1m", STEEP, None, ROWS, 32, 8, 64),
-    Shape("llama_1b_1m", STEEP, BY_4096, ROWS, 32, 8, 64, documents=DOCUMENTS),
+    Shape("llama_1b_1m", STEEP, BY_4096, ROWS, 32, 8, 64, documents=DOCUMENTS, tail=True),
     Shape("llama_8b_1m", STEEP, BY_4096, ROWS, 32, 8, 128),
     Shape(
         "continue_1m", rh.DilatedPattern((4096, 16384, 65536, None), (1, 4, 16, 64), segment_shift=2048),
@@ -94,11 +102,28 @@ def pairs_of(shape: Shape, seen: Visible, device: torch.device) -> int:
     return total
 
 
+@lru_cache(maxsize=len(PASSES))  # of the launches that are timed
+def without_tail(whole: Schedule) -> Schedule:
+    """A schedule that visits nothing in the TAIL of its tiles that comes last, the shortest."""
+    tiles = whole.order.shape[1]
+    last = whole.order[:, tiles - round(TAIL * tiles) :, None].long()
+    return replace(whole, steps=whole.steps.scatter(1, last.expand(-1, -1, 2), 0))
+
+
+class WithoutTail(TritonCore):
+    """A core whose launches leave out their last tiles: what these take is the difference of two times."""
+
+    def schedule(self, pass_: Pass) -> tuple[Tile, Schedule]:
+        """As in TritonCore."""
+        tile, whole = super().schedule(pass_)
+        return tile, without_tail(whole)
+
+
 def rows(chosen: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """A record for every shape, contender and pass, of `chosen.repeats` rounds.
 
     "ring_hilbert" makes the schedules of every launch, as the first layer of a batch does; KEPT finds them, as further layers of
-    the same pattern do.
+    the same pattern do; CUT does not process the last tiles of any launch (its pairs are by the blocks left, mean of launches).
 
     `of_cudnn`: TFLOP/s of branch pairs over those of dense cuDNN attention with the same heads; `of_one_document`: time per pair
     over that of the same shape with one document.
@@ -125,6 +150,12 @@ def _measure(shape: Shape, repeats: int, device: torch.device) -> Iterator[dict[
         name: (core_passes(TritonCore(*facts, visible=visible, group=group), x, shape.head_dim**-0.5), count)
         for name, visible in (("ring_hilbert", None), (KEPT, seen))
     }
+
+    if shape.tail:
+        core = WithoutTail(*facts, visible=seen, group=group)
+        whole = [TritonCore.schedule(core, pass_)[1] for pass_ in PASSES]
+        left = sum(without_tail(each).blocks() / each.blocks() for each in whole) / len(whole)
+        contenders[CUT] = core_passes(core, x, shape.head_dim**-0.5), count * left
 
     def add(name: str, contender: Contender, length: int) -> None:
         inputs = [x[key][:, :length].clone().requires_grad_() for key in "qkv"]

@@ -402,8 +402,9 @@ def test_bench_kernels_times_what_it_says():
 @on_the_cpu
 def test_bench_kernels_of_shipped_shapes(monkeypatch: pytest.MonkeyPatch):
     order = rh.TokenOrder("hilbert", block=32)
-    one = kernels_shipped.Shape("ladder", LADDER, order, 64, 2, 1, 64, longnet=True)
-    monkeypatch.setattr(kernels_shipped, "SHAPES", (one, replace(one, documents=5, longnet=False)))
+    one = kernels_shipped.Shape("ladder", LADDER, order, 64, 2, 1, 64, longnet=True, tail=True)
+    monkeypatch.setattr(kernels_shipped, "SHAPES", (one, replace(one, documents=5, longnet=False, tail=False)))
+    monkeypatch.setattr(kernels_shipped, "TAIL", 0.5)
     monkeypatch.setattr(kernels_shipped, "DENSE_ROWS", 64)
     records = list(kernels_shipped.rows(argparse.Namespace(repeats=1), DEVICE))
     ours = ("ring_hilbert", kernels_shipped.KEPT)
@@ -414,10 +415,13 @@ def test_bench_kernels_of_shipped_shapes(monkeypatch: pytest.MonkeyPatch):
     }
     assert list(of_one) == list(itertools.product((5,), ours, ("forward", "backward"))) and min(of_one.values()) > 0
     measured = (*ours, kernels_shipped.FLOOR)
-    wanted = [*itertools.product(measured, (1,)), ("longnet", 1), *itertools.product(measured, (5,))]
+    with_one = (*ours, kernels_shipped.CUT, kernels_shipped.FLOOR, "longnet")
+    wanted = [*itertools.product(with_one, (1,)), *itertools.product(measured, (5,))]
     assert [(r["contender"], r["documents"]) for r in records[::2]] == wanted
     pairs = one.problem(DEVICE).plan(LADDER, order).attention_flops(0) / 4 / 64
     assert float(records[0]["tflops"]) == pytest.approx(4 * 64 * pairs / float(records[0]["ms"]) / 1e9, rel=2e-3)
+    (cut,) = {r["pairs"] for r in records if r["contender"] == kernels_shipped.CUT}
+    assert 0.3 * pairs < cut < pairs
     assert not any(r["cudnn_healthy"] for r in records)
 
 
