@@ -50,7 +50,7 @@ def row_losses(
 
     `logits [n, V]` float32 or float64, `labels [n]` int64; 0 where the label is `ignored`, NaN where it is no column.
     """
-    logits = logits.contiguous()
+    logits, labels = logits.contiguous(), labels.contiguous()
     losses = logits.new_empty(len(logits))
     gradient = None if dtype is None else torch.empty_like(logits, dtype=dtype)
     if len(logits):

@@ -251,12 +251,13 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: Tile) -> tupl
 
 
 def _rows_of(x: Tensor, tile: Tile | None = None) -> Tensor:
-    """`x [B, S, H, D]` with contiguous rows, for copies of 16 bytes, at 32-bit offsets in units of 8."""
+    """`x [B, S, H, D]` with contiguous rows, for copies of 16 bytes, at 32-bit offsets: of heads, and of rows in units of 8."""
     batch, row, head, column = x.stride()
-    whole = column == 1 and not (batch | row | head) % 8 and x.shape[1] * row < 8 * 2**32
+    whole = column == 1 and not (batch | row | head) % 8 and x.shape[1] * row < 8 * 2**32 and x.shape[2] * head < 2**31
     if tile is not None and tile.gluon:
         whole &= x.data_ptr() % 16 == 0
-    return x if whole else x.contiguous()
+    # Of a tensor that is contiguous, but begins elsewhere or has a single row, `contiguous()` would be the same.
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=64)

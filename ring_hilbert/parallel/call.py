@@ -33,6 +33,7 @@ class Call(NamedTuple):
         keep: whether rows of other ranks are kept for backward.
         return_lse: whether lse is read.
         name: of the layer, for errors.
+        trained: of an operator's call, whether it may be differentiated: inside a compiled graph its tensors do not say so.
     """
 
     segment_lengths: list[int]
@@ -54,6 +55,7 @@ class Call(NamedTuple):
     keep: bool
     return_lse: bool
     name: str
+    trained: bool = False
 
     @classmethod
     def of(

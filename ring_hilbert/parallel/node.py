@@ -43,10 +43,10 @@ def attend(
         RuntimeError: if backward runs after the batch's `Prepared` was freed (see `Prepared.handle`).
     """
     handle = None if prepared is None else prepared.handle
+    saves = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if torch.compiler.is_compiling() or _observed(q, k, v):
-        out, lse, *_ = _forward(q, k, v, handle, layer, *call)
+        out, lse, *_ = _forward(q, k, v, handle, layer, *call[:-1], saves)
     else:
-        saves = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         with span("ring_hilbert::attention"):
             out, lse, *_ = (_Node.apply if saves else _attention)(q, k, v, handle, layer, call)
     return out, lse.detach()
@@ -79,7 +79,7 @@ def _ordinary_keys(device: torch.device) -> int:
 _CALL = (
     "SymInt[] segment_lengths, SymInt[] dilation_rates, str offset_rule, SymInt[] shifts, SymInt head_step, SymInt[] own, "
     "SymInt[] heads, bool zero_keys, SymInt[] weights, str counted, bool causal, str curve, SymInt[] sides, float scale, "
-    "str backend, str strategy, bool keep, bool return_lse, str name"
+    "str backend, str strategy, bool keep, bool return_lse, str name, bool trained"
 )
 # Unsafe in CUDA graphs: collectives, and tensors made on first use.
 _OPTIONS: dict[str, Any] = {"mutates_args": (), "tags": (torch.Tag.cudagraph_unsafe,)}
@@ -114,7 +114,7 @@ def _attention(
         misfit = f"{call.name}: {misfit}"
     prepared.agree(agreed_fields(call.pattern, call.scale, shapes) | {"strategy": call.strategy}, misfit)
     execution = _execution(call, prepared, shapes, q.device)
-    permutation, trained = prepared.permutation(q.device), q.requires_grad
+    permutation, trained = prepared.permutation(q.device), call.trained or q.requires_grad
     options = {"keep": call.keep, "lse": call.return_lse}
     if permutation is not None:
         q, k, v = (x.index_select(1, permutation[0]) for x in (q, k, v))

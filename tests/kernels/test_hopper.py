@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import ring_hilbert as rh
+from ring_hilbert.kernels import tiles
 from ring_hilbert.kernels.tiles import PASSES, Tile, tiles_for
 from ring_hilbert.ops.core import Shard
 from ring_hilbert.ops.triton_core import TritonCore
@@ -55,6 +58,54 @@ def test_warps_that_copy_and_warps_that_compute(name: str, monkeypatch: pytest.M
     in_numpy.use(monkeypatch)
     case = replace(CASES[name], heads=2 * CASES[name].kv_heads)
     check(answer(case, torch.float16, SPECIALIZED), case, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("tile", "group"), [(None, 1), (TILE, 1), (SPECIALIZED, 2)], ids=["triton", "hopper", "specialized"]
+)
+def test_heads_that_are_far_apart(tile: Tile | None, group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a million rows `[B, H, S, D]`, heads may begin farther behind the first than kernels count; the file here is sparse."""
+    if tile is not None:
+        in_numpy.use(monkeypatch)
+        monkeypatch.setattr(tiles, "INTERPRETER", tile)
+    case = Case(SHORT, 128, heads=3 * group, kv_heads=3, head_dim=16)
+    memory = torch.from_file(str(tmp_path / "heads"), shared=True, size=2**32 + 2**16, dtype=torch.float16)
+    at = 2**31  # as far before it as behind it: a number that overflows is another place in the file
+
+    def far_apart(x: Tensor) -> Tensor:
+        nonlocal at
+        _, rows, heads, dim = x.shape
+        if heads > 3:
+            return x
+        view = memory.as_strided(x.shape, (0, dim, 2**30, 1), at)
+        at += rows * dim
+        return view.copy_(x)
+
+    def results(lay_out: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        x = {name: lay_out(value) for name, value in case.tensors(torch.float16).items()}
+        q, k, v = (x[name].detach().requires_grad_() for name in "qkv")
+        out = rh.dilated_attention(q, k, v, case.pattern, backend="triton")
+        return [out, *torch.autograd.grad(out, (q, k, v), x["dout"])]
+
+    for near, far in zip(results(lambda x: x), results(far_apart), strict=True):
+        assert torch.equal(near, far)
+
+
+@pytest.mark.parametrize("strides", ["of one row", "from an odd address"])
+def test_operands_that_are_contiguous_but_not_aligned(strides: str):
+    """They are copied, as 16 bytes at a time are; `contiguous()` returns them as they are."""
+    from ring_hilbert.kernels import launch
+
+    x = torch.randn(1, 1, 2, 32).bfloat16()
+    if strides == "of one row":
+        y = x.as_strided(x.shape, (64, 1, 32, 1))
+    else:
+        y = torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape)
+    assert y.is_contiguous()
+    copied = launch._rows_of(y, TILE)
+    assert (
+        torch.equal(copied, x) and not copied.data_ptr() % 16 and not any(stride % 8 for stride in copied.stride()[:3])
+    )
 
 
 @pytest.mark.parametrize(

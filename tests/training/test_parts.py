@@ -67,6 +67,8 @@ def test_losses_in_one_kernel(vocab: int, dtype: torch.dtype) -> None:
     if dtype == torch.float32:  # the interpreter cuts bits off
         rounded = in_one(logits.mT.contiguous().mT, labels, torch.bfloat16)[1]
         torch.testing.assert_close(rounded, gradient.bfloat16(), rtol=2**-7, atol=1e-30)
+    of_pairs = torch.stack((labels, 1 - labels), 1)[:, 0]  # not next to one another in memory
+    assert torch.equal(in_one(logits, of_pairs, dtype)[0], losses)
     only, nothing = in_one(logits, labels, None)
     assert torch.equal(only, losses) and nothing is None
     assert in_one(logits[:0], labels[:0], dtype)[0].shape == (0,)
