@@ -148,9 +148,10 @@ def dilated_attention(
         and not torch.compiler.is_compiling()
     ):
         how = prepared.strategy_for(pattern, shapes)
+    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     call = Call.of(
         pattern, causal=causal, order=order, scale=factor, backend=backend, strategy=how, keep=keep, return_lse=return_lse,
-        name=name,
+        name=name, trained=trained,
     )  # fmt: skip
     out, lse = attend(q, k, v, prepared, call, pattern.layer if isinstance(pattern, LayerPattern) else None)
     return (out, lse) if return_lse else out

@@ -33,7 +33,7 @@ class Call(NamedTuple):
         keep: whether rows of other ranks are kept for backward.
         return_lse: whether lse is read.
         name: of the layer, for errors.
-        trained: of an operator's call, whether it may be differentiated: inside a compiled graph its tensors do not say so.
+        trained: whether it may be differentiated: inside a compiled graph its tensors do not say so.
     """
 
     segment_lengths: list[int]
@@ -55,7 +55,7 @@ class Call(NamedTuple):
     keep: bool
     return_lse: bool
     name: str
-    trained: bool = False
+    trained: bool
 
     @classmethod
     def of(
@@ -70,6 +70,7 @@ class Call(NamedTuple):
         strategy: str = "exchange",
         keep: bool = False,
         return_lse: bool = True,
+        trained: bool = False,
     ) -> Call:
         """The call for `pattern`; torch.compile traces through this."""
         head_step, own = 0, []
@@ -84,7 +85,7 @@ class Call(NamedTuple):
         return cls(
             lengths, list(pattern.dilation_rates), pattern.offset_rule, [pattern.head_shift, pattern.segment_shift],
             head_step, own, list(pattern.heads or ()), pattern.zero_keys, list(pattern.weights or ()), pattern.count, causal,
-            curve, sides, scale, backend, strategy, keep, return_lse, name or "",
+            curve, sides, scale, backend, strategy, keep, return_lse, name or "", trained,
         )  # fmt: skip
 
     @property

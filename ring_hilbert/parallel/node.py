@@ -43,12 +43,11 @@ def attend(
         RuntimeError: if backward runs after the batch's `Prepared` was freed (see `Prepared.handle`).
     """
     handle = None if prepared is None else prepared.handle
-    saves = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if torch.compiler.is_compiling() or _observed(q, k, v):
-        out, lse, *_ = _forward(q, k, v, handle, layer, *call[:-1], saves)
+        out, lse, *_ = _forward(q, k, v, handle, layer, *call)
     else:
         with span("ring_hilbert::attention"):
-            out, lse, *_ = (_Node.apply if saves else _attention)(q, k, v, handle, layer, call)
+            out, lse, *_ = (_Node.apply if call.trained else _attention)(q, k, v, handle, layer, call)
     return out, lse.detach()
 
 
@@ -114,11 +113,11 @@ def _attention(
         misfit = f"{call.name}: {misfit}"
     prepared.agree(agreed_fields(call.pattern, call.scale, shapes) | {"strategy": call.strategy}, misfit)
     execution = _execution(call, prepared, shapes, q.device)
-    permutation, trained = prepared.permutation(q.device), call.trained or q.requires_grad
+    permutation = prepared.permutation(q.device)
     options = {"keep": call.keep, "lse": call.return_lse}
     if permutation is not None:
         q, k, v = (x.index_select(1, permutation[0]) for x in (q, k, v))
-    if trained and isinstance(execution, Execution):
+    if call.trained and isinstance(execution, Execution):
         execution.compile_ahead(q, k, v, call.scale)
     results = execution.forward(q, k, v, call.scale, call.name, **options)
     if permutation is None:
