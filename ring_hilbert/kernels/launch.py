@@ -256,8 +256,12 @@ def _rows_of(x: Tensor, tile: Tile | None = None) -> Tensor:
     whole = column == 1 and not (batch | row | head) % 8 and x.shape[1] * row < 8 * 2**32 and x.shape[2] * head < 2**31
     if tile is not None and tile.gluon:
         whole &= x.data_ptr() % 16 == 0
+    if whole:
+        return x
+    if math.prod(x.shape[1:]) >= 8 * 2**32:
+        raise ValueError(f"the kernels take up to 2**35 numbers per batch entry and rank, got {list(x.shape)}")
     # Of a tensor that is contiguous, but begins elsewhere or has a single row, `contiguous()` would be the same.
-    return x if whole else x.clone(memory_format=torch.contiguous_format)
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=64)

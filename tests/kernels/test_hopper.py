@@ -91,6 +91,15 @@ def test_heads_that_are_far_apart(tile: Tile | None, group: int, tmp_path: Path,
         assert torch.equal(near, far)
 
 
+def test_more_than_can_be_addressed_is_an_error():
+    from ring_hilbert.kernels import launch
+
+    with pytest.raises(
+        ValueError, match=r"up to 2\*\*35 numbers per batch entry and rank, got \[1, 2097152, 128, 128\]"
+    ):
+        launch._rows_of(torch.empty(1, 2**21, 128, 128, device="meta"))
+
+
 @pytest.mark.parametrize("strides", ["of one row", "from an odd address"])
 def test_operands_that_are_contiguous_but_not_aligned(strides: str):
     """They are copied, as 16 bytes at a time are; `contiguous()` returns them as they are."""
