@@ -45,10 +45,15 @@ def compiling() -> Iterator[None]:
 
 
 def _start(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
+    first = args[0]
+    if first.is_cuda and first.device.index != torch.cuda.current_device():  # Triton starts on the latter
+        with torch.cuda.device(first.device):
+            _start(kernel, grid, *args, **constants)
+        return
     if _compiling.get():
         kernel.warmup(*args, grid=grid, **constants)
         return
-    if not _compiles_by_address(args[0]):
+    if not _compiles_by_address(first):
         kernel[grid](*args, **constants)
         return
     addresses, kinds = 0, []

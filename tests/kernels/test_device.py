@@ -46,6 +46,14 @@ def batch_of(length: int, order: rh.TokenOrder | None) -> rh.Prepared:
     ]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_of_another_device_than_the_current_one():
+    here = tensors()
+    there = [x.detach().to("cuda:1").requires_grad_(x.requires_grad) for x in here]
+    for mine, other in zip(*(attend(x, rh.prepare(ROWS)) for x in (here, there)), strict=True):
+        assert torch.equal(mine, other.to(mine.device))
+
+
 @pytest.mark.parametrize("order", [None, HILBERT])
 def test_nothing_is_read_back(order: rh.TokenOrder | None):
     """After one warm-up call of the pattern: no synchronisation from `prepare`'s return to the end of backward."""

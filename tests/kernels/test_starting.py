@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import ring_hilbert as rh
 from ring_hilbert.kernels import starting
 from ring_hilbert.parallel.execution import Execution
 from tests.harness.ranks import run_ranks
+
+if not torch.cuda.is_available():
+    import tests.harness.interpreter  # noqa: F401
 
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets kernels")
 
@@ -70,6 +74,29 @@ def test_other_addresses_and_grids_are_started_at_once():
     assert len(kernel.asked) == 1
     ((grid, args),) = kernel.started
     assert grid == (4, 2, 1) and args[0] is y and args[1:] == (5, (8, 1), 64)
+
+
+def test_a_kernel_is_started_where_its_tensors_are(monkeypatch: pytest.MonkeyPatch):
+    """Triton starts it on the current device, which need not be theirs."""
+    current = [0]
+
+    class There(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda", 1)  # pyright: ignore[reportAssignmentType]
+
+    @contextmanager
+    def on_device(device: torch.device):
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", on_device)
+    kernel = Kernel()
+    for x in (aligned().as_subclass(There), aligned()):
+        starting.on(kernel, (1, 1, 1))(x, 5, (8, 1), SIZE=64)
+    devices = [key[1] for key in starting._found]
+    assert devices == [1, 0] and current == [0]
 
 
 def test_what_decides_the_compiled_form_asks_triton(monkeypatch: pytest.MonkeyPatch):
