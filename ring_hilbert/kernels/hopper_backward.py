@@ -19,6 +19,7 @@ from ring_hilbert.kernels.hopper_steps import (
     buffer_of,
     columns_of,
     dots,
+    hidden,
     in_order,
     load_outer,
     no_sums,
@@ -72,9 +73,10 @@ def add_keys(
         weight = walk[2][0]
         walk = walk_on(walk, walk[2][1:], index, BLOCK_N, INDEXED)
         scores = warpgroup_mma_wait(len(dq), [scores])
-        p = gl.exp2(scores * scale2 - gl.expand_dims(log - weight, 1))
+        p = scores * scale2 - gl.expand_dims(log - weight, 1)
         if MASKED:
-            p = gl.where(seen(key_ring.index(here), low, high, SCORES), p, 0.0)
+            p = gl.where(seen(key_ring.index(here), low, high, SCORES), p, float("-inf"))
+        p = gl.exp2(p)
         dp = warpgroup_mma_wait(0, [dp])
         ds = (p * (dp - gl.expand_dims(delta, 1))).to(queries[0].dtype)
         ds = gl.convert_layout(ds, gl.DotOperandLayout(0, SCORES, 2), assert_trivial=True)
@@ -131,8 +133,7 @@ def dq_kernel(
     if STAGED:
         slots += batch * slot_strides[0] + kv_head * slot_strides[2]
     if STAGED >= 2:
-        places = [(slot_of(slots, slot_strides, x[0]), x[1]) for x in own]
-        gradient = load_outer(s_values, values_strides, batch, head, places, columns, D)
+        gradient = load_outer(s_values, values_strides, batch, head, slot_of(slots, slot_strides, row), member, D)
 
     gradient = [warpgroup_mma_init(x) for x in gradient]
     step = 0
@@ -207,7 +208,8 @@ def add_queries(
 ):  # fmt: skip
     """Add to `dk, dv [N, D]` what one head's blocks of queries contribute; `dk` lacks the last one's `ds`.
 
-    `dv` is in flight in tiles of 64 rows; in larger ones registers do not suffice for that.
+    `dv` is in flight in tiles of 64 rows; in larger ones registers do not suffice for that, nor for the addresses of all products
+    at once. Two products are still in flight when `delta` is loaded, which earlier would take registers from them.
     """
     IN_FLIGHT: gl.constexpr = keys[0].shape[0] == 64
     N: gl.constexpr = keys[0].shape[0]
@@ -224,8 +226,10 @@ def add_queries(
         )  # fmt: skip
         here = buffer_of(step)
         scores = dots(keys, q_ring, here, zeros)
-        dp = dots(values, dout_ring, here, zeros)
-        dk = add_rows(dk, ds, q_ring, buffer_of(gl.maximum(step - 1, 0)))
+        there = here if IN_FLIGHT else hidden(here)
+        dp = dots(values, dout_ring, there, zeros)
+        before = buffer_of(gl.maximum(step - 1, 0))
+        dk = add_rows(dk, ds, q_ring, before if IN_FLIGHT else hidden(before))
         weight = weights[0]
         weights = weights[1:] + (step_weight(at),)
         at, left, member = next_of_group(at, left, member, full + masked, BLOCK_M, GROUP, INDEXED)
@@ -238,10 +242,10 @@ def add_queries(
             own = gl.expand_dims(own_keys.load(gl.SliceLayout(1, SCORES)), 1)  # not in registers all the time
             first, last = bounds[0].index(here).load(COLUMN), bounds[1].index(here).load(COLUMN)
             exact = gl.where((own >= gl.expand_dims(first, 0)) & (own <= gl.expand_dims(last, 0)), exact, 0.0)
-        shift = terms[1].index(here).load(COLUMN)
         p = gl.convert_layout(exact.to(ds.dtype), ds.type.layout, assert_trivial=True)
-        dv = add_rows(dv, p, dout_ring, here)
+        dv = add_rows(dv, p, dout_ring, there)
         dp = warpgroup_mma_wait(2 * PARTS, [dp])
+        shift = terms[1].index(here).load(COLUMN)
         product = (exact * (dp - gl.expand_dims(shift, 0))).to(ds.dtype)
         product = gl.convert_layout(product, ds.type.layout, assert_trivial=True)
         step = in_order(step)
@@ -293,7 +297,7 @@ def dkdv_kernel(
     send_outer(keys, k, k_strides, batch, kv_head, own, columns, D)
     send_outer(values, v, v_strides, batch, kv_head, own, columns, D)
     at, left = walk_from(run, 0, INDEXED), full + masked
-    member = full * 0  # a run-time value, not a constant
+    member, step = full * 0, full * 0  # run-time values, not constants
     weights = ()
     for i in gl.static_range(AHEAD):
         rows = copied_rows(at, index, BLOCK_M, INDEXED, columns)
@@ -315,7 +319,6 @@ def dkdv_kernel(
     value_gradient = no_sums(BLOCK_N, columns)
     if BLOCK_N == 64:
         value_gradient = [warpgroup_mma_init(x) for x in value_gradient]
-    step = 0
     for _ in range(GROUP):
         key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step = add_queries(
             key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step,

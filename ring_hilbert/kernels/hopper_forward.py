@@ -118,15 +118,14 @@ def slot_of(results, batch, head, kv_head, row, member):
 
 
 @gluon.jit
-def resumed(total, results, batch, head, slot, s_row, own, columns, D: gl.constexpr):
+def resumed(total, results, batch, head, slot, s_row, member, D: gl.constexpr):
     """The total, in the form of `total`, and the values of staged rows; 0 for others."""
     _, _, _, _, s_total, s_values = results[0]
     _, _, _, _, values_strides = results[1]
     before = gl.load(s_total + s_row, mask=slot >= 0, other=0.0)
     before = by_thread(before, total)
     first = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, total.type.layout)), 0) == 0
-    places = [(gl.convert_layout(slot, x[0].type.layout), x[1]) for x in own]
-    values = load_outer(s_values, values_strides, batch, head, places, columns, D)
+    values = load_outer(s_values, values_strides, batch, head, slot, member, D)
     return gl.where(first, before, 0.0), values
 
 
@@ -203,7 +202,7 @@ def forward_kernel(
     if STAGED >= 2:
         slot, s_row = slot_of(results, batch, head, kv_head, row, member)
         maximum = gl.load(s_maximum + s_row, mask=slot >= 0, other=float("-inf"))
-        total, values = resumed(total, results, batch, head, slot, s_row, own, columns, D)
+        total, values = resumed(total, results, batch, head, slot, s_row, member, D)
 
     step = 0
     nowhere = gl.zeros([M], gl.int32, gl.SliceLayout(1, SCORES))
@@ -224,6 +223,6 @@ def forward_kernel(
 
     # Rows are looked up again, so as not to occupy registers during the loops.
     finish(
-        values, maximum, total, results, batch, head, kv_head, outer, in_order(place), count, columns,
+        values, maximum, total, results, batch, head, kv_head, outer, in_order(place), in_order(count), columns,
         BLOCK_M, MEMBERS, D, STAGED,
     )  # fmt: skip

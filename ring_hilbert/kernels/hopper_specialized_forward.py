@@ -259,8 +259,7 @@ def compute(
             total = summed(exact)
             values = no_sums(M, columns)
             if STAGED >= 2:
-                own = copied_outer(outer, place, count, M, 1, columns)
-                before, values = resumed(total, results, batch, head, slot, s_row, own, columns, D)
+                before, values = resumed(total, results, batch, head, slot, s_row, member, D)
                 total += before * by_thread(decay, total)
                 values = [x * by_row(decay, x) for x in values]
                 # Lest ptxas scale them in the loop, where products would wait for that.

@@ -63,13 +63,18 @@ def whole(part, dim):
 
 
 @gluon.jit
+def part_of(i: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """The columns of the part of 2**i columns of heads of D."""
+    return gl.arange(0, 1 << i, gl.SliceLayout(0, LAYOUT)) + (padded(D) >> (i + 1) << (i + 1))
+
+
+@gluon.jit
 def columns_of(D: gl.constexpr):
     """The columns of heads of D by parts, the larger one first; some of the last part may not exist."""
     columns = []
     for i in gl.static_range(8, 3, -1):
         if padded(D) & (1 << i):
-            part = gl.arange(0, 1 << i, gl.SliceLayout(0, copied(1 << i, gl.num_warps())))
-            columns = columns + [part + (padded(D) >> (i + 1) << (i + 1))]
+            columns = columns + [part_of(i, D, copied(1 << i, gl.num_warps()))]
     return columns
 
 
@@ -84,7 +89,7 @@ def room(dtype: gl.constexpr, shape, columns):
 @gluon.jit
 def row_interval(low, high, batch, stride, row):
     """The intervals of keys that query rows see."""
-    at = batch * stride + row
+    at = batch * hidden(stride) + row
     return gl.load(low + at, mask=row >= 0, other=0), gl.load(high + at, mask=row >= 0, other=0)
 
 
@@ -176,8 +181,8 @@ def send_keys(keys, walk, step, full, D: gl.constexpr):
 def outer_cells(pointer, strides, batch, head, rows, members, columns, D: gl.constexpr):
     """Pointers to the outer rows of several heads, and which of these cells exist."""
     stride = hidden(strides[1])
-    offsets = batch * strides[0] + rows.to(gl.int64) * stride + (head + members).to(gl.int64) * strides[2]
-    offsets = gl.multiple_of(offsets, 8)
+    heads = (head + members).to(gl.int64) * hidden(strides[2])
+    offsets = gl.multiple_of(batch * hidden(strides[0]) + rows.to(gl.int64) * stride + heads, 8)
     return pointer + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0), there(rows, columns, D)
 
 
@@ -189,13 +194,23 @@ def send_outer(to, pointer, strides, batch, head, own, columns, D: gl.constexpr)
 
 
 @gluon.jit
-def load_outer(pointer, strides, batch, head, own, columns, D: gl.constexpr):
-    """The outer rows of several heads, as accumulators; 0 where a row is -1."""
+def load_part(pointer, strides, batch, head, rows, members, i: gl.constexpr, D: gl.constexpr):
+    """`load_outer` of the part of 2**i columns."""
+    LAYOUT: gl.constexpr = products(1 << i, gl.num_warps())
+    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    rows = gl.convert_layout(rows, ROWS, assert_trivial=True)
+    members = gl.convert_layout(members, ROWS, assert_trivial=True)
+    cells, exist = outer_cells(pointer, strides, batch, head, rows, members, part_of(i, D, LAYOUT), D)
+    return gl.load(cells, mask=exist, other=0.0)
+
+
+@gluon.jit
+def load_outer(pointer, strides, batch, head, rows, members, D: gl.constexpr):
+    """The outer rows of several heads, as accumulators and with their rows; 0 where a row is -1."""
     loaded = []
-    for i in gl.static_range(len(columns)):
-        cells, exist = outer_cells(pointer, strides, batch, head, *own[i], columns[i], D)
-        x = gl.load(cells, mask=exist, other=0.0)
-        loaded = loaded + [gl.convert_layout(x, products(x.shape[1], gl.num_warps()))]
+    for i in gl.static_range(8, 3, -1):
+        if padded(D) & (1 << i):
+            loaded = loaded + [load_part(pointer, strides, batch, head, rows, members, i, D)]
     return loaded
 
 
@@ -220,7 +235,8 @@ def not_staged(own, slots):
 @gluon.jit
 def row_cells(strides, batch, head, rows, members):
     """Offsets of the per-row terms of the outer rows of several heads."""
-    return batch * strides[0] + rows.to(gl.int64) * strides[1] + (head + members).to(gl.int64) * strides[2]
+    heads = (head + members).to(gl.int64) * hidden(strides[2])
+    return batch * hidden(strides[0]) + rows.to(gl.int64) * strides[1] + heads
 
 
 @gluon.jit
@@ -279,7 +295,10 @@ def in_order(x):
 
 @gluon.jit
 def hidden(x):
-    """The number `x`, but what follows from it is not computed ahead of a loop, where it would occupy registers."""
+    """The number `x`, but what follows from it is not computed ahead of a loop, nor of the products before it.
+
+    There it would occupy registers: of each thread, or of those that threads share, of which few are left to the rest.
+    """
     if x.dtype == gl.int32:
         x = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
     return x
