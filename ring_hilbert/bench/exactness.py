@@ -25,9 +25,9 @@ from torch import Tensor
 
 import ring_hilbert as rh
 from ring_hilbert.bench import sampled
+from ring_hilbert.bench.sampled import QUANTITIES
 from ring_hilbert.parallel.layout import Layout
 
-QUANTITIES = ("out", "lse", "dq", "dk", "dv")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -122,7 +122,13 @@ def truth(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[st
 def measured(
     chosen: argparse.Namespace, device: torch.device, group: dist.ProcessGroup | None
 ) -> Iterator[dict[str, Any]]:
-    """The records of small problems, or of a configuration's attention."""
+    """The records of small problems, or of a configuration's attention.
+
+    Raises:
+        ValueError: for flags of the latter without one.
+    """
+    if chosen.config is None and (chosen.lengths or chosen.set):
+        raise ValueError("--lengths and --set say what becomes of a run's configuration; name one with --config")
     return rows(device, group) if chosen.config is None else sampled.rows(chosen, device, group)
 
 

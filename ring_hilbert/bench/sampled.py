@@ -25,7 +25,8 @@ from ring_hilbert.training.config import RunConfig, load_config
 from ring_hilbert.training.model import model_config
 
 CHUNK = 128  # queries for which the definition is computed at once
-GRADIENTS = ("dk", "dv")
+QUANTITIES = ("out", "lse", "dq", "dk", "dv")
+GRADIENTS = QUANTITIES[3:]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +125,7 @@ def attend(sequence: Sequence, group: dist.ProcessGroup | None) -> tuple[Tensor,
         q, k, v, sequence.pattern, prepared=batch["ring_hilbert"], backend=attention.backend, return_lse=True
     )
     gradients = torch.autograd.grad(out, (q, k, v), sequence.x["dout"][:, mine])
-    return mine, dict(zip(("out", "lse", "dq", *GRADIENTS), (out.detach(), lse.mT.detach(), *gradients), strict=True))
+    return mine, dict(zip(QUANTITIES, (out.detach(), lse.mT.detach(), *gradients), strict=True))
 
 
 def compared(
@@ -141,7 +142,7 @@ def compared(
     for at in chosen.split(8):
         for g in range(kv_heads):
             exact, group = definition(sequence, g, mine[at]), heads_in(sequence, g)
-            for name in ("out", "lse", "dq"):
+            for name in QUANTITIES[:3]:
                 note(name, exact[name], results[name][:, at][:, :, group])
     for number, at in enumerate(chosen.tolist()):
         g = number % kv_heads
@@ -171,7 +172,7 @@ def definition(sequence: Sequence, g: int, queries: Tensor) -> dict[str, Tensor]
     out, lse = rh.reference.weighted_softmax(q.requires_grad_(), k, v, m, q.shape[-1] ** -0.5)
     gradients = torch.autograd.grad(out, (q, k, v), dout)
     results = (out.detach(), lse.mT.detach(), *gradients)
-    return dict(zip(("out", "lse", "dq", *GRADIENTS), results, strict=True)) | {"keys": keys}
+    return dict(zip(QUANTITIES, results, strict=True)) | {"keys": keys}
 
 
 def key_gradients(sequence: Sequence, g: int, row: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,11 @@ def test_a_wrong_row_on_one_rank_is_seen(wrong: str) -> None:
         assert r["rows"] == 10 and r["same_rows_uncovered"]
 
 
-def test_a_layer_that_is_none(tmp_path: object) -> None:
+def test_flags_without_a_configuration() -> None:
+    with pytest.raises(ValueError, match="name one with --config"):
+        exactness.measured(chosen(config=None), CPU, None)
+
+
+def test_a_layer_that_is_none() -> None:
     with pytest.raises(ValueError, match="--layer must be 0 to 15, got 16"):
         list(exactness.measured(chosen(layer=16), CPU, None))
