@@ -12,7 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ring_hilbert.kernels.hopper_steps import (
     AHEAD,
-    FLAT,
     STAGES,
     add_rows,
     begin_keys,
@@ -21,14 +20,16 @@ from ring_hilbert.kernels.hopper_steps import (
     dots,
     hidden,
     in_order,
+    kept,
     load_outer,
+    look_ahead,
     no_sums,
     not_staged,
     products,
     room,
     row_cells,
     row_interval,
-    seen,
+    row_ring,
     send,
     send_keys,
     send_outer,
@@ -37,6 +38,8 @@ from ring_hilbert.kernels.hopper_steps import (
     vectors,
     wait_for,
     walk_on,
+    where_seen,
+    within,
 )
 from ring_hilbert.kernels.hopper_walk import (
     WIDTH,
@@ -66,16 +69,17 @@ def add_keys(
     for _ in range(number):
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
+        rows = look_ahead(walk, index, BLOCK_N, INDEXED)
         send_keys(keys, walk, step + AHEAD, full, D)
         here = buffer_of(step)
         scores = dots(queries, k_ring, here, zeros)
         dp = dots(douts, v_ring, here, zeros)
         weight = walk[2][0]
-        walk = walk_on(walk, walk[2][1:], index, BLOCK_N, INDEXED)
+        walk = walk_on(walk, rows, walk[2][1:], index, BLOCK_N, INDEXED)
         scores = warpgroup_mma_wait(len(dq), [scores])
         p = scores * scale2 - gl.expand_dims(log - weight, 1)
         if MASKED:
-            p = gl.where(seen(key_ring.index(here), low, high, SCORES), p, float("-inf"))
+            p = where_seen(p, key_ring.index(here), low, high)
         p = gl.exp2(p)
         dp = warpgroup_mma_wait(0, [dp])
         ds = (p * (dp - gl.expand_dims(delta, 1))).to(queries[0].dtype)
@@ -162,33 +166,42 @@ def dq_kernel(
 
 
 @gluon.jit
-def row_ring(dtype: gl.constexpr, ROWS: gl.constexpr):
-    """A ring of vectors in shared memory."""
-    return gl.allocate_shared_memory(dtype, [STAGES, ROWS], FLAT)
+def look_up(walk, index, columns, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
+    """The queries of a walk's current step, for the copies of each part and of vectors, and the weight of its pairs."""
+    flat = step_rows(walk[0], index, BLOCK, INDEXED, vectors(gl.num_warps()))
+    return copied_rows(walk[0], index, BLOCK, INDEXED, columns), flat, step_weight(walk[0])
 
 
 @gluon.jit
-def send_queries(
-    q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, member, rows, flat, columns,
-    q_ring, dout_ring, terms, bounds, step, is_masked, D: gl.constexpr,
-):  # fmt: skip
-    """Start copying the queries of a step, for one head of the group, and their row terms."""
+def send_queries(operands, rings, queries, walk, number, masked, step, columns, GROUP: gl.constexpr, D: gl.constexpr):
+    """Start copying the queries of a step, for one head of the group, and their row terms; the walk stands behind it."""
+    q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides = operands
+    q_ring, dout_ring, terms, bounds, weights = rings
+    rows, flat, weight = queries
+    _, left, member = walk  # the steps of this head left behind that one
+    if GROUP > 1:
+        ended = left == number
+        left, member = gl.where(ended, 0, left), gl.where(ended, member + GROUP - 1, member) % GROUP
     to = buffer_of(step)
     head = member.to(gl.int64)
     send_rows(q_ring, to, q + gl.multiple_of(head * q_strides[2], 8), rows, q_strides[1], columns, D)
     send_rows(dout_ring, to, dout + gl.multiple_of(head * dout_strides[2], 8), rows, dout_strides[1], columns, D)
+    weights.index(to).store(gl.full([1], weight, gl.float32, vectors(gl.num_warps())))
     cells = flat * lse_strides[1] + head * lse_strides[2]
-    send(terms[0].index(to), lse2 + cells, flat >= 0)
     send(terms[1].index(to), delta + cells, flat >= 0)
-    if is_masked:
+    if left < masked:
         send(bounds[0].index(to), low + flat, flat >= 0)
         send(bounds[1].index(to), high + flat, flat >= 0)
+    send(
+        terms[0].index(to), lse2 + cells, flat >= 0
+    )  # last: the compiler's barrier before it serves all loads behind it
     async_copy.commit_group()
 
 
 @gluon.jit
-def next_of_group(at, left, member, number, BLOCK: gl.constexpr, GROUP: gl.constexpr, INDEXED: gl.constexpr):
-    """The next state of a walk that each head of the group repeats in `number` steps, `left` of which are left for this one."""
+def next_of_group(walk, number, BLOCK: gl.constexpr, GROUP: gl.constexpr, INDEXED: gl.constexpr):
+    """The next state of a walk that each head of the group repeats in `number` steps, some of which are left for this one."""
+    at, left, member = walk
     left -= 1
     if GROUP > 1:  # behind the last step of a head, as before the first run
         ends = left == 0
@@ -196,21 +209,20 @@ def next_of_group(at, left, member, number, BLOCK: gl.constexpr, GROUP: gl.const
         at = runs, gl.where(ends, -1, run), first, step, gl.where(ends, 0, rows), times
         left = gl.where(ends, number, left)
         member = (member + ends.to(gl.int32)) % GROUP
-    at = next_step(at, BLOCK, INDEXED)
-    return at, left, member
+    return next_step(at, BLOCK, INDEXED), left, member
 
 
 @gluon.jit
 def add_queries(
-    dk, dv, ds, at, left, member, rows, flat, weights, step, keys, values, q_ring, dout_ring, terms, bounds,
-    q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, index, columns, full, masked, own_keys, scale2,
+    dk, dv, ds, walk, sent, step, keys, values, operands, rings, index, columns, full, masked, own_keys, scale2,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, INDEXED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Add to `dk, dv [N, D]` what one head's blocks of queries contribute; `dk` lacks the last one's `ds`.
 
-    `dv` is in flight in tiles of 64 rows; in larger ones registers do not suffice for that, nor for the addresses of all products
-    at once. Two products are still in flight when `delta` is loaded, which earlier would take registers from them.
+    `sent` are the queries copied in the next step, and `walk` is a step ahead of them. `dv` is in flight in tiles of 64 rows; in
+    larger ones registers do not suffice for that, nor for the addresses of all products at once.
     """
+    q_ring, dout_ring, terms, bounds, weights = rings
     IN_FLIGHT: gl.constexpr = keys[0].shape[0] == 64
     N: gl.constexpr = keys[0].shape[0]
     PARTS: gl.constexpr = len(columns)
@@ -220,32 +232,32 @@ def add_queries(
     for _ in range(masked if MASKED else full):
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
-        send_queries(
-            q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, member, rows, flat, columns,
-            q_ring, dout_ring, terms, bounds, step + AHEAD, left <= masked, D,
-        )  # fmt: skip
         here = buffer_of(step)
+        # These loads would wait behind the copies, for as long as the products take.
+        log = terms[0].index(here).load(COLUMN)
+        following = look_up(walk, index, columns, BLOCK_M, INDEXED)
+        send_queries(operands, rings, sent, walk, full + masked, masked, step + AHEAD, columns, GROUP, D)
         scores = dots(keys, q_ring, here, zeros)
         there = here if IN_FLIGHT else hidden(here)
         dp = dots(values, dout_ring, there, zeros)
         before = buffer_of(gl.maximum(step - 1, 0))
         dk = add_rows(dk, ds, q_ring, before if IN_FLIGHT else hidden(before))
-        weight = weights[0]
-        weights = weights[1:] + (step_weight(at),)
-        at, left, member = next_of_group(at, left, member, full + masked, BLOCK_M, GROUP, INDEXED)
-        rows = copied_rows(at, index, BLOCK_M, INDEXED, columns)
-        flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(gl.num_warps()))
-        log = terms[0].index(here).load(COLUMN)
+        walk = next_of_group(walk, full + masked, BLOCK_M, GROUP, INDEXED)
+        sent = following
+        weight = gl.sum(weights.index(here).load(gl.SliceLayout(0, SCORES)), 0)
         scores = warpgroup_mma_wait(2 * PARTS, [scores])
         exact = gl.exp2(scores * scale2 - gl.expand_dims(log - weight, 0))
         if MASKED:
-            own = gl.expand_dims(own_keys.load(gl.SliceLayout(1, SCORES)), 1)  # not in registers all the time
+            own = gl.expand_dims(own_keys.load(gl.SliceLayout(1, SCORES)), 1)
             first, last = bounds[0].index(here).load(COLUMN), bounds[1].index(here).load(COLUMN)
-            exact = gl.where((own >= gl.expand_dims(first, 0)) & (own <= gl.expand_dims(last, 0)), exact, 0.0)
+            exact = within(exact, own, gl.expand_dims(first, 0), gl.expand_dims(last, 0), 0.0)
         p = gl.convert_layout(exact.to(ds.dtype), ds.type.layout, assert_trivial=True)
+        if D <= 64:
+            shift = terms[1].index(here).load(COLUMN)
         dv = add_rows(dv, p, dout_ring, there)
         dp = warpgroup_mma_wait(2 * PARTS, [dp])
-        shift = terms[1].index(here).load(COLUMN)
+        if D > 64:  # before, registers do not suffice
+            shift = terms[1].index(here).load(COLUMN)
         product = (exact * (dp - gl.expand_dims(shift, 0))).to(ds.dtype)
         product = gl.convert_layout(product, ds.type.layout, assert_trivial=True)
         step = in_order(step)
@@ -255,7 +267,7 @@ def add_queries(
             done, ds = wait_for(0, dk + dv, product)
             dk, dv = done[:PARTS], done[PARTS:]
         step += 1
-    return dk, dv, ds, at, left, member, rows, flat, weights, step
+    return dk, dv, ds, walk, sent, step
 
 
 @gluon.jit(do_not_specialize=VARIES)
@@ -293,52 +305,43 @@ def dkdv_kernel(
     # Blocks of their own, since the compiler puts a barrier between copies to the same block.
     terms = row_ring(gl.float32, BLOCK_M), row_ring(gl.float32, BLOCK_M)
     bounds = row_ring(gl.int32, BLOCK_M), row_ring(gl.int32, BLOCK_M)
+    rings = q_ring, dout_ring, terms, bounds, row_ring(gl.float32, 1)
+    operands = q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides
     own = copied_outer(outer, place, count, BLOCK_N, 1, columns)
     send_outer(keys, k, k_strides, batch, kv_head, own, columns, D)
     send_outer(values, v, v_strides, batch, kv_head, own, columns, D)
-    at, left = walk_from(run, 0, INDEXED), full + masked
-    member, step = full * 0, full * 0  # run-time values, not constants
-    weights = ()
+    walk = walk_from(run, 0, INDEXED), full + masked, full * 0  # run-time values, not constants
+    step = full * 0
+    sent = look_up(walk, index, columns, BLOCK_M, INDEXED)
+    walk = next_of_group(walk, full + masked, BLOCK_M, GROUP, INDEXED)
     for i in gl.static_range(AHEAD):
-        rows = copied_rows(at, index, BLOCK_M, INDEXED, columns)
-        flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(gl.num_warps()))
-        send_queries(
-            q, dout, lse2, delta, low, high, q_strides, dout_strides, lse_strides, member, rows, flat, columns,
-            q_ring, dout_ring, terms, bounds, i, left <= masked, D,
-        )  # fmt: skip
-        weights = weights + (step_weight(at),)
-        at, left, member = next_of_group(at, left, member, full + masked, BLOCK_M, GROUP, INDEXED)
-    rows = copied_rows(at, index, BLOCK_M, INDEXED, columns)
-    flat = step_rows(at, index, BLOCK_M, INDEXED, vectors(gl.num_warps()))
+        send_queries(operands, rings, sent, walk, full + masked, masked, i, columns, GROUP, D)
+        sent = look_up(walk, index, columns, BLOCK_M, INDEXED)
+        walk = next_of_group(walk, full + masked, BLOCK_M, GROUP, INDEXED)
 
     row, _ = outer_rows(outer, place, count, BLOCK_N, 1, gl.SliceLayout(1, SCORES))
-    own_keys = gl.allocate_shared_memory(gl.int32, [BLOCK_N], FLAT)
-    own_keys.store(gl.load(key + batch * interval_strides[1] + row, mask=row >= 0, other=0))
+    # What is kept here does not occupy registers during the loops.
+    own_head = kept(gl.full([1], kv_head, gl.int32, vectors(gl.num_warps())))
+    own_rows = kept(row)
+    own_keys = kept(gl.load(key + batch * interval_strides[1] + row, mask=row >= 0, other=0))
     ds = gl.zeros([BLOCK_N, BLOCK_M], dtype, gl.DotOperandLayout(0, SCORES, 2))
     key_gradient = no_sums(BLOCK_N, columns)
     value_gradient = no_sums(BLOCK_N, columns)
     if BLOCK_N == 64:
         value_gradient = [warpgroup_mma_init(x) for x in value_gradient]
     for _ in range(GROUP):
-        key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step = add_queries(
-            key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step,
-            keys, values, q_ring, dout_ring, terms, bounds, q, dout, lse2, delta, low, high,
-            q_strides, dout_strides, lse_strides, index, columns, full, masked, own_keys, scale2[0],
-            GROUP, D, BLOCK_M, INDEXED, False,
-        )  # fmt: skip
-        key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step = add_queries(
-            key_gradient, value_gradient, ds, at, left, member, rows, flat, weights, step,
-            keys, values, q_ring, dout_ring, terms, bounds, q, dout, lse2, delta, low, high,
-            q_strides, dout_strides, lse_strides, index, columns, full, masked, own_keys, scale2[0],
-            GROUP, D, BLOCK_M, INDEXED, True,
-        )  # fmt: skip
+        for MASKED in gl.static_range(2):
+            key_gradient, value_gradient, ds, walk, sent, step = add_queries(
+                key_gradient, value_gradient, ds, walk, sent, step, keys, values, operands, rings, index, columns,
+                full, masked, own_keys, scale2[0], GROUP, D, BLOCK_M, INDEXED, MASKED,
+            )  # fmt: skip
     async_copy.wait_group(0)
     fence_async_shared()
     key_gradient = add_rows(key_gradient, ds, q_ring, buffer_of(gl.maximum(step - 1, 0)))
     done = warpgroup_mma_wait(0, key_gradient + value_gradient)
     key_gradient, value_gradient = done[: len(columns)], done[len(columns) :]
 
-    place = in_order(place)
-    own = copied_outer(outer, place, in_order(count), BLOCK_N, 1, columns)  # as in forward
+    own = [(own_rows.load(gl.SliceLayout(1, x.type.layout.parent)), 0) for x in columns]
+    kv_head = gl.sum(own_head.load(vectors(gl.num_warps())), 0)
     store_outer(dk, dk_strides, batch, kv_head, own, [x * scale for x in key_gradient], columns, D)
     store_outer(dv, dv_strides, batch, kv_head, own, value_gradient, columns, D)

@@ -18,18 +18,19 @@ from ring_hilbert.kernels.hopper_steps import (
     dots,
     in_order,
     load_outer,
+    look_ahead,
     no_sums,
     not_staged,
     products,
     room,
     row_cells,
     row_interval,
-    seen,
     send_keys,
     send_outer,
     store_outer,
     wait_for,
     walk_on,
+    where_seen,
 )
 from ring_hilbert.kernels.hopper_walk import (
     WIDTH,
@@ -86,15 +87,16 @@ def attend(
     for _ in range(number):
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
+        rows = look_ahead(walk, index, BLOCK_N, INDEXED)
         send_keys(keys, walk, step + AHEAD, full, D)
         here = buffer_of(step)
         scores = dots(queries, k_ring, here, zeros)
         values = add_rows(values, p, v_ring, buffer_of(gl.maximum(step - 1, 0)))
         weight = walk[2][0]
-        walk = walk_on(walk, walk[2][1:], index, BLOCK_N, INDEXED)
+        walk = walk_on(walk, rows, walk[2][1:], index, BLOCK_N, INDEXED)
         scores = warpgroup_mma_wait(len(values), [scores])
         if MASKED:
-            scores = gl.where(seen(key_ring.index(here), low, high, SCORES), scores, float("-inf"))
+            scores = where_seen(scores, key_ring.index(here), low, high)
         exact, maximum, decay = weighed(scores, gl.max(scores, 1), maximum, weight, scale2, MASKED)
         total = total * by_thread(decay, total) + summed(exact)
         exact = gl.convert_layout(exact.to(p.dtype), p.type.layout, assert_trivial=True)

@@ -28,7 +28,6 @@ from ring_hilbert.kernels.hopper_steps import (
     products,
     room,
     row_interval,
-    seen,
     send,
     send_outer,
     send_rows,
@@ -36,6 +35,7 @@ from ring_hilbert.kernels.hopper_steps import (
     until,
     vectors,
     wait_for,
+    where_seen,
 )
 from ring_hilbert.kernels.hopper_walk import (
     WIDTH,
@@ -193,7 +193,7 @@ def attend(
         at = next_step(at, BLOCK, False)
         scores = warpgroup_mma_wait(len(values), [scores])
         if MASKED:
-            scores = gl.where(seen(key_ring.index(here), low, high, SCORES), scores, float("-inf"))
+            scores = where_seen(scores, key_ring.index(here), low, high)
         together()
         mbarrier.arrive(k_free.index(here), count=1)
         exact, maximum, decay = weighed(scores, highest(scores), maximum, weight, scale2, MASKED)
@@ -251,7 +251,7 @@ def compute(
             weight = step_weight(at)
             at = next_step(at, BLOCK, False)
             scores = warpgroup_mma_wait(0, [scores])
-            scores = gl.where(seen(key_ring.index(here), first, last, SCORES), scores, float("-inf"))
+            scores = where_seen(scores, key_ring.index(here), first, last)
             together()
             mbarrier.arrive(k_free.index(here), count=1)
             exact, maximum, decay = weighed(scores, highest(scores), maximum, weight, scale2, True)

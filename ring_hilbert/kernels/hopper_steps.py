@@ -87,6 +87,20 @@ def room(dtype: gl.constexpr, shape, columns):
 
 
 @gluon.jit
+def row_ring(dtype: gl.constexpr, ROWS: gl.constexpr):
+    """A ring of vectors in shared memory."""
+    return gl.allocate_shared_memory(dtype, [STAGES, ROWS], FLAT)
+
+
+@gluon.jit
+def kept(x):
+    """A vector of ints in shared memory."""
+    memory = gl.allocate_shared_memory(gl.int32, x.shape, FLAT)
+    memory.store(x)
+    return memory
+
+
+@gluon.jit
 def row_interval(low, high, batch, stride, row):
     """The intervals of keys that query rows see."""
     at = batch * hidden(stride) + row
@@ -94,10 +108,19 @@ def row_interval(low, high, batch, stride, row):
 
 
 @gluon.jit
-def seen(place, low, high, SCORES: gl.constexpr):
-    """Which of a step's keys, whose `key` numbers lie at `place`, each query sees."""
-    keys = gl.expand_dims(place.load(gl.SliceLayout(0, SCORES)), 0)
-    return (keys >= gl.expand_dims(low, 1)) & (keys <= gl.expand_dims(high, 1))
+def within(x, key, low, high, otherwise):
+    """`x` where `low <= key <= high`, and `otherwise` elsewhere, by one selection; `gl.where` would become two."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred %p; setp.ge.s32 %p, $2, $3; setp.le.and.s32 %p, $2, $4, %p; selp.f32 $0, $1, $5, %p; }",
+        "=f,f,r,r,r,f", [x, key, low, high, otherwise], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def where_seen(scores, place, low, high):
+    """`scores` of the keys, whose `key` numbers lie at `place`, that each query sees; -inf for others."""
+    keys = gl.expand_dims(place.load(gl.SliceLayout(0, scores.type.layout)), 0)
+    return within(scores, keys, gl.expand_dims(low, 1), gl.expand_dims(high, 1), float("-inf"))
 
 
 @gluon.jit
@@ -138,7 +161,8 @@ def begin_keys(
 ):  # fmt: skip
     """What `send_keys` needs: tensors and their rings; and the state of a walk, `AHEAD` of the steps whose keys it has sent.
 
-    The state is where the walk stands, its rows there, and the weights of the steps sent.
+    The state is where the walk stands, the rows that are sent next, and the weights of the steps sent. Rows in a list are loaded a
+    step ahead: the walk stands behind the rows sent next, whose weight is among the others.
     """
     dtype: gl.constexpr = k.dtype.element_ty
     k_ring = room(dtype, [STAGES, BLOCK], columns)
@@ -149,18 +173,37 @@ def begin_keys(
     keys = (k, v, key + batch * interval_strides[1], k_strides[1], v_strides[1], columns), (k_ring, v_ring, key_ring)
     at = walk_from(run, 0, INDEXED)
     walk = at, copied_rows(at, index, BLOCK, INDEXED, columns), ()
+    if INDEXED:
+        walk = next_step(at, BLOCK, INDEXED), walk[1], (step_weight(at),)
     for i in gl.static_range(AHEAD):
         send_keys(keys, walk, i, full, D)
-        walk = walk_on(walk, walk[2], index, BLOCK, INDEXED)
+        walk = walk_on(walk, look_ahead(walk, index, BLOCK, INDEXED), walk[2], index, BLOCK, INDEXED)
     return keys, walk
 
 
 @gluon.jit
-def walk_on(walk, weights, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
-    """The state of a walk after a step, whose weight is appended to `weights`."""
+def rows_of(at, index, rows, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
+    """The rows of a walk's current step, in the layouts of `rows`."""
+    return [step_rows(at, index, BLOCK, INDEXED, gl.constexpr(x.type.layout)) for x in rows]
+
+
+@gluon.jit
+def look_ahead(walk, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
+    """For `walk_on`: loads the rows of a list, before copies are started, whose requests the loads would wait behind."""
+    rows = walk[1]
+    if INDEXED:
+        rows = rows_of(walk[0], index, rows, BLOCK, INDEXED)
+    return rows
+
+
+@gluon.jit
+def walk_on(walk, rows, weights, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
+    """The state of a walk after a step, whose weight is appended to `weights`; `rows`: what `look_ahead` returned."""
     weights = weights + (step_weight(walk[0]),)
     at = next_step(walk[0], BLOCK, INDEXED)
-    return at, [step_rows(at, index, BLOCK, INDEXED, gl.constexpr(x.type.layout)) for x in walk[1]], weights
+    if not INDEXED:
+        rows = rows_of(at, index, rows, BLOCK, INDEXED)
+    return at, rows, weights
 
 
 @gluon.jit
@@ -246,9 +289,9 @@ def no_sums(M: gl.constexpr, columns):
 
 
 @gluon.jit
-def dots(outer, ring, slot, zeros):
-    """The products of outer rows with the rows in a buffer of a ring, in flight."""
-    sums = warpgroup_mma(outer[0], ring[0].index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+def dots(outer, ring, slot, start, ADDED: gl.constexpr = False):
+    """The products of outer rows with the rows in a buffer of a ring, in flight; `start` is what they are added to, if they are."""
+    sums = warpgroup_mma(outer[0], ring[0].index(slot).permute((1, 0)), start, use_acc=ADDED, is_async=True)
     for i in gl.static_range(1, len(outer)):
         sums = warpgroup_mma(outer[i], ring[i].index(slot).permute((1, 0)), sums, is_async=True)
     return sums

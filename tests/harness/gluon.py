@@ -285,6 +285,9 @@ def _jit(function: Any = None, **options: Any) -> Any:
 
 
 def _assembly(text: str, constraints: str, args: Sequence[Any], **options: Any) -> Any:
+    if "selp" in text:
+        x, key, low, high, otherwise = args
+        return values(np.where((key >= low) & (key <= high), x, otherwise))
     return values(np.log2(args[0])) if text.startswith("lg2") else args[0]
 
 
