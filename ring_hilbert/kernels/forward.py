@@ -149,3 +149,29 @@ def forward_kernel(
     else:
         rounded = (maximum + tl.math.log2(tl.where(some, total, 1.0))) * ln2
     tl.store(lse + row, tl.where(some, rounded, float("-inf")), mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_rows", "lse_strides", "count_stride"])
+def zero_keys_kernel(
+    out, lse, count, out_strides, lse_strides, count_stride, num_rows,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """`ops.zero_keys.add_zero_keys` of rows that see some, in place.
+
+    Grid `(row blocks, H, B)`; strides are of `(batch, row, head)`.
+    """
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    zeros = tl.load(count + (head // GROUP).to(tl.int64) * count_stride + rows, mask=rows < num_rows, other=0)
+    some = zeros > 0
+    if tl.max(zeros) > 0:
+        at = lse + batch * lse_strides[0] + head * lse_strides[2] + rows.to(tl.int64) * lse_strides[1]
+        before = tl.load(at, mask=some, other=0.0)
+        maximum = tl.maximum(before, 0.0)  # of the scores; those of zero keys are 0
+        share = tl.exp(before - maximum)
+        total = share + zeros.to(tl.float32) * tl.exp(-maximum)
+        columns = tl.arange(0, BLOCK_D)
+        out = at_head(out, out_strides, batch, head, D)
+        values = load_rows(out, out_strides[1], rows, some, columns, D, True).to(tl.float32)
+        store_rows(out, out_strides[1], rows, some, columns, values * (share / total)[:, None], D)
+        tl.store(at, maximum + tl.log(total), mask=some)

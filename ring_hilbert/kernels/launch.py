@@ -16,16 +16,13 @@ import torch
 from torch import Tensor
 
 from ring_hilbert.kernels.backward import delta_kernel, dkdv_kernel, dq_kernel
-from ring_hilbert.kernels.forward import forward_kernel
+from ring_hilbert.kernels.forward import forward_kernel, zero_keys_kernel
 from ring_hilbert.kernels.starting import on
-from ring_hilbert.kernels.tables import Schedule
+from ring_hilbert.kernels.tables import FEW_TILES, Schedule
 from ring_hilbert.kernels.tiles import Tile, padded_head_dim
 
 LOG2E = 1.4426950408889634
 DELTA_ROWS = 64
-# On an H100, x2 ladder, H 16/4, D 128, backward tile by tile and head by head: 1.70 and 1.93 ms at 16,384 rows, equal at 32,768
-# (512 tiles), 7.64 and 7.16 ms at 65,536.
-FEW_TILES = 512
 STAGES = {"leave": 1, "finish": 2, "pass on": 3}
 
 
@@ -139,6 +136,15 @@ def finish_rows(output: Output, staging: Staging, rows: Tensor) -> None:
         output.lse[:, head, row] = lse.masked_fill(~some, float("-inf"))
         if output.lse_error is not None:
             output.lse_error[:, head, row] = (exact - lse).float().masked_fill(~some, 0.0)
+
+
+def add_zero_keys(out: Tensor, lse: Tensor, count: Tensor) -> None:
+    """As in `ops.zero_keys`, in place, where `lse` has no rounding error."""
+    batch, rows, heads, dim = out.shape
+    on(zero_keys_kernel, (-(-rows // DELTA_ROWS), heads, batch))(
+        out, lse, count, _strides(out), _row_strides(lse), count.stride(0), rows,
+        GROUP=heads // len(count), D=dim, BLOCK_D=padded_head_dim(dim), BLOCK_M=DELTA_ROWS,
+    )  # fmt: skip
 
 
 def finish_gradient(gradient: Tensor, staging: Staging, rows: Tensor, scale: float) -> None:
@@ -274,11 +280,7 @@ def _in_twos(scale: float) -> tuple[float, float]:
 
 
 def _grid(schedule: Schedule, q: Tensor, heads: int, members: int = 1) -> tuple[int, int, int]:
-    """Programs by tile and head, in either order, and batch entry. The device starts those of the first axis one after another.
-
-    Of few tiles the longest come first, over all heads, so that short ones are left for the end. Of many the heads come one after
-    another, so that fewer keys and values are in use at a time.
-    """
+    """Programs by tile and head, in either order (`FEW_TILES`), and batch entry; those of the first axis start one by one."""
     tiles, programs = schedule.walk.tiles.shape[1], heads // members
     return (programs, tiles, q.shape[0]) if tiles <= FEW_TILES else (tiles, programs, q.shape[0])
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from ring_hilbert.kernels import tables
 from ring_hilbert.kernels.starting import on
 from ring_hilbert.kernels.steps import row_interval, row_key, sees, segment_of
-from ring_hilbert.kernels.tables import RUN_WIDTH, Schedule, Walk
+from ring_hilbert.kernels.tables import FEW_TILES, RUN_WIDTH, Schedule, Walk
 
 EXAMINED = 64  # blocks, or chunks, that a program examines together
 RANKED, COMPARED = 32, 256  # tiles that a program ranks, and those that it compares them with at a time
+ROUNDED = 21  # bits of a length as a float32, all but two behind the first
 NOWHERE = tl.constexpr(tables.ENDLESS)
 SPLITS = tl.constexpr(tables.GAPS)
 COPIED = tl.constexpr(128)  # cells of runs copied at once
@@ -80,7 +81,9 @@ def prune(
             BLOCK_M=walk.block_outer, BLOCK_N=block_inner, SEGMENTS=walk.segments,
             INDEXED=walk.indexed, SPAN=triton.next_power_of_2(block_inner // walk.chunk + 1), **sizes,
         )  # fmt: skip
-        on(order_kernel, (triton.cdiv(tiles, RANKED), number, 1))(steps, order, tiles, BLOCK=RANKED, OTHERS=COMPARED)
+        on(order_kernel, (triton.cdiv(tiles, RANKED), number, 1))(
+            steps, order, tiles, BLOCK=RANKED, OTHERS=COMPARED, DROPPED=0 if tiles <= FEW_TILES else ROUNDED
+        )
     outer, inner = (walk.outer, walk.inner) if rows is None else rows
     return Schedule(
         walk, outer, inner, order, steps, runs, low, high, key if places is None else places, transposed, block_inner
@@ -319,9 +322,16 @@ def prune_kernel(
     tl.store(steps + place * 2 + 1, masked_steps)
 
 
+@triton.jit
+def length_of(steps, tiles, exists, DROPPED: tl.constexpr):
+    """A number that rises with the blocks of a tile, without so many bits of their number as a float32; -1 where there is none."""
+    length = tl.load(steps + 2 * tiles, mask=exists, other=0) + tl.load(steps + 2 * tiles + 1, mask=exists, other=0)
+    return tl.where(exists, length.to(tl.float32).to(tl.int32, bitcast=True) >> DROPPED, -1)
+
+
 @triton.jit(do_not_specialize=["num_tiles"])
-def order_kernel(steps, order, num_tiles, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
-    """Grid (blocks of tiles, tables of the batch): the tiles by falling number of blocks, then by number.
+def order_kernel(steps, order, num_tiles, BLOCK: tl.constexpr, OTHERS: tl.constexpr, DROPPED: tl.constexpr):
+    """Grid (blocks of tiles, tables of the batch): the tiles by falling length, then by number.
 
     The place of each is the number of tiles before it, which a single launch counts; sorting takes several.
     """
@@ -329,16 +339,11 @@ def order_kernel(steps, order, num_tiles, BLOCK: tl.constexpr, OTHERS: tl.conste
     order += tl.program_id(1).to(tl.int64) * num_tiles
     own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = own < num_tiles
-    length = tl.load(steps + 2 * own, mask=exists, other=0) + tl.load(steps + 2 * own + 1, mask=exists, other=0)
+    length = length_of(steps, own, exists, DROPPED)
     place = tl.zeros([BLOCK], tl.int32)
     for at in range(0, num_tiles, OTHERS):
         others = at + tl.arange(0, OTHERS)
-        there = others < num_tiles
-        theirs = tl.load(steps + 2 * others, mask=there, other=-1) + tl.load(
-            steps + 2 * others + 1, mask=there, other=0
-        )
-        before = (theirs[None, :] > length[:, None]) | (
-            (theirs[None, :] == length[:, None]) & (others[None, :] < own[:, None])
-        )
-        place += tl.sum(before.to(tl.int32), 1)
+        theirs = length_of(steps, others, others < num_tiles, DROPPED)
+        equal = (theirs[None, :] == length[:, None]) & (others[None, :] < own[:, None])
+        place += tl.sum(((theirs[None, :] > length[:, None]) | equal).to(tl.int32), 1)
     tl.store(order + place, own, mask=exists)

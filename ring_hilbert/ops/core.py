@@ -101,8 +101,11 @@ class Core(Protocol):
         """The visits over the rows that a hop brought."""
         ...
 
-    def finish(self, state: ForwardState) -> tuple[Tensor, Tensor, Tensor]:
-        """`out` in the dtype of q; `lse` and its rounding error `lse_error`, `[B, H, S]`, float32 or float64."""
+    def finish(self, state: ForwardState, zero_keys: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`out` in the dtype of q; `lse` and its rounding error `lse_error`, `[B, H, S]`, float32 or float64.
+
+        `zero_keys`: how many zero keys every row sees besides, int32 `[Hkv, S]`.
+        """
         ...
 
     def begin_backward(

@@ -20,6 +20,7 @@ from ring_hilbert.ops.pattern import Heads
 from ring_hilbert.ops.sight import RowIntervals, clear_sight, sight
 from ring_hilbert.ops.torch_visit import Scope, Weights
 from ring_hilbert.ops.visits import Visit
+from ring_hilbert.ops.zero_keys import add_zero_keys
 
 PARTS = 6  # of the local backward: some overlap the fetch, others the return of gradients
 
@@ -95,11 +96,12 @@ class TorchCore:
             queries = _queries(state.q, bound.visit)
             torch_visit.forward(rows, queries, *bound.rows_of(buffer), bound.scope, state.scale)
 
-    def finish(self, state: ForwardState) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, state: ForwardState, zero_keys: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`out` in the dtype of q, `lse` and `lse_error`."""
         assert isinstance(state, _Forward)
         dtype = torch_visit.compute_dtype(state.dtype)
-        return state.softmax.out.to(state.dtype), *state.softmax.logarithms(dtype)
+        result = state.softmax.out.to(state.dtype), *state.softmax.logarithms(dtype)
+        return result if zero_keys is None else add_zero_keys(*result, zero_keys)
 
     # ---- backward
 

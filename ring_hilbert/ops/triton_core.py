@@ -26,6 +26,7 @@ from ring_hilbert.ops.pattern import DilatedPattern
 from ring_hilbert.ops.remote_walk import RemoteWalks
 from ring_hilbert.ops.visible import Intervals, Visible
 from ring_hilbert.ops.walk import plan_rows
+from ring_hilbert.ops.zero_keys import add_zero_keys
 
 if TYPE_CHECKING:
     from ring_hilbert.kernels.launch import Output, RowTerms, Staging
@@ -143,7 +144,7 @@ class TritonCore:
                 stage=self._stage,
             )
 
-    def finish(self, state: ForwardState) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, state: ForwardState, zero_keys: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`out [B, S, H, D]`, `lse` and its rounding error `[B, H, S]` float32."""
         from ring_hilbert.kernels import launch
 
@@ -151,7 +152,11 @@ class TritonCore:
         if self._staged is not None and state.staging is not None:
             launch.finish_rows(state.output, state.staging, self._staged)
         out, lse, error = state.output
-        return out, lse, torch.zeros_like(lse) if error is None else error
+        if error is None:
+            if zero_keys is not None:
+                launch.add_zero_keys(out, lse, zero_keys)
+            return out, lse, torch.zeros_like(lse)
+        return (out, lse, error) if zero_keys is None else add_zero_keys(out, lse, error, zero_keys)
 
     # ---- backward
 

@@ -25,7 +25,7 @@ from ring_hilbert.ops.remote_walk import RemoteWalks
 from ring_hilbert.ops.sight import RowIntervals
 from ring_hilbert.ops.torch_core import TorchCore
 from ring_hilbert.ops.visible import HIDDEN, Intervals, Visible
-from ring_hilbert.ops.zero_keys import add_zero_keys, count_zero_keys
+from ring_hilbert.ops.zero_keys import count_zero_keys
 from ring_hilbert.parallel.crossings import KEPT, Crossings
 from ring_hilbert.parallel.exchange import Exchange
 from ring_hilbert.parallel.plan import Plan
@@ -128,7 +128,7 @@ class Execution:
         state = core.begin(q, k, v, scale)
         for hop, rows in enumerate(received):
             core.forward_hop(state, hop, rows)
-        out, lse, lse_error = core.finish(state)
+        out, lse, lse_error = core.finish(state, self.zero_keys)
         gradients = core.begin_backward(q, q, k, v, out, lse, lse_error, scale, self._sums(k.dtype), 1.0)
         for hop, rows in enumerate(received):
             core.backward_hop(gradients, hop, rows)
@@ -171,9 +171,7 @@ class Execution:
                 core.forward_hop(state, i, rows)
             if keep:
                 kept.append(rows.view(torch.uint8).flatten())
-        result = core.finish(state)
-        if self.zero_keys is not None:
-            result = add_zero_keys(*result, self.zero_keys)
+        result = core.finish(state, self.zero_keys)
         return *result, torch.cat(kept) if kept else q.new_empty(0, dtype=torch.uint8)
 
     def backward(

@@ -30,6 +30,7 @@ from ring_hilbert.kernels.tiles import Tile
 from ring_hilbert.ops import backends, triton_core
 from ring_hilbert.ops.nesting import chains
 from ring_hilbert.ops.walk import plan_rows
+from ring_hilbert.ops.zero_keys import add_zero_keys
 from ring_hilbert.parallel.layout import Layout
 from tests.harness.cases import Case, assert_close, cases
 from tests.harness.ranks import run_ranks
@@ -171,6 +172,29 @@ def test_the_largest_weights_in_half_precision():
 def test_rows_between_nan_and_at_strides(beside: int):
     case = Case(LADDER, 63, 2, 4, 2, 24)
     check(answer(case, torch.float32, beside=beside), case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 48), (4, 2, 16)])
+def test_zero_keys_in_half_precision(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int):
+    """Rows with none of them keep every bit, even those whose logarithm has no exponential; rows without a key get them."""
+    from ring_hilbert.kernels import launch
+
+    generator = torch.Generator().manual_seed(0)
+    out = torch.randn(2, 150, heads, head_dim, generator=generator).to(DEVICE, dtype)
+    lse = torch.randn(2, heads, 150, generator=generator).mul(30).to(DEVICE)
+    lse[:, :, ::7], lse[:, :, 1::9] = float("-inf"), -200.0
+    out.masked_fill_((lse == float("-inf")).transpose(1, 2)[..., None], 0.0)
+    count = torch.randint(0, 900, (kv_heads, 150), generator=generator, dtype=torch.int32).to(DEVICE)
+    count[:, ::3], count[:, 64:128] = 0, 0  # a block of rows without any
+    expected = add_zero_keys(out.double(), lse.double(), torch.zeros_like(lse), count)
+    before = out.clone(), lse.clone()
+    launch.add_zero_keys(out, lse, count)
+    assert_close({"out": out.double()}, {"out": expected[0]}, bound=torch.finfo(dtype).eps / 2)
+    torch.testing.assert_close(lse.double(), expected[1], rtol=1e-6, atol=1e-6)
+    kept = (count == 0).repeat_interleave(heads // kv_heads, dim=0)
+    assert torch.equal(lse[:, kept], before[1][:, kept])
+    assert torch.equal(out.transpose(1, 2)[:, kept], before[0].transpose(1, 2)[:, kept])
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
