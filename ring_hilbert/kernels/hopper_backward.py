@@ -186,15 +186,14 @@ def send_queries(operands, rings, queries, walk, number, masked, step, columns, 
     head = member.to(gl.int64)
     send_rows(q_ring, to, q + gl.multiple_of(head * q_strides[2], 8), rows, q_strides[1], columns, D)
     send_rows(dout_ring, to, dout + gl.multiple_of(head * dout_strides[2], 8), rows, dout_strides[1], columns, D)
-    weights.index(to).store(gl.full([1], weight, gl.float32, vectors(gl.num_warps())))
     cells = flat * lse_strides[1] + head * lse_strides[2]
     send(terms[1].index(to), delta + cells, flat >= 0)
     if left < masked:
         send(bounds[0].index(to), low + flat, flat >= 0)
         send(bounds[1].index(to), high + flat, flat >= 0)
-    send(
-        terms[0].index(to), lse2 + cells, flat >= 0
-    )  # last: the compiler's barrier before it serves all loads behind it
+    # The compiler puts a barrier before the first of these, which then serves all loads behind it.
+    weights.index(to).store(gl.full([1], weight, gl.float32, vectors(gl.num_warps())))
+    send(terms[0].index(to), lse2 + cells, flat >= 0)
     async_copy.commit_group()
 
 
@@ -234,7 +233,8 @@ def add_queries(
         fence_async_shared()
         here = buffer_of(step)
         # These loads would wait behind the copies, for as long as the products take.
-        log = terms[0].index(here).load(COLUMN)
+        weight = gl.sum(weights.index(here).load(gl.SliceLayout(0, SCORES)), 0)
+        log = terms[0].index(here).load(COLUMN) - weight
         following = look_up(walk, index, columns, BLOCK_M, INDEXED)
         send_queries(operands, rings, sent, walk, full + masked, masked, step + AHEAD, columns, GROUP, D)
         scores = dots(keys, q_ring, here, zeros)
@@ -244,9 +244,8 @@ def add_queries(
         dk = add_rows(dk, ds, q_ring, before if IN_FLIGHT else hidden(before))
         walk = next_of_group(walk, full + masked, BLOCK_M, GROUP, INDEXED)
         sent = following
-        weight = gl.sum(weights.index(here).load(gl.SliceLayout(0, SCORES)), 0)
         scores = warpgroup_mma_wait(2 * PARTS, [scores])
-        exact = gl.exp2(scores * scale2 - gl.expand_dims(log - weight, 0))
+        exact = gl.exp2(scores * scale2 - gl.expand_dims(log, 0))
         if MASKED:
             own = gl.expand_dims(own_keys.load(gl.SliceLayout(1, SCORES)), 1)
             first, last = bounds[0].index(here).load(COLUMN), bounds[1].index(here).load(COLUMN)
