@@ -35,7 +35,7 @@ from ring_hilbert.training.storage.background import Saver
 from ring_hilbert.training.storage.folder import checkpoints_in, read_run
 from ring_hilbert.training.storage.lock import FolderLock
 from ring_hilbert.training.storage.manifest import MANIFEST, SummedFile, sum_file, write_manifest
-from ring_hilbert.training.storage.tensors import Reader
+from ring_hilbert.training.storage.tensors import Reader, Rehearsal
 from ring_hilbert.training.world import open_world
 from tests.harness.ranks import run_ranks, run_ranks_collect
 from tests.harness.tiny_run import tiny_config
@@ -474,3 +474,24 @@ def test_common_form_continues_bit_for_bit(
     settings = {"checkpoint__dir": str(tmp_path / "common")}
     pretrain(config_in(texts, tmp_path, 6, **settings))
     assert same(load_file(tmp_path / "common" / "model" / "model.safetensors"), whole)
+
+
+def test_a_rehearsed_save_leaves_nothing(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank takes part in one before the first step; the save after it holds what the weights are by then."""
+    planned = []
+    write = Rehearsal.write_data
+    monkeypatch.setattr(Rehearsal, "write_data", lambda *args: planned.append(len(args[1].items)) or write(*args))
+    config = config_in(texts, tmp_path, 2)
+    with open_world(config.parallel) as world:
+        engine = make_engine(config, model_config(config), world)
+        engine.prepare_to_save()
+        assert planned and planned[0] > 0 and not list(tmp_path.iterdir())
+        with torch.no_grad():
+            for parameter in engine.model.parameters():
+                parameter.add_(1.0)
+        expected = {f"weight.{name}": x.clone() for name, x in engine.whole_state().items()}
+        (tmp_path / "saved").mkdir()
+        engine.save(tmp_path / "saved", lambda _: None).result()
+        engine.close()
+    found = {name: x for name, x in Reader(tmp_path / "saved").items() if name.startswith("weight.")}
+    assert same(found, {name: expected[name] for name in found}) and len(found) > 9 and len(planned) == 1

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
 
-from ring_hilbert.training.storage.tensors import Writer
+from ring_hilbert.training.storage.tensors import Rehearsal, Writer
 
 State = dict[str, dict[str, Tensor]]  # by kind and parameter; saved as `<kind>.<parameter>`. An outer key costs 0.1 ms
 
@@ -52,12 +52,14 @@ class Saver:
         self._copied: Future[None] | None = None
 
     def prepare(self, tensors: State) -> None:
-        """Allocate the host memory now, rather than at the first save: locking its pages takes seconds."""
-        if self._stager is not None and self._on_cuda:
-            self._wait_for_device()
-            copied = self._stager.stage(tensors)
-            assert isinstance(copied, Future)
-            copied.result()
+        """Save without writing, so that what only the first save does is done before the first step.
+
+        It locks the pages of the host memory, which takes seconds, connects the ranks and makes PyTorch's first plan, which would
+        keep the interpreter from starting kernels.
+        """
+        if self._stager is not None:
+            self.save(tensors, Rehearsal()).result()
+            self.fence()
 
     def save(self, tensors: State, writer: Writer) -> Future[Any]:
         """Start writing `tensors`, which must not change before `fence`; returns a future done once published or failed."""

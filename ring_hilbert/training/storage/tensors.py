@@ -119,6 +119,23 @@ class Writer(StorageWriter):
         """See `StorageWriter`."""
 
 
+class Rehearsal(Writer):
+    """Writes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), lambda _: None)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """See `StorageWriter`."""
+        del plan, planner
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """See `StorageWriter`."""
+
+
 class Reader(StorageReader, Mapping[str, Tensor]):
     """Reads what `Writer` or `ring-hilbert convert` wrote below `folder`; a mapping of whole tensors on the CPU.
 
