@@ -289,9 +289,9 @@ def no_sums(M: gl.constexpr, columns):
 
 
 @gluon.jit
-def dots(outer, ring, slot, start, ADDED: gl.constexpr = False):
-    """The products of outer rows with the rows in a buffer of a ring, in flight; `start` is what they are added to, if they are."""
-    sums = warpgroup_mma(outer[0], ring[0].index(slot).permute((1, 0)), start, use_acc=ADDED, is_async=True)
+def dots(outer, ring, slot, zeros):
+    """The products of outer rows with the rows in a buffer of a ring, in flight."""
+    sums = warpgroup_mma(outer[0], ring[0].index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     for i in gl.static_range(1, len(outer)):
         sums = warpgroup_mma(outer[i], ring[i].index(slot).permute((1, 0)), sums, is_async=True)
     return sums
