@@ -72,6 +72,7 @@ SHAPES = (
     Shape("llama_1b_1m, half the heads of 128", STEEP, None, ROWS, 16, 4, 128),
     Shape("doubling", DOUBLING, None, ROWS, 16, 4, 128, longnet=True),
     Shape("doubling", DOUBLING, None, DENSE_ROWS, 16, 4, 128),
+    Shape("doubling", DOUBLING, None, ROWS, 8, 8, 128),
     Shape("dense", DENSE, None, DENSE_ROWS, 16, 4, 128),
     Shape("local branch", rh.DilatedPattern((4096,), (1,)), None, ROWS, 32, 8, 64),
 )  # fmt: skip
