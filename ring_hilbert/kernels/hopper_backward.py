@@ -69,13 +69,13 @@ def add_keys(
     for _ in range(number):
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
-        rows = look_ahead(walk, index, BLOCK_N, INDEXED)
+        rows = look_ahead(keys, walk, index, BLOCK_N, INDEXED)
         send_keys(keys, walk, step + AHEAD, full, D)
         here = buffer_of(step)
         scores = dots(queries, k_ring, here, zeros)
         dp = dots(douts, v_ring, here, zeros)
         weight = walk[2][0]
-        walk = walk_on(walk, rows, walk[2][1:], index, BLOCK_N, INDEXED)
+        walk = walk_on(keys, walk, rows, walk[2][1:], index, BLOCK_N, INDEXED)
         scores = warpgroup_mma_wait(len(dq), [scores])
         p = scores * scale2 - gl.expand_dims(log - weight, 1)
         if MASKED:

@@ -87,13 +87,13 @@ def attend(
     for _ in range(number):
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
-        rows = look_ahead(walk, index, BLOCK_N, INDEXED)
+        rows = look_ahead(keys, walk, index, BLOCK_N, INDEXED)
         send_keys(keys, walk, step + AHEAD, full, D)
         here = buffer_of(step)
         scores = dots(queries, k_ring, here, zeros)
         values = add_rows(values, p, v_ring, buffer_of(gl.maximum(step - 1, 0)))
         weight = walk[2][0]
-        walk = walk_on(walk, rows, walk[2][1:], index, BLOCK_N, INDEXED)
+        walk = walk_on(keys, walk, rows, walk[2][1:], index, BLOCK_N, INDEXED)
         scores = warpgroup_mma_wait(len(values), [scores])
         if MASKED:
             scores = where_seen(scores, key_ring.index(here), low, high)

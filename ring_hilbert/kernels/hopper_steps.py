@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from ring_hilbert.kernels.hopper_walk import copied_rows, next_step, step_rows, step_weight, walk_from
+from ring_hilbert.kernels.hopper_walk import copied_rows, next_step, step_weight, walk_from
 
 # The second are the names in Triton 3.6.
 send = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -177,32 +177,26 @@ def begin_keys(
         walk = next_step(at, BLOCK, INDEXED), walk[1], (step_weight(at),)
     for i in gl.static_range(AHEAD):
         send_keys(keys, walk, i, full, D)
-        walk = walk_on(walk, look_ahead(walk, index, BLOCK, INDEXED), walk[2], index, BLOCK, INDEXED)
+        walk = walk_on(keys, walk, look_ahead(keys, walk, index, BLOCK, INDEXED), walk[2], index, BLOCK, INDEXED)
     return keys, walk
 
 
 @gluon.jit
-def rows_of(at, index, rows, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
-    """The rows of a walk's current step, in the layouts of `rows`."""
-    return [step_rows(at, index, BLOCK, INDEXED, gl.constexpr(x.type.layout)) for x in rows]
-
-
-@gluon.jit
-def look_ahead(walk, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
+def look_ahead(keys, walk, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
     """For `walk_on`: loads the rows of a list, before copies are started, whose requests the loads would wait behind."""
     rows = walk[1]
     if INDEXED:
-        rows = rows_of(walk[0], index, rows, BLOCK, INDEXED)
+        rows = copied_rows(walk[0], index, BLOCK, INDEXED, keys[0][5])
     return rows
 
 
 @gluon.jit
-def walk_on(walk, rows, weights, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
+def walk_on(keys, walk, rows, weights, index, BLOCK: gl.constexpr, INDEXED: gl.constexpr):
     """The state of a walk after a step, whose weight is appended to `weights`; `rows`: what `look_ahead` returned."""
     weights = weights + (step_weight(walk[0]),)
     at = next_step(walk[0], BLOCK, INDEXED)
     if not INDEXED:
-        rows = rows_of(at, index, rows, BLOCK, INDEXED)
+        rows = copied_rows(at, index, BLOCK, INDEXED, keys[0][5])
     return at, rows, weights
 
 

@@ -179,8 +179,7 @@ def test_rows_with_gaps(seed: int, monkeypatch: pytest.MonkeyPatch):
     facts = {"documents": dice.choice(["none", "none", "shared", "padding"]), "causal": dice.random() < 0.7}
     edges = sorted(dice.randint(0, 90) for _ in range(4))
     rows = np.r_[edges[0] : edges[1], edges[2] : edges[3]]
-    few_tiles = dice.choice([0, tables.FEW_TILES])
-    monkeypatch.setattr(prune_module, "FEW_TILES", few_tiles)
+    monkeypatch.setattr(prune_module, "FEW_TILES", dice.choice([0, tables.FEW_TILES]))
     check(Case(pattern, 90, seed=seed, **facts), (dice.choice([2, 4, 8]), 4), rows)
 
 
