@@ -2,9 +2,9 @@
 """Pruning: which blocks of a walk a batch needs, decided on the device by least and largest keys, in a fixed order.
 
 A block with no visible pair is skipped; one with all pairs visible needs no mask. A span is visited as one run of blocks without a
-mask, and masked blocks before and behind it. Among these every pair is tested, and blocks that see nothing are skipped too, as
-long as the tile has room for runs (`GAPS`). So a schedule's size does not depend on the batch, and the host reads nothing.
-Imports Triton.
+mask, and masked blocks before and behind it. Among these, blocks that see nothing are skipped too, as long as the tile has room
+for runs (`GAPS`); where extremes do not tell, every pair is tested. So a schedule's size does not depend on the batch, and the
+host reads nothing. Imports Triton.
 """
 
 import torch
@@ -167,6 +167,48 @@ def same_segment(outer, inner, length, ahead, TRANSPOSED: tl.constexpr):
     return mine[:, None] == theirs[None, :]
 
 
+@triton.jit
+def judged(
+    extremes, begin, stop, size, there, own,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Of those blocks of a list that are `there`, by extremes: which may have a visible pair, which have one, which have no other.
+
+    A block begins at `begin` and ends where the next would, or the span, at `stop`; the list has `size` rows. `extremes`: the
+    list's; `own`: those of the tile's rows.
+    """
+    end = tl.minimum(begin + BLOCK_N, stop)
+    chunk = (begin // CHUNK)[:, None] + tl.arange(0, SPAN)[None, :]
+    inside = there[:, None] & (chunk <= ((end - 1) // CHUNK)[:, None])
+    their = extremes + chunk * EXTREMES
+    least = tl.min(tl.load(their + LEAST, mask=inside, other=NOWHERE), 1)
+    most = tl.max(tl.load(their + MOST, mask=inside, other=0), 1)
+    if TRANSPOSED:  # inner rows are queries
+        all_least = tl.max(tl.load(their + LEAST_ALL, mask=inside, other=0), 1)
+        all_most = tl.min(tl.load(their + MOST_ALL, mask=inside, other=NOWHERE), 1)
+        low_least, high_most, low_most, high_least = least, most, all_least, all_most
+        key_least, key_most, key_all_least, key_all_most = own
+    else:
+        all_least = tl.min(tl.load(their + LEAST_ALL, mask=inside, other=NOWHERE), 1)
+        all_most = tl.max(tl.load(their + MOST_ALL, mask=inside, other=0), 1)
+        low_least, high_most, low_most, high_least = own
+        key_least, key_most, key_all_least, key_all_most = least, most, all_least, all_most
+    seen = there & (key_least <= high_most) & (key_most >= low_least)
+    # The query with the largest high sees the least key, or the one with the least low the largest. Chunks may hold other rows.
+    # Of padding alone, keys are 0 to 2**31 - 1, which no query sees.
+    exact = (begin % CHUNK == 0) & ((end % CHUNK == 0) | (end == size))
+    first, last = (key_least >= low_most) & (key_least <= high_most), (key_most <= high_least) & (key_most >= low_least)
+    sure = there & exact & (first | last)
+    whole = seen & (key_all_least >= low_most) & (key_all_most <= high_least) & (begin + BLOCK_N <= stop)
+    return seen, sure, whole
+
+
+@triton.jit
+def bits_of(flags, SIZE: tl.constexpr):
+    """Up to 64 flags as an int64, the first in its lowest bit."""
+    return tl.sum(flags.to(tl.int64) << tl.arange(0, SIZE).to(tl.int64), 0)
+
+
 @triton.jit(do_not_specialize=VARIES)
 def prune_kernel(
     tiles, visits, lists, edges, levels, outer, inner, extremes, steps, runs,
@@ -188,9 +230,7 @@ def prune_kernel(
         return
     within = tl.arange(0, BLOCK_M)
     rows = tl.load(outer + tl.load(tile + PLACE) + within, mask=within < count, other=0)
-    own_least, own_most, own_all_least, own_all_most = extremes_of(
-        low, high, key, low_stride, key_stride, entry, rows, within < count, TRANSPOSED, 0
-    )
+    own = extremes_of(low, high, key, low_stride, key_stride, entry, rows, within < count, TRANSPOSED, 0)
     if TRANSPOSED:
         own_key = row_key(key, entry, key_stride, rows, within < count)
     else:
@@ -208,7 +248,8 @@ def prune_kernel(
         name, level, hole_level = tl.load(visit + VISIT_LIST), tl.load(visit + VISIT_LEVEL), tl.load(visit + VISIT_HOLE)
         times = tl.load(visit + VISIT_TIMES)
         record = lists + (table * num_lists + name) * LIST_WIDTH
-        base, step, chunk_at = tl.load(record + BASE), tl.load(record + STEP), tl.load(record + CHUNK_AT)
+        base, step, size = tl.load(record + BASE), tl.load(record + STEP), tl.load(record + LIST_COUNT)
+        of_list = extremes + tl.load(record + CHUNK_AT) * EXTREMES
         edge = edges + (table * num_lists + name).to(tl.int64) * num_edges
         first_segment = tl.load(tile + SEGMENTS_OF + 2 * level)
         last_segment = tl.load(tile + SEGMENTS_OF + 2 * level + 1)
@@ -242,23 +283,10 @@ def prune_kernel(
                 for done in range(0, blocks, EXAMINED):
                     i = done + tl.arange(0, EXAMINED)
                     there = i < blocks
-                    begin = a + i * BLOCK_N
-                    end = tl.minimum(begin + BLOCK_N, b)
-                    chunk = (begin // CHUNK)[:, None] + tl.arange(0, SPAN)[None, :]
-                    inside = there[:, None] & (chunk <= ((end - 1) // CHUNK)[:, None])
-                    their = extremes + (chunk_at + chunk) * EXTREMES
-                    least = tl.min(tl.load(their + LEAST, mask=inside, other=NOWHERE), 1)
-                    most = tl.max(tl.load(their + MOST, mask=inside, other=0), 1)
-                    seen = there & (least <= own_most) & (most >= own_least)
-                    if TRANSPOSED:  # inner rows are queries
-                        all_least = tl.max(tl.load(their + LEAST_ALL, mask=inside, other=0), 1)
-                        all_most = tl.min(tl.load(their + MOST_ALL, mask=inside, other=NOWHERE), 1)
-                        whole = (all_least <= own_all_least) & (all_most >= own_all_most)
-                    else:
-                        all_least = tl.min(tl.load(their + LEAST_ALL, mask=inside, other=NOWHERE), 1)
-                        all_most = tl.max(tl.load(their + MOST_ALL, mask=inside, other=0), 1)
-                        whole = (all_least >= own_all_least) & (all_most <= own_all_most)
-                    whole = whole & seen & (begin + BLOCK_N <= b) & (compares == 0)
+                    seen, _, whole = judged(
+                        of_list, a + i * BLOCK_N, b, size, there, own, BLOCK_N, CHUNK, SPAN, TRANSPOSED
+                    )
+                    whole = whole & (compares == 0)
                     first = tl.minimum(first, tl.min(tl.where(seen, i, blocks), 0))
                     last = tl.maximum(last, tl.max(tl.where(seen, i + 1, 0), 0))
                     first_full = tl.minimum(first_full, tl.min(tl.where(whole, i, blocks), 0))
@@ -279,44 +307,57 @@ def prune_kernel(
                     run, run_stop = i, i
                     end = tl.where(i < end, end, -1)
                     while i <= end:
-                        places = (a + i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int32)
-                        there = places < tl.where(i < end, b, a)
-                        theirs = base + places * step
-                        if INDEXED:
-                            theirs = tl.load(inner + theirs, mask=there, other=0)
-                        if TRANSPOSED:
-                            interval, keys = row_interval(low, high, entry, low_stride, theirs, there), own_key
-                        else:
-                            interval, keys = own_interval, row_key(key, entry, key_stride, theirs, there)
-                        visible = sees(interval, keys) & (keys > 0)[None, :]  # no key is 0, nor any interval [0, 0]
-                        if SEGMENTS:
-                            visible &= same_segment(rows, theirs, length, move, TRANSPOSED)
-                            inside = same_segment(rows, theirs, tl.maximum(left_out, 1), left_out_move, TRANSPOSED)
-                            visible &= (left_out == 0) | (inside == 0)
-                        some = tl.max(visible.to(tl.int32)) > 0
-                        # A run ends at a block that sees nothing, once another block follows or none can.
-                        if (run < run_stop) & ((i == end) | (some & (run_stop < i) & (gaps < SPLITS))):
-                            size = tl.minimum(run_stop * BLOCK_N, b - a) - run * BLOCK_N
-                            put_run(masked_from + masked_cells, base + (a + run * BLOCK_N) * step, step, size, times,
-                                    length, move, left_out, left_out_move, SEGMENTS)  # fmt: skip
-                            masked_cells += WIDTH
-                            masked_steps += run_stop - run
-                            gaps += (i < end).to(tl.int32)
-                            run = run_stop
-                        run = tl.where(some & (run == run_stop), i, run)
-                        run_stop = tl.where(some, i + 1, run_stop)
-                        i += 1
+                        j = i + tl.arange(0, EXAMINED)
+                        seen, sure, _ = judged(
+                            of_list, a + j * BLOCK_N, b, size, j < end, own, BLOCK_N, CHUNK, SPAN, TRANSPOSED
+                        )
+                        sure = sure & (compares == 0)
+                        known, unknown = bits_of(sure, EXAMINED), bits_of(seen & (sure == 0), EXAMINED)
+                        for _ in range(tl.minimum(EXAMINED, end + 1 - i)):
+                            some = (known & 1) > 0
+                            if (unknown & 1) > 0:
+                                places = (a + i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int32)
+                                there = places < b
+                                theirs = base + places * step
+                                if INDEXED:
+                                    theirs = tl.load(inner + theirs, mask=there, other=0)
+                                if TRANSPOSED:
+                                    interval, keys = row_interval(low, high, entry, low_stride, theirs, there), own_key
+                                else:
+                                    interval, keys = own_interval, row_key(key, entry, key_stride, theirs, there)
+                                visible = (
+                                    sees(interval, keys) & (keys > 0)[None, :]
+                                )  # no key is 0, nor any interval [0, 0]
+                                if SEGMENTS:
+                                    visible &= same_segment(rows, theirs, length, move, TRANSPOSED)
+                                    inside = same_segment(
+                                        rows, theirs, tl.maximum(left_out, 1), left_out_move, TRANSPOSED
+                                    )
+                                    visible &= (left_out == 0) | (inside == 0)
+                                some = tl.max(visible.to(tl.int32)) > 0
+                            # A run ends at a block that sees nothing, once another block follows or none can.
+                            if (run < run_stop) & ((i == end) | (some & (run_stop < i) & (gaps < SPLITS))):
+                                put_run(masked_from + masked_cells, base + (a + run * BLOCK_N) * step, step,
+                                        tl.minimum(run_stop * BLOCK_N, b - a) - run * BLOCK_N, times,
+                                        length, move, left_out, left_out_move, SEGMENTS)  # fmt: skip
+                                masked_cells += WIDTH
+                                masked_steps += run_stop - run
+                                gaps += (i < end).to(tl.int32)
+                                run = run_stop
+                            run = tl.where(some & (run == run_stop), i, run)
+                            run_stop = tl.where(some, i + 1, run_stop)
+                            known, unknown, i = known >> 1, unknown >> 1, i + 1
 
     # The last run is followed by an endless one of the first row, because loops read one run ahead.
     put_run(masked_from + masked_cells, 0, 0, NOWHERE, 1, NOWHERE, 0, 0, 0, SEGMENTS)
     # Runs with a mask follow those without.
     tl.debug_barrier()
-    size = masked_cells + WIDTH
-    for at in range(0, size, COPIED):
+    last_cell = masked_cells + WIDTH
+    for at in range(0, last_cell, COPIED):
         cells = at + tl.arange(0, COPIED)
-        moved = tl.load(masked_from + cells, mask=cells < size)
+        moved = tl.load(masked_from + cells, mask=cells < last_cell)
         tl.debug_barrier()
-        tl.store(full_to + cells, moved, mask=cells < size)
+        tl.store(full_to + cells, moved, mask=cells < last_cell)
         tl.debug_barrier()
     tl.store(steps + place * 2, full_steps)
     tl.store(steps + place * 2 + 1, masked_steps)
