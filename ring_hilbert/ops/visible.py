@@ -73,6 +73,24 @@ def intervals(
     return Intervals(*(torch.empty_like(x).scatter_(1, order, x).to(torch.int32) for x in columns))
 
 
+def packed_intervals(documents: Tensor, tokens: Tensor, causal: bool) -> Intervals:
+    """The same, of rows that hold `tokens` int64 `[1 or B, S]`, which are their positions, without sorting.
+
+    `documents [1 or B, S]`: by token, -1 for padding; the tokens of every document are one run.
+    """
+    index, padding, begins = (
+        torch.arange(documents.shape[1], device=documents.device),
+        documents == PADDING,
+        changes(documents),
+    )
+    key = (index + 1).expand_as(documents).masked_fill(padding, HIDDEN)
+    low = (first_before(begins) + 1).masked_fill(padding, NOWHERE)
+    high = key if causal else first_behind(begins).masked_fill(padding, HIDDEN)
+    batch = max(len(documents), len(tokens))
+    by_token = torch.stack((key, low, high)).to(torch.int32).expand(-1, batch, -1)
+    return Intervals(*by_token.gather(2, tokens.expand_as(by_token)))
+
+
 def _by_first_row(documents: Tensor, index: Tensor, natural: Tensor | None) -> Tensor:
     """For each row the number, in natural order, of the first row of its document, `S` for padding: int64 `[B, S]`."""
     rows = index if natural is None else natural.expand_as(index)
@@ -112,6 +130,8 @@ class Visible:
         order: the order of the rows; without `positions`, a row's position is its token's index.
         positions, documents: integers `[1 or B, S]` by row, or None, see `intervals`.
         natural: `positions`, if given, still rise with the tokens of `order` (rows that hold only the real tokens).
+        padded: some of `documents` may be padding.
+        packed: every document is one run of tokens; `documents` are by token, and `positions` are the tokens of the rows.
 
     Attributes:
         natural: positions rise from one block of the order to the next, so what is behind all queries may be skipped unread.
@@ -126,20 +146,27 @@ class Visible:
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         natural: bool = False,
+        padded: bool = True,
+        packed: bool = False,
     ) -> None:
         self.seq_len, self.causal, self.order = seq_len, causal, order
         self.natural = natural or positions is None
         self.has_documents, self._has_positions = documents is not None, positions is not None
-        positions = positions if causal else None
         self._given: Intervals | None = None
+        self._padded = padded and documents is not None
         self.refreshed = 0  # how often `refresh` replaced the contents
         self.replayed = False  # a CUDA graph holds a `refresh`, so that a replay may replace them unseen
         self._host: tuple[np.ndarray, ...] | None = None
         self._on: dict[torch.device, Intervals] = {}
-        if positions is not None or documents is not None:
+        if packed:
+            assert positions is not None and documents is not None
+            with torch.inference_mode(False):
+                self._given = packed_intervals(documents, positions, causal)
+        elif documents is not None or (positions is not None and causal):
             self._given = self._made(positions, documents)
 
     def _made(self, positions: Tensor | None, documents: Tensor | None) -> Intervals:
+        positions = positions if self.causal else None
         given = positions if positions is not None else documents
         assert given is not None
         natural = None if self.order is None else natural_rows(self.seq_len, self.order, given.device)
@@ -156,7 +183,7 @@ class Visible:
         """
         if (positions is not None, documents is not None) != (self._has_positions, self.has_documents):
             raise ValueError("refresh() takes positions and document_ids if and only if they were given before")
-        made = None if self._given is None else self._made(positions if self.causal else None, documents)
+        made = None if self._given is None else self._made(positions, documents)
         if made is not None and self._given is not None:
             if made.key.shape != self._given.key.shape:
                 raise ValueError(
@@ -166,8 +193,14 @@ class Visible:
                 for old, new in zip(held, made, strict=True):
                     old.copy_(new)
         self._host = None
+        self._padded = self.has_documents
         self.refreshed += 1
-        self.replayed |= torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        self.replayed |= _capturing()
+
+    @property
+    def padded(self) -> bool:
+        """Whether some rows may be padding, now or when a graph that is being captured is replayed after `refresh`."""
+        return self._padded or (self.has_documents and _capturing())
 
     @property
     def default(self) -> bool:
@@ -237,6 +270,10 @@ class Visible:
         key = np.sort(self.of(keys, entry)[0])
         _, low, high = self.of(queries, entry)
         return int(np.maximum(np.searchsorted(key, high, "right") - np.searchsorted(key, low, "left"), 0).sum())
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache(maxsize=KEPT_PLACES)

@@ -100,7 +100,7 @@ class Execution:
     def _clean(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """K and V with padding rows zeroed: a weight of 0 times NaN is NaN."""
         visible = self.plan.visible
-        if not visible.has_documents:
+        if not visible.padded:
             return tensors
         padding = self.plan.layout.cut(self.rank, visible.on(tensors[0].device).key) == HIDDEN
         return tuple(x.masked_fill(padding[:, :, None, None], 0.0) for x in tensors)

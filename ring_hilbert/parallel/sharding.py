@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ def shard_batch(
     seq_len = record["input_ids"].shape[1]
     rows = Layout.of(seq_len, world, layout, local_lengths)
     documents = _documents(record) if documents is None else documents
-    one_document = not packed or (documents.device.type == "cpu" and _one_document(documents))
+    known = _known(documents) if packed else _Known(True, True, True)
     different = {id(x): x for x in (*record.values(), documents)}  # one tensor may be several of these
     sent = {name: _sent(x, there) for name, x in different.items()}
     record, documents = {key: sent[id(x)] for key, x in record.items()}, sent[id(documents)]
@@ -98,11 +98,9 @@ def shard_batch(
     if not presharded and process_group is not None:
         mine = torch.stack([_checksum(x) for x in record.values()])
         sums.append(torch.stack(from_all(mine, process_group, "the agreement on the batch")))
-    targets, places = _per_document(record.get("labels", record["input_ids"]), documents)
-    tokens = _token_of_row(documents, order, all_real=one_document)
-    prepared = _prepare(
-        documents, tokens, rows, rank, process_group, causal, strategy, order, one_document, save_remote
-    )
+    targets, places = _per_document(record.get("labels", record["input_ids"]), documents, known.packed)
+    tokens = _token_of_row(documents, order, all_real=known.all_real)
+    prepared = _prepare(documents, tokens, rows, rank, process_group, causal, strategy, order, known, save_remote)
     for found in prepared.find_travel(len(documents), *sums):
         _raise_difference(np.array(found).reshape(world, -1), list(record))
 
@@ -129,21 +127,52 @@ def prepare_tokens(documents: Tensor, order: TokenOrder, *, causal: bool = True)
     """
     tokens = _token_of_row(documents, order, all_real=False)
     layout = Layout((documents.shape[1],))
-    return _prepare(documents, tokens, layout, 0, None, causal, "exchange", order, one_document=False)
+    return _prepare(documents, tokens, layout, 0, None, causal, "exchange", order, _Known())
+
+
+class _Known(NamedTuple):
+    """What the host knows of document ids without reading from a device.
+
+    That all tokens are one document, that none is padding, that the tokens of each document are one run.
+    """
+
+    one_document: bool = False
+    all_real: bool = False
+    packed: bool = False
+
+
+def _known(documents: Tensor) -> _Known:
+    """Of ids on the host, all of it; in NumPy, since torch would wake a thread per core, which takes longer than reading them."""
+    if documents.device.type != "cpu":
+        return _Known()
+    ids = documents.numpy()
+    all_real = bool((ids != PADDING).all())
+    one_document = all_real and bool(ids[0, 0] == ids[-1, -1]) and bool((ids == ids[0, 0]).all())
+    return _Known(one_document, all_real, one_document or all(_packed(line) for line in ids))
+
+
+def _packed(ids: np.ndarray) -> bool:
+    """Whether every document of `ids [S]` is one run of tokens."""
+    runs = np.concatenate((ids[:1], ids[1:][ids[1:] != ids[:-1]]))
+    runs = runs[runs != PADDING]
+    return len(np.unique(runs)) == len(runs)
 
 
 def _prepare(
     documents: Tensor, tokens: Tensor, layout: Layout, rank: int, group: Any, causal: bool, strategy: str,
-    order: TokenOrder | None, one_document: bool, save_remote: bool = False,
+    order: TokenOrder | None, known: _Known, save_remote: bool = False,
 ) -> Prepared:  # fmt: skip
     """The `Prepared` of rows that hold `tokens [1 or B, S]`, whose documents are `documents [B, S]` (by token)."""
-    if one_document:
+    if known.one_document:
         visible = Visible(layout.seq_len, causal, order=order)
     else:
-        by_row = documents.gather(1, tokens.expand(len(documents), -1))
-        if by_row.device.type == "cpu":  # shared by all entries: computed once
-            by_row, tokens = _shared(by_row), _shared(tokens)
-        visible = Visible(layout.seq_len, causal, order=order, positions=tokens, documents=by_row, natural=True)
+        if documents.device.type == "cpu":  # shared by all entries: computed once
+            documents, tokens = _shared(documents), _shared(tokens)
+        by_row = documents if known.packed else documents.gather(1, tokens.expand(len(documents), -1))
+        visible = Visible(
+            layout.seq_len, causal, order=order, positions=tokens, documents=by_row, natural=True,
+            padded=not known.all_real, packed=known.packed,
+        )  # fmt: skip
     return Prepared(
         layout, rank, group, visible, rows=layout.cut(rank, tokens), strategy=strategy, save_remote=save_remote
     )
@@ -233,29 +262,24 @@ def _check_positions(positions: np.ndarray, documents: np.ndarray) -> None:
             )
 
 
-def _one_document(documents: Tensor) -> bool:
-    """Whether all tokens of a batch are one document without padding."""
-    ids = _plain(documents)
-    return bool(ids[0, 0] == ids[-1, -1] != PADDING) and bool((ids == ids[0, 0]).all())
-
-
 def _plain(x: Tensor) -> Any:
     """A host tensor as an array: torch would wake a thread per core, which takes longer than reading the data."""
     return x.numpy() if x.device.type == "cpu" else x
 
 
-def _per_document(labels: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+def _per_document(labels: Tensor, documents: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
     """(label of the next token of the same document or -100, index of each token within its document), both `[B, S]`.
 
-    Equal ids in separate runs are one document, here as in the attention.
+    Equal ids in separate runs are one document, here as in the attention; `packed`: there are none.
     """
-    ids, by_document = documents.sort(dim=1, stable=True)
-    change = changes(ids)
+    by_document = None if packed else documents.argsort(dim=1, stable=True)
+    ids, labels = (x if by_document is None else x.gather(1, by_document) for x in (documents, labels))
+    change, padding = changes(ids), ids == PADDING
     index = torch.arange(ids.shape[1], device=ids.device)
-    place = torch.where(ids == PADDING, 0, index - first_before(change))
-    following = labels.gather(1, by_document).roll(-1, dims=1)
-    target = following.masked_fill(change[:, 1:] | (ids == PADDING), IGNORED)
-    target, place = (torch.empty_like(x).scatter_(1, by_document, x) for x in (target, place))
+    place = torch.where(padding, 0, index - first_before(change))
+    target = labels.roll(-1, dims=1).masked_fill(change[:, 1:] | padding, IGNORED)
+    if by_document is not None:
+        target, place = (torch.empty_like(x).scatter_(1, by_document, x) for x in (target, place))
     return target, place
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ring_hilbert as rh
-from ring_hilbert.ops.visible import HIDDEN, Visible, intervals, reached
+from ring_hilbert.ops.visible import HIDDEN, Visible, intervals, packed_intervals, reached
 from ring_hilbert.parallel.layout import Layout
 from tests.harness.cases import interpreted
 
@@ -46,6 +46,35 @@ def test_intervals_are_the_definition(given_facts: tuple[Tensor | None, ...], ca
     assert torch.equal(*torch.broadcast_tensors(seen, expected))
     if documents is not None:
         assert torch.equal(*torch.broadcast_tensors(key == HIDDEN, documents == -1))
+
+
+@given(st.data(), st.integers(1, 12), st.integers(1, 3), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_intervals_of_packed_documents_are_the_definition(data: st.DataObject, size: int, batch: int, causal: bool):
+    def line() -> list[int]:
+        lengths = data.draw(st.lists(st.integers(1, 5), min_size=size, max_size=size))
+        ids = data.draw(st.permutations([*range(size - 1), 2**63 - 1]))
+        hidden = data.draw(st.sets(st.integers(0, size - 1)))  # several runs of padding, too
+        return [-1 if n in hidden else ids[n] for n, length in enumerate(lengths) for _ in range(length)][:size]
+
+    documents = torch.tensor([line() for _ in range(data.draw(st.sampled_from([1, batch])))])
+    orders = st.permutations(range(size))
+    tokens = torch.tensor([data.draw(orders) for _ in range(data.draw(st.sampled_from([1, batch])))])
+    key, low, high = packed_intervals(documents, tokens, causal)
+    seen = (low[:, :, None] <= key[:, None, :]) & (key[:, None, :] <= high[:, :, None])
+    wide = max(len(documents), len(tokens))
+    by_row = documents.expand(wide, -1).gather(1, tokens.expand(wide, -1))
+    assert torch.equal(*torch.broadcast_tensors(seen, rh.reference.allowed(causal, tokens, by_row)))
+    assert torch.equal(key == HIDDEN, by_row == -1)
+
+
+def test_padding_comes_with_a_refresh():
+    """Rows that were known to be real need not be after it: K and V of padding may hold NaN."""
+    documents, tokens = torch.tensor([[0, 0, 1, 1]]), torch.arange(4)[None]
+    visible = Visible(4, True, positions=tokens, documents=documents, natural=True, padded=False, packed=True)
+    assert not visible.padded
+    visible.refresh(tokens, torch.tensor([[0, 0, -1, -1]]))
+    assert visible.padded and visible.on(torch.device("cpu")).key[0].tolist()[2:] == [HIDDEN] * 2
 
 
 @given(facts(), st.booleans(), st.integers(0, 2**16))

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 import ring_hilbert as rh
+from ring_hilbert.parallel import sharding
 from ring_hilbert.parallel.prepared import FORGOTTEN_AFTER
 from tests.harness.ranks import run_ranks, run_ranks_collect
 
@@ -30,6 +31,37 @@ def test_equal_ids_in_separate_runs_are_one_document():
     batch = rh.shard_batch({"input_ids": IDS[:1, :6], "document_ids": torch.tensor([[7, 7, 3, 3, 7, 3]])})
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 2]]
     assert batch["shift_labels"].tolist() == [[101, 104, 103, 105, -100, -100]]
+
+
+@pytest.mark.parametrize("order", [None, HILBERT])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        DOCUMENTS,
+        [[3] * 5 + [1] * 7 + [2]] * 2,
+        [[-1, 5, 5, 5, -1, -1, 2, 2, 2, 2, 9, -1, -1], [0] * 13],
+        [[7, 7, 3, 3, 7, 3] + [1] * 7, [0] * 6 + [1] * 7],
+    ],
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_the_host_knows_changes_nothing(
+    ids: list[list[int]], order: rh.TokenOrder | None, causal: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Documents that are known to be packed, or to hold no padding, spare work: nothing else."""
+
+    def sharded() -> dict[str, torch.Tensor]:
+        batch = rh.shard_batch({"input_ids": IDS, "document_ids": torch.as_tensor(ids)}, order=order, causal=causal)
+        prepared = batch.pop("ring_hilbert")
+        key, low, high = prepared.visible.on(torch.device("cpu"))
+        seen = (low[:, :, None] <= key[:, None, :]) & (key[:, None, :] <= high[:, :, None])
+        hides = prepared.visible.padded or bool((torch.as_tensor(ids) != -1).all())
+        assert hides, "padding, and nobody knows"
+        return batch | {"rows": prepared.rows.expand(2, -1), "seen": seen.expand(2, -1, -1)}
+
+    known = sharded()
+    monkeypatch.setattr(sharding, "_known", lambda _: sharding._Known())
+    for name, value in sharded().items():
+        assert torch.equal(known[name], value), name
 
 
 def test_labels_masks_and_positions_of_the_caller():
