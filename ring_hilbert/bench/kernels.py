@@ -86,6 +86,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--repeats", type=int, default=15, help="rounds that are timed; default 15")
     add(
+        "--pause", type=float, default=0.0, metavar="SECONDS",
+        help="rest before each measurement, in which a GPU at its power limit recovers its clock; default 0",
+    )  # fmt: skip
+    add(
         "--dense-limit",
         type=int,
         default=32768,
@@ -201,7 +205,7 @@ def _measure(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterato
     for call in calls.values():
         call()
     names = {f"{label}, {pass_}": call for (label, pass_), call in calls.items()}
-    times = interleaved(names, chosen.repeats, problem.device, lambda _: None)
+    times = interleaved(names, chosen.repeats, problem.device, lambda _: None, chosen.pause)
 
     def rate(count: float, label: str, pass_: str) -> float:
         return count * FLOPS[pass_] * problem.head_dim / times[f"{label}, {pass_}"].median / 1e9
@@ -248,7 +252,9 @@ def _tune(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterator[R
             }
             try:
                 calls[pass_]()
-                t = interleaved({pass_: calls[pass_]}, chosen.repeats, problem.device, lambda _: None)[pass_]
+                t = interleaved({pass_: calls[pass_]}, chosen.repeats, problem.device, lambda _: None, chosen.pause)[
+                    pass_
+                ]
             except RuntimeError as failure:  # too much shared memory
                 yield row | {"ms": "", "executed_tflops": "", "note": str(failure).splitlines()[0]}
                 continue

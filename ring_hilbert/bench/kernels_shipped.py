@@ -131,7 +131,7 @@ def rows(chosen: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
     """
     one: dict[tuple[object, ...], float] = {}  # milliseconds per pair with one document
     for shape in SHAPES:
-        for record in _measure(shape, chosen.repeats, device):
+        for record in _measure(shape, chosen, device):
             if record["contender"] in ("ring_hilbert", KEPT):
                 each = float(record["ms"]) / record["pairs"]
                 least = one.setdefault((shape.name, shape.order, record["contender"], record["pass"]), each)
@@ -139,7 +139,7 @@ def rows(chosen: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
             yield record
 
 
-def _measure(shape: Shape, repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
+def _measure(shape: Shape, chosen: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     problem = shape.problem(device)
     x = {name: value.detach() for name, value in problem.tensors().items()}
     ids = None if shape.documents == 1 else document_ids(shape.length, shape.documents, shape.order).to(device)
@@ -176,7 +176,7 @@ def _measure(shape: Shape, repeats: int, device: torch.device) -> Iterator[dict[
     for call in calls.values():
         for _ in range(3):
             call()
-    times: dict[str, Times] = interleaved(calls, repeats, device, lambda _: None)
+    times: dict[str, Times] = interleaved(calls, chosen.repeats, device, lambda _: None, chosen.pause)
 
     def rate(name: str, pass_: str) -> float:
         return contenders[name][1] * FLOPS[pass_] * shape.head_dim / times[f"{name}, {pass_}"].median / 1e9

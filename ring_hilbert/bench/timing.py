@@ -45,7 +45,7 @@ def seconds(call: Call, device: torch.device) -> float:
 
 
 def interleaved(
-    calls: Mapping[str, Call], repeats: int, device: torch.device, tick: Callable[[str], object]
+    calls: Mapping[str, Call], repeats: int, device: torch.device, tick: Callable[[str], object], pause: float = 0.0
 ) -> dict[str, Times]:
     """Time every call `repeats` times, in rounds, so that a slow period of the machine affects all of them.
 
@@ -54,11 +54,13 @@ def interleaved(
         repeats: rounds.
         device: where the calls run.
         tick: called with the name before each measurement.
+        pause: seconds of rest before each measurement.
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             tick(name)
+            time.sleep(pause)
             taken[name].append(1e3 * seconds(call, device))
     return {name: Times(statistics.median(ms), min(ms), max(ms)) for name, ms in taken.items()}
 

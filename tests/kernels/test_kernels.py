@@ -410,7 +410,7 @@ def test_layers_of_a_batch_share_schedules(monkeypatch: pytest.MonkeyPatch):
 
 @on_the_cpu
 def test_bench_kernels_times_what_it_says():
-    chosen = argparse.Namespace(order=["raster", "hilbert"], dense_limit=64, repeats=1, without=[])
+    chosen = argparse.Namespace(order=["raster", "hilbert"], dense_limit=64, repeats=1, without=[], pause=0.0)
     problem = Problem(LADDER, 128, True, torch.float32, DEVICE, 1, 2, 2, 16)
     records = {(r["contender"], r["pass"]): r for r in kernels._measure(problem, "ladder", chosen)}
     assert {label for label, _ in records} >= {"ring_hilbert raster", "ring_hilbert hilbert", "longnet"}
@@ -430,7 +430,7 @@ def test_bench_kernels_of_shipped_shapes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels_shipped, "SHAPES", (one, replace(one, documents=5, longnet=False, tail=False)))
     monkeypatch.setattr(kernels_shipped, "TAIL", 0.5)
     monkeypatch.setattr(kernels_shipped, "DENSE_ROWS", 64)
-    records = list(kernels_shipped.rows(argparse.Namespace(repeats=1), DEVICE))
+    records = list(kernels_shipped.rows(argparse.Namespace(repeats=1, pause=0.0), DEVICE))
     ours = ("ring_hilbert", kernels_shipped.KEPT)
     of_one = {
         (r["documents"], r["contender"], r["pass"]): float(r["of_one_document"])
