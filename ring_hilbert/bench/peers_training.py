@@ -12,6 +12,7 @@ import gc
 import statistics
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,8 @@ class _Ours:
         """One step on one sequence, a different one each time."""
         assert self.engine is not None
         number = len(self.losses)
-        loss, _ = accumulate(self.engine, self.batches.of(number, number + 1), self.world)
+        read_ahead = partial(self.batches.read_ahead, number + 1, number + 2)
+        loss, _ = accumulate(self.engine, self.batches.of(number, number + 1), self.world, read_ahead)
         self.engine.step(self.config.optim.lr)
         self.losses.append(loss)
 

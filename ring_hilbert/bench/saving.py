@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.engine import make_engine
 from ring_hilbert.training.model import model_config
 from ring_hilbert.training.step import accumulate
+from ring_hilbert.training.stragglers import collected_once
 from ring_hilbert.training.world import open_world
 
 WARM_UP = 3
@@ -83,12 +85,14 @@ def _measure(
         open_world(config.parallel) as world,
         closing(Checkpoints(config, world, {})) as checkpoints,
         closing(make_engine(config, hf_config, world)) as engine,
+        collected_once() as settle,
     ):
         batches = Batches(data, config, order_of(hf_config), world)
         engine.prepare_to_save()
         for number in range(WARM_UP + every * (saves + 1)):
             start = time.perf_counter()
-            accumulate(engine, batches.of(number, number + 1), world)
+            read_ahead = partial(batches.read_ahead, number + 1, number + 2)
+            accumulate(engine, batches.of(number, number + 1), world, read_ahead)
             engine.step(config.optim.lr)
             due = number >= WARM_UP and (number - WARM_UP + 1) % every == 0 and len(begun) < saves
             if due:
@@ -97,6 +101,8 @@ def _measure(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = world.gather(time.perf_counter() - start, checkpoints.under_way)
+            if number == 0:
+                settle()
             if number < WARM_UP:
                 continue
             steps.append(seconds[:, 0].max().item())

@@ -131,8 +131,8 @@ def _one(config: RunConfig, world: World, device: torch.device, steps: int, data
     def step(number: int) -> None:
         nonlocal loss
         assert engine is not None
-        first = number * config.sequences_per_step
-        loss, _ = accumulate(engine, batches.of(first, first + config.sequences_per_step), world)
+        first, stop, after = (config.sequences_per_step * (number + n) for n in range(3))
+        loss, _ = accumulate(engine, batches.of(first, stop), world, lambda: batches.read_ahead(stop, after))
         engine.step(config.optim.lr)
 
     def warm_up() -> None:

@@ -33,6 +33,7 @@ class Batches:
         self.layout = config.attention.layout
         self.strategy = config.attention.strategy
         self.order = order
+        self._ahead: tuple[tuple[int, int], list[dict[str, Any]]] | None = None
 
     def rounds(self, count: int) -> int:
         """Micro-batches per rank that cover `count` sequences."""
@@ -51,7 +52,14 @@ class Batches:
 
     def of(self, first: int, stop: int) -> list[dict[str, Any]]:
         """All micro-batches of this rank among sequences `first .. stop`."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == (first, stop):
+            return ahead[1]
         return [self.load(first, stop, number) for number in range(self.rounds(stop - first))]
+
+    def read_ahead(self, first: int, stop: int) -> None:
+        """Load what `of(first, stop)` is to return if that is the next call, while the device is busy: it waits for that."""
+        self._ahead = (first, stop), self.of(first, stop)
 
     def shard(self, full: dict[str, torch.Tensor]) -> dict[str, Any]:
         """This rank's rows of whole sequences: `input_ids`, `document_ids`, both `[B, S]` int64."""

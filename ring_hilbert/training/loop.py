@@ -35,7 +35,7 @@ from ring_hilbert.training.schedule import learning_rate, with_decay_steps
 from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops
 from ring_hilbert.training.step import accumulate
-from ring_hilbert.training.stragglers import Stopwatch, Stragglers
+from ring_hilbert.training.stragglers import Stopwatch, Stragglers, collected_once
 from ring_hilbert.training.weights import decoder_layers
 from ring_hilbert.training.world import RankError, World, open_world, process_group, release_memory
 
@@ -161,7 +161,9 @@ class Run:
         self.eval_batches = None if eval_set is None else Batches(eval_set, config, order, world)
         self.progress = Progress()
         self.skipped_in_a_row = 0
-        self.computing = 0.0  # seconds of this rank in forward and backward of the last step
+        self.computing = (
+            0.0  # seconds of this rank in forward and backward of the last step, reading the next batch meanwhile
+        )
         self.stopwatch = Stopwatch(decoder_layers(engine.model))
         self.stragglers = Stragglers(config.log)
         self.peak_flops = peak_flops(config, world)
@@ -176,7 +178,7 @@ class Run:
         """
         config = self.config
         self.world.from_main(self._make_folders)
-        with StopSignals() as signals, Metrics(config, self.world, resumed_from) as metrics:
+        with StopSignals() as signals, Metrics(config, self.world, resumed_from) as metrics, collected_once() as settle:
             for dataset in [self.train_set] + ([] if self.eval_set is None else [self.eval_set]):
                 for name, packing in dataset.packings.items():
                     metrics.say(f"{name}: {packing.documents.summary}; {describe(packing)}")
@@ -195,6 +197,7 @@ class Run:
                 step, last = self.progress.step, self.progress.step == config.train.steps
                 if step == first:
                     self._say_peak(metrics)
+                    settle()
                 if config.data.eval is not None and step % config.data.eval.every == 0 and not last and not stop:
                     self._evaluate(metrics)
                 if step % config.checkpoint.every == 0 or last or stop:
@@ -220,12 +223,18 @@ class Run:
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step: global mean loss, global gradient norm before clipping, learning rate used."""
         config, progress, whereabouts = self.config, self.progress, self.world.whereabouts
+
+        def read_ahead() -> None:
+            if progress.step + 1 < config.train.steps:
+                whereabouts.enter("reading a batch")
+                self.train_batches.read_ahead(stop, stop + config.sequences_per_step)
+
         whereabouts.step = progress.step + 1
         whereabouts.enter("reading a batch")
         stop = progress.sequences + config.sequences_per_step
         micro_batches = self.train_batches.of(progress.sequences, stop)
         start = time.perf_counter()
-        loss, tokens = accumulate(self.engine, micro_batches, self.world)
+        loss, tokens = accumulate(self.engine, micro_batches, self.world, read_ahead)
         self.computing = time.perf_counter() - start
         rate = learning_rate(config, progress.step)
         whereabouts.enter("optimizer")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +13,25 @@ from ring_hilbert.training.loss import count_targets
 from ring_hilbert.training.world import World
 
 
-def accumulate(engine: Engine, micro_batches: Sequence[dict[str, Any]], world: World) -> tuple[float, int]:
+def accumulate(
+    engine: Engine, micro_batches: Sequence[dict[str, Any]], world: World, meanwhile: Callable[[], None] | None = None
+) -> tuple[float, int]:
     """Forward and backward of this rank's micro-batches; returns the global mean loss and the global count of targets.
 
     The denominator, the sum of counts over ranks and micro-steps, is known before the first backward. So every rank divides by the
-    same number, and gradients only need summing.
+    same number, and gradients only need summing. Nothing is read from the device before all of it has been started and `meanwhile`
+    has been called.
     """
-    tokens = int(world.sum(torch.stack([count_targets(batch["shift_labels"]) for batch in micro_batches]).sum()))
+    tokens = world.sum(torch.stack([count_targets(batch["shift_labels"]) for batch in micro_batches]).sum())
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for batch in micro_batches:
         world.whereabouts.enter("forward")
         loss_sum = engine.model(**batch).sum()
         world.whereabouts.enter("backward")
-        engine.backward(loss_sum / max(tokens, 1))
+        engine.backward(loss_sum / tokens.clamp(min=1))
         total += loss_sum.detach()
+    if meanwhile is not None:
+        meanwhile()
     world.whereabouts.enter("sum of the loss")
-    return world.sum(total).item() / max(tokens, 1), tokens
+    loss, count = torch.stack((world.sum(total), tokens.double())).tolist()
+    return loss / max(count, 1.0), int(count)

@@ -511,6 +511,29 @@ def test_the_same_sequences_in_the_same_order_at_any_dp_sp_and_micro_batch(
             assert [found for turn in rounds for micro_batch in turn for found in micro_batch] == sequences
 
 
+def test_what_was_read_ahead_is_what_is_asked_for_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[int, int]] = []
+
+    class Counted(batches.Batches):
+        def load(self, first: int, stop: int, number: int) -> dict[str, Any]:
+            loaded.append((first, stop))
+            return {"numbers": (first, stop, number)}
+
+    class Place:
+        sp_group, device, dp_index = None, None, 0
+
+    run = tiny_config(tmp_path, train__micro_batch=2, train__global_batch_tokens=4 * SEQ_LEN)
+    made = Counted([], run, None, Place())  # type: ignore[arg-type]
+    wanted = [{"numbers": (4, 8, number)} for number in range(2)]
+    made.read_ahead(4, 8)
+    assert made.of(4, 8) == wanted and loaded == [(4, 8)] * 2
+    assert made.of(4, 8) == wanted and loaded == [(4, 8)] * 4, "read twice, loaded twice"
+    made.read_ahead(8, 12)
+    assert made.of(4, 8) == wanted, "a run that went back"
+    loaded.clear()
+    assert made.of(8, 12) == [{"numbers": (8, 12, number)} for number in range(2)] and loaded, "and forgot"
+
+
 # The command line
 
 

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ring_hilbert.training.config import LogConfig
-from ring_hilbert.training.stragglers import Stopwatch, Stragglers
+from ring_hilbert.training.stragglers import Stopwatch, Stragglers, collected_once
 from ring_hilbert.training.verdict import SILENT, Heard, Report, verdict
 from ring_hilbert.training.whereabouts import Call, Whereabouts, collective_of, innermost
 
@@ -162,6 +165,22 @@ def test_stopwatch_takes_one_linear_per_layer() -> None:
         layer(torch.randn(2, 4))
     assert len(watch._spans) == 3
     assert watch.read() > 0 and watch.read() == 0
+
+
+def test_garbage_is_looked_for_once_and_again_after_a_run() -> None:
+    class Loop:
+        def __init__(self) -> None:
+            self.me = self
+
+    with suppress(KeyError), collected_once() as settle:
+        before = weakref.ref(Loop())
+        settle()
+        assert gc.get_freeze_count() > 10_000 and before() is None
+        inside = weakref.ref(Loop())
+        gc.collect()
+        assert inside() is None, "what came later is still looked at"
+        raise KeyError
+    assert not gc.get_freeze_count()
 
 
 def test_stragglers_are_named_after_steps_in_a_row() -> None:
