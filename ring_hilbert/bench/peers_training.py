@@ -97,9 +97,9 @@ class _Ours:
         assert self.engine is not None
         number = len(self.losses)
         read_ahead = partial(self.batches.read_ahead, number + 1, number + 2)
-        loss, _ = accumulate(self.engine, self.batches.of(number, number + 1), self.world, read_ahead)
+        found = accumulate(self.engine, self.batches.of(number, number + 1), self.world, read_ahead)
         self.engine.step(self.config.optim.lr)
-        self.losses.append(loss)
+        self.losses.append(found[0].item())
 
 
 class _Peer(_Ours):

@@ -145,17 +145,16 @@ def _known(documents: Tensor) -> _Known:
     """Of ids on the host, all of it; in NumPy, since torch would wake a thread per core, which takes longer than reading them."""
     if documents.device.type != "cpu":
         return _Known()
-    ids = documents.numpy()
-    all_real = bool((ids != PADDING).all())
-    one_document = all_real and bool(ids[0, 0] == ids[-1, -1]) and bool((ids == ids[0, 0]).all())
-    return _Known(one_document, all_real, one_document or all(_packed(line) for line in ids))
+    ids = [_runs(line) for line in documents.numpy()]
+    all_real = all(bool((runs != PADDING).all()) for runs in ids)
+    one_document = all_real and all(len(runs) == 1 and runs[0] == ids[0][0] for runs in ids)
+    real = [runs[runs != PADDING] for runs in ids]
+    return _Known(one_document, all_real, all(len(np.unique(runs)) == len(runs) for runs in real))
 
 
-def _packed(ids: np.ndarray) -> bool:
-    """Whether every document of `ids [S]` is one run of tokens."""
-    runs = np.concatenate((ids[:1], ids[1:][ids[1:] != ids[:-1]]))
-    runs = runs[runs != PADDING]
-    return len(np.unique(runs)) == len(runs)
+def _runs(ids: np.ndarray) -> np.ndarray:
+    """The id of every run of equal `ids [S]`: few numbers to look at where documents are packed."""
+    return ids[np.concatenate(([0], np.flatnonzero(ids[1:] != ids[:-1]) + 1))]
 
 
 def _prepare(

@@ -162,7 +162,7 @@ class Run:
         self.progress = Progress()
         self.skipped_in_a_row = 0
         self.computing = (
-            0.0  # seconds of this rank in forward and backward of the last step, reading the next batch meanwhile
+            0.0  # seconds in which this rank started a step's forward and backward, and read the next batch
         )
         self.stopwatch = Stopwatch(decoder_layers(engine.model))
         self.stragglers = Stragglers(config.log)
@@ -234,13 +234,14 @@ class Run:
         stop = progress.sequences + config.sequences_per_step
         micro_batches = self.train_batches.of(progress.sequences, stop)
         start = time.perf_counter()
-        loss, tokens = accumulate(self.engine, micro_batches, self.world, read_ahead)
+        found = accumulate(self.engine, micro_batches, self.world, read_ahead)
         self.computing = time.perf_counter() - start
         rate = learning_rate(config, progress.step)
         whereabouts.enter("optimizer")
         norm = self.engine.step(rate)
+        loss, tokens = found.tolist()
         self._count_skipped(norm)
-        self.progress = Progress(progress.step + 1, stop, progress.tokens + tokens, self.progress.skipped)
+        self.progress = Progress(progress.step + 1, stop, progress.tokens + int(tokens), self.progress.skipped)
         return loss, norm, rate
 
     def _count_skipped(self, norm: float) -> None:

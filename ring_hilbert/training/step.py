@@ -15,12 +15,13 @@ from ring_hilbert.training.world import World
 
 def accumulate(
     engine: Engine, micro_batches: Sequence[dict[str, Any]], world: World, meanwhile: Callable[[], None] | None = None
-) -> tuple[float, int]:
+) -> torch.Tensor:
     """Forward and backward of this rank's micro-batches; returns the global mean loss and the global count of targets.
 
+    They are float64 `[2]` on the device, which the host reads once the optimizer has waited for it anyway.
+
     The denominator, the sum of counts over ranks and micro-steps, is known before the first backward. So every rank divides by the
-    same number, and gradients only need summing. Nothing is read from the device before all of it has been started and `meanwhile`
-    has been called.
+    same number, and gradients only need summing. `meanwhile` is called when all is started, and may wait for the device.
     """
     tokens = world.sum(torch.stack([count_targets(batch["shift_labels"]) for batch in micro_batches]).sum())
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -33,5 +34,4 @@ def accumulate(
     if meanwhile is not None:
         meanwhile()
     world.whereabouts.enter("sum of the loss")
-    loss, count = torch.stack((world.sum(total), tokens.double())).tolist()
-    return loss / max(count, 1.0), int(count)
+    return torch.stack((world.sum(total) / tokens.clamp(min=1), tokens.double()))
