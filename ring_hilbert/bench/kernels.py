@@ -252,9 +252,8 @@ def _tune(problem: Problem, name: str, chosen: argparse.Namespace) -> Iterator[R
             }
             try:
                 calls[pass_]()
-                t = interleaved({pass_: calls[pass_]}, chosen.repeats, problem.device, lambda _: None, chosen.pause)[
-                    pass_
-                ]
+                one = {pass_: calls[pass_]}
+                t = interleaved(one, chosen.repeats, problem.device, lambda _: None, chosen.pause)[pass_]
             except RuntimeError as failure:  # too much shared memory
                 yield row | {"ms": "", "executed_tflops": "", "note": str(failure).splitlines()[0]}
                 continue

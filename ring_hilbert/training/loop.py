@@ -161,9 +161,7 @@ class Run:
         self.eval_batches = None if eval_set is None else Batches(eval_set, config, order, world)
         self.progress = Progress()
         self.skipped_in_a_row = 0
-        self.computing = (
-            0.0  # seconds in which this rank started a step's forward and backward, and read the next batch
-        )
+        self.computing = 0.0  # seconds to start the last step's forward and backward, and to read the next batch
         self.stopwatch = Stopwatch(decoder_layers(engine.model))
         self.stragglers = Stragglers(config.log)
         self.peak_flops = peak_flops(config, world)
