@@ -12,7 +12,6 @@ import gc
 import statistics
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,8 +95,8 @@ class _Ours:
         """One step on one sequence, a different one each time."""
         assert self.engine is not None
         number = len(self.losses)
-        read_ahead = partial(self.batches.read_ahead, number + 1, number + 2)
-        found = accumulate(self.engine, self.batches.of(number, number + 1), self.world, read_ahead)
+        found = accumulate(self.engine, self.batches.of(number, number + 1), self.world)
+        self.batches.read_ahead(number + 1, number + 2)
         self.engine.step(self.config.optim.lr)
         self.losses.append(found[0].item())
 

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +90,8 @@ def _measure(
         engine.prepare_to_save()
         for number in range(WARM_UP + every * (saves + 1)):
             start = time.perf_counter()
-            read_ahead = partial(batches.read_ahead, number + 1, number + 2)
-            accumulate(engine, batches.of(number, number + 1), world, read_ahead)
+            accumulate(engine, batches.of(number, number + 1), world)
+            batches.read_ahead(number + 1, number + 2)
             engine.step(config.optim.lr)
             due = number >= WARM_UP and (number - WARM_UP + 1) % every == 0 and len(begun) < saves
             if due:

@@ -132,7 +132,8 @@ def _one(config: RunConfig, world: World, device: torch.device, steps: int, data
         nonlocal loss
         assert engine is not None
         first, stop, after = (config.sequences_per_step * (number + n) for n in range(3))
-        found = accumulate(engine, batches.of(first, stop), world, lambda: batches.read_ahead(stop, after))
+        found = accumulate(engine, batches.of(first, stop), world)
+        batches.read_ahead(stop, after)
         engine.step(config.optim.lr)
         loss = found[0].item()
 

@@ -13,7 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ring_hilbert.kernels import tables
-from ring_hilbert.kernels.extremes import EXTREMES, VARIES, chunks_kernel, extremes_of, judged
+from ring_hilbert.kernels.extremes import (
+    BASE,
+    CHUNK_AT,
+    EXTREMES,
+    LIST_COUNT,
+    LIST_WIDTH,
+    NOWHERE,
+    STEP,
+    VARIES,
+    chunks_kernel,
+    extremes_of,
+    judged,
+)
 from ring_hilbert.kernels.starting import on
 from ring_hilbert.kernels.steps import row_interval, row_key, sees, segment_of
 from ring_hilbert.kernels.tables import FEW_TILES, RUN_WIDTH, Schedule, Walk
@@ -21,7 +33,6 @@ from ring_hilbert.kernels.tables import FEW_TILES, RUN_WIDTH, Schedule, Walk
 EXAMINED = 64  # blocks, or chunks, that a program examines together
 RANKED, COMPARED = 32, 256  # tiles that a program ranks, and those that it compares them with at a time
 ROUNDED = 21  # bits of a length as a float32, all but two behind the first
-NOWHERE = tl.constexpr(tables.ENDLESS)
 SPLITS = tl.constexpr(tables.GAPS)
 COPIED = tl.constexpr(128)  # cells of runs copied at once
 
@@ -31,8 +42,6 @@ RUN, ROOM, SEGMENTS_OF = (tl.constexpr(x) for x in (tables.TILE_RUN, tables.TILE
 VISIT_LIST, VISIT_LEVEL = tl.constexpr(tables.VISIT_LIST), tl.constexpr(tables.VISIT_LEVEL)
 VISIT_HOLE, VISIT_TIMES = tl.constexpr(tables.VISIT_HOLE), tl.constexpr(tables.VISIT_TIMES)
 VISIT_WIDTH = tl.constexpr(tables.VISIT_WIDTH)
-BASE, STEP = tl.constexpr(tables.LIST_BASE), tl.constexpr(tables.LIST_STEP)
-LIST_COUNT, CHUNK_AT, LIST_WIDTH = (tl.constexpr(x) for x in (tables.LIST_COUNT, tables.LIST_CHUNK, tables.LIST_WIDTH))
 EDGE, LENGTH = tl.constexpr(tables.LEVEL_EDGE), tl.constexpr(tables.LEVEL_LENGTH)
 LEVEL_AHEAD, LEVEL_WIDTH = tl.constexpr(tables.LEVEL_AHEAD), tl.constexpr(tables.LEVEL_WIDTH)
 RUN_FIRST, RUN_STEP = tl.constexpr(tables.RUN_FIRST), tl.constexpr(tables.RUN_STEP)
@@ -111,6 +120,23 @@ def same_segment(outer, inner, length, ahead, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def has_pair(
+    outer, own, inner, theirs, length, ahead, hole, hole_ahead, SEGMENTS: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """Whether an outer and an inner row see each other: of the side of the keys their keys, of the other intervals."""
+    if TRANSPOSED:
+        interval, keys = theirs, own
+    else:
+        interval, keys = own, theirs
+    visible = sees(interval, keys) & (keys > 0)[None, :]  # no key is 0, nor any interval [0, 0]
+    if SEGMENTS:
+        visible &= same_segment(outer, inner, length, ahead, TRANSPOSED)
+        inside = same_segment(outer, inner, tl.maximum(hole, 1), hole_ahead, TRANSPOSED)
+        visible &= (hole == 0) | (inside == 0)
+    return tl.max(visible.to(tl.int32)) > 0
+
+
+@triton.jit
 def bits_of(flags, SIZE: tl.constexpr):
     """Up to 64 flags as an int64, the first in its lowest bit."""
     return tl.sum(flags.to(tl.int64) << tl.arange(0, SIZE).to(tl.int64), 0)
@@ -139,9 +165,9 @@ def prune_kernel(
     rows = tl.load(outer + tl.load(tile + PLACE) + within, mask=within < count, other=0)
     own = extremes_of(low, high, key, low_stride, key_stride, entry, rows, within < count, TRANSPOSED, 0)
     if TRANSPOSED:
-        own_key = row_key(key, entry, key_stride, rows, within < count)
+        own_facts = row_key(key, entry, key_stride, rows, within < count)
     else:
-        own_interval = row_interval(low, high, entry, low_stride, rows, within < count)
+        own_facts = row_interval(low, high, entry, low_stride, rows, within < count)
     extremes += number.to(tl.int64) * num_chunks * EXTREMES
     runs += number.to(tl.int64) * num_runs * WIDTH
     full_to = runs + tl.load(tile + RUN) * WIDTH
@@ -229,19 +255,11 @@ def prune_kernel(
                                 if INDEXED:
                                     theirs = tl.load(inner + theirs, mask=there, other=0)
                                 if TRANSPOSED:
-                                    interval, keys = row_interval(low, high, entry, low_stride, theirs, there), own_key
+                                    facts = row_interval(low, high, entry, low_stride, theirs, there)
                                 else:
-                                    interval, keys = own_interval, row_key(key, entry, key_stride, theirs, there)
-                                visible = (
-                                    sees(interval, keys) & (keys > 0)[None, :]
-                                )  # no key is 0, nor any interval [0, 0]
-                                if SEGMENTS:
-                                    visible &= same_segment(rows, theirs, length, move, TRANSPOSED)
-                                    inside = same_segment(
-                                        rows, theirs, tl.maximum(left_out, 1), left_out_move, TRANSPOSED
-                                    )
-                                    visible &= (left_out == 0) | (inside == 0)
-                                some = tl.max(visible.to(tl.int32)) > 0
+                                    facts = row_key(key, entry, key_stride, theirs, there)
+                                some = has_pair(rows, own_facts, theirs, facts, length, move, left_out, left_out_move,
+                                                SEGMENTS, TRANSPOSED)  # fmt: skip
                             # A run ends at a block that sees nothing, once another block follows or none can.
                             if (run < run_stop) & ((i == end) | (some & (run_stop < i) & (gaps < SPLITS))):
                                 put_run(masked_from + masked_cells, base + (a + run * BLOCK_N) * step, step,

@@ -87,8 +87,8 @@ def packed_intervals(documents: Tensor, tokens: Tensor, causal: bool) -> Interva
     low = (first_before(begins) + 1).masked_fill(padding, NOWHERE)
     high = key if causal else first_behind(begins).masked_fill(padding, HIDDEN)
     batch = max(len(documents), len(tokens))
-    by_token = torch.stack((key, low, high)).to(torch.int32).expand(-1, batch, -1)
-    return Intervals(*by_token.gather(2, tokens.expand_as(by_token)))
+    by_token = (x.to(torch.int32).expand(batch, -1) for x in (key, low, high))
+    return Intervals(*(x.gather(1, tokens.expand(batch, -1)) for x in by_token))
 
 
 def _by_first_row(documents: Tensor, index: Tensor, natural: Tensor | None) -> Tensor:
@@ -131,7 +131,7 @@ class Visible:
         positions, documents: integers `[1 or B, S]` by row, or None, see `intervals`.
         natural: `positions`, if given, still rise with the tokens of `order` (rows that hold only the real tokens).
         padded: some of `documents` may be padding.
-        packed: every document is one run of tokens; `documents` are by token, and `positions` are the tokens of the rows.
+        packed: every document is one run of tokens; `documents` are by token here, and `positions` are the tokens of the rows.
 
     Attributes:
         natural: positions rise from one block of the order to the next, so what is behind all queries may be skipped unread.

@@ -90,7 +90,7 @@ def shard_batch(
     seq_len = record["input_ids"].shape[1]
     rows = Layout.of(seq_len, world, layout, local_lengths)
     documents = _documents(record) if documents is None else documents
-    known = _known(documents) if packed else _Known(True, True, True)
+    known = _known(documents) if packed else _Known(one_document=True, all_real=True, packed=True)
     different = {id(x): x for x in (*record.values(), documents)}  # one tensor may be several of these
     sent = {name: _sent(x, there) for name, x in different.items()}
     record, documents = {key: sent[id(x)] for key, x in record.items()}, sent[id(documents)]
@@ -131,18 +131,15 @@ def prepare_tokens(documents: Tensor, order: TokenOrder, *, causal: bool = True)
 
 
 class _Known(NamedTuple):
-    """What the host knows of document ids without reading from a device.
+    """What the host knows of document ids without reading from a device."""
 
-    That all tokens are one document, that none is padding, that the tokens of each document are one run.
-    """
-
-    one_document: bool = False
-    all_real: bool = False
-    packed: bool = False
+    one_document: bool = False  # all tokens are of the same, and none is padding
+    all_real: bool = False  # none is padding
+    packed: bool = False  # the tokens of every document are one run
 
 
 def _known(documents: Tensor) -> _Known:
-    """Of ids on the host, all of it; in NumPy, since torch would wake a thread per core, which takes longer than reading them."""
+    """All there is to know of ids on the host; in NumPy, since torch would wake a thread per core, which takes longer."""
     if documents.device.type != "cpu":
         return _Known()
     ids = [_runs(line) for line in documents.numpy()]
@@ -167,9 +164,10 @@ def _prepare(
     else:
         if documents.device.type == "cpu":  # shared by all entries: computed once
             documents, tokens = _shared(documents), _shared(tokens)
-        by_row = documents if known.packed else documents.gather(1, tokens.expand(len(documents), -1))
+        if not known.packed:  # by row
+            documents = documents.gather(1, tokens.expand(len(documents), -1))
         visible = Visible(
-            layout.seq_len, causal, order=order, positions=tokens, documents=by_row, natural=True,
+            layout.seq_len, causal, order=order, positions=tokens, documents=documents, natural=True,
             padded=not known.all_real, packed=known.packed,
         )  # fmt: skip
     return Prepared(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Batches:
         self.layout = config.attention.layout
         self.strategy = config.attention.strategy
         self.order = order
-        self._ahead: tuple[tuple[int, int], list[dict[str, Any]]] | None = None
+        self._ahead: tuple[tuple[int, int], Future[list[dict[str, Any]]]] | None = None
 
     def rounds(self, count: int) -> int:
         """Micro-batches per rank that cover `count` sequences."""
@@ -42,24 +43,37 @@ class Batches:
     def load(self, first: int, stop: int, number: int) -> dict[str, Any]:
         """Micro-batch `number` of this rank among sequences `first .. stop`, on its device, as keywords for the model.
 
-        Sequences at `stop` and beyond are padding, so that all ranks run the same number of rounds.
+        Sequences at `stop` and beyond are padding, so that all ranks run the same number of rounds; all call it together.
+
+        Raises:
+            RankError: on every rank, if one of them could not read.
         """
         start = first + (number * self.dp + self.world.dp_index) * self.micro_batch
         numbers = range(start, start + self.micro_batch)
-        samples = [self.dataset[index] if index < stop else self._padding() for index in numbers]
-        keys = ("input_ids", "document_ids")
-        return self.shard({key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in keys})
+        with self.world.together():
+            samples = [self.dataset[index] if index < stop else self._padding() for index in numbers]
+            keys = ("input_ids", "document_ids")
+            full = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in keys}
+        return self.shard(full)
 
     def of(self, first: int, stop: int) -> list[dict[str, Any]]:
         """All micro-batches of this rank among sequences `first .. stop`."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == (first, stop):
-            return ahead[1]
+            return ahead[1].result()
         return [self.load(first, stop, number) for number in range(self.rounds(stop - first))]
 
     def read_ahead(self, first: int, stop: int) -> None:
-        """Load what `of(first, stop)` is to return if that is the next call, while the device is busy: it waits for that."""
-        self._ahead = (first, stop), self.of(first, stop)
+        """Load what `of(first, stop)` returns, if that is the next call; what fails here is raised there.
+
+        The device may be busy meanwhile; the host waits for it where ranks tell each other what to send.
+        """
+        loaded: Future[list[dict[str, Any]]] = Future()
+        try:
+            loaded.set_result(self.of(first, stop))
+        except Exception as error:  # the step under way is not to fail for it
+            loaded.set_exception(error)
+        self._ahead = (first, stop), loaded
 
     def shard(self, full: dict[str, torch.Tensor]) -> dict[str, Any]:
         """This rank's rows of whole sequences: `input_ids`, `document_ids`, both `[B, S]` int64."""

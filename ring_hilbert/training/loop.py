@@ -161,7 +161,7 @@ class Run:
         self.eval_batches = None if eval_set is None else Batches(eval_set, config, order, world)
         self.progress = Progress()
         self.skipped_in_a_row = 0
-        self.computing = 0.0  # seconds to start the last step's forward and backward, and to read the next batch
+        self.computing = 0.0  # seconds of this rank in the last step's forward and backward; on a GPU, to start them
         self.stopwatch = Stopwatch(decoder_layers(engine.model))
         self.stragglers = Stragglers(config.log)
         self.peak_flops = peak_flops(config, world)
@@ -221,19 +221,16 @@ class Run:
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step: global mean loss, global gradient norm before clipping, learning rate used."""
         config, progress, whereabouts = self.config, self.progress, self.world.whereabouts
-
-        def read_ahead() -> None:
-            if progress.step + 1 < config.train.steps:
-                whereabouts.enter("reading a batch")
-                self.train_batches.read_ahead(stop, stop + config.sequences_per_step)
-
         whereabouts.step = progress.step + 1
         whereabouts.enter("reading a batch")
         stop = progress.sequences + config.sequences_per_step
         micro_batches = self.train_batches.of(progress.sequences, stop)
         start = time.perf_counter()
-        found = accumulate(self.engine, micro_batches, self.world, read_ahead)
+        found = accumulate(self.engine, micro_batches, self.world)
         self.computing = time.perf_counter() - start
+        if progress.step + 1 < config.train.steps:
+            whereabouts.enter("reading the next step's batch")
+            self.train_batches.read_ahead(stop, stop + config.sequences_per_step)
         rate = learning_rate(config, progress.step)
         whereabouts.enter("optimizer")
         norm = self.engine.step(rate)

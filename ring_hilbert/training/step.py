@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,13 @@ from ring_hilbert.training.loss import count_targets
 from ring_hilbert.training.world import World
 
 
-def accumulate(
-    engine: Engine, micro_batches: Sequence[dict[str, Any]], world: World, meanwhile: Callable[[], None] | None = None
-) -> torch.Tensor:
+def accumulate(engine: Engine, micro_batches: Sequence[dict[str, Any]], world: World) -> torch.Tensor:
     """Forward and backward of this rank's micro-batches; returns the global mean loss and the global count of targets.
 
-    They are float64 `[2]` on the device, which the host reads once the optimizer has waited for it anyway.
+    They are float64 `[2]` on the device, where all has been started and nothing was waited for.
 
     The denominator, the sum of counts over ranks and micro-steps, is known before the first backward. So every rank divides by the
-    same number, and gradients only need summing. `meanwhile` is called when all is started, and may wait for the device.
+    same number, and gradients only need summing.
     """
     tokens = world.sum(torch.stack([count_targets(batch["shift_labels"]) for batch in micro_batches]).sum())
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -31,7 +29,5 @@ def accumulate(
         world.whereabouts.enter("backward")
         engine.backward(loss_sum / tokens.clamp(min=1))
         total += loss_sum.detach()
-    if meanwhile is not None:
-        meanwhile()
     world.whereabouts.enter("sum of the loss")
     return torch.stack((world.sum(total) / tokens.clamp(min=1), tokens.double()))

@@ -24,7 +24,9 @@ def collected_once() -> Iterator[Callable[[], None]]:
     """A function to be called in the context: until its end, Python's garbage collector leaves alone what exists at the call.
 
     To look through all of it takes 0.2 s and more in which no kernel starts, on every rank at another time, and the others wait.
+    Where the program has frozen something itself, nothing is thawed at the end.
     """
+    frozen = gc.get_freeze_count()
 
     def settle() -> None:
         gc.collect()
@@ -33,7 +35,8 @@ def collected_once() -> Iterator[Callable[[], None]]:
     try:
         yield settle
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 class Stopwatch:

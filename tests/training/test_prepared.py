@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -490,7 +491,7 @@ def test_the_same_sequences_in_the_same_order_at_any_dp_sp_and_micro_batch(
     wanted = opened(tmp_path / "folder", packing=packing, seq_len=SEQ_LEN)
 
     class Place:
-        sp_group, device = None, None
+        sp_group, device, together = None, None, staticmethod(nullcontext)
 
         def __init__(self, dp_index: int) -> None:
             self.dp_index = dp_index

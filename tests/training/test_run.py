@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ring_hilbert.training.checkpoint import Checkpoints
 from ring_hilbert.training.config import RunConfig
-from ring_hilbert.training.data import open_dataset
+from ring_hilbert.training.data import TrainingSequences, open_dataset
 from ring_hilbert.training.engine import make_engine
 from ring_hilbert.training.export import export_model
 from ring_hilbert.training.loop import Run, Summary, pretrain
@@ -242,6 +244,45 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(tmp_path: Path, texts: Path) -
     assert str(errors[0]).startswith("rank 1: ")
     assert "elsewhere" in str(errors[0])
     assert list(tmp_path.iterdir()) == []
+
+
+def run_until_unreadable(
+    rank: int, world_size: int, folder: Path, texts: Path, unreadable: int, stop_at: int | None
+) -> Summary:
+    """The last rank cannot read sequences from `unreadable` on; a rank is told to stop in step `stop_at`."""
+    changes = {"parallel__sp": world_size, "checkpoint__every": 4, "train__micro_batch": 2}
+    read, count_skipped = TrainingSequences.__getitem__, Run._count_skipped
+
+    def unread(self: TrainingSequences, number: int) -> Any:
+        if number >= unreadable and rank == world_size - 1:
+            raise OSError(f"sequence {number} is gone")
+        return read(self, number)
+
+    def stopped(self: Run, norm: float) -> None:
+        if stop_at == self.progress.step + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        count_skipped(self, norm)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingSequences, "__getitem__", unread)
+        patch.setattr(Run, "_count_skipped", stopped)
+        return pretrain(tiny_config(texts, **in_folder(folder), **changes))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_no_step_is_lost_to_the_batch_behind_it(tmp_path: Path, texts: Path, world_size: int) -> None:
+    """The fifth step's batch, read while the fourth is computed, is an error on all ranks, once the fourth is saved."""
+    errors = run_ranks_collect(run_until_unreadable, world_size, tmp_path, texts, 16, None)
+    assert all(isinstance(error, ValueError) and "sequence 16 is gone" in str(error) for error in errors), errors
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000004"]
+    assert [line["step"] for line in read_metrics(tmp_path / "logs" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_run_stops_where_it_is_told_to_though_the_next_batch_is_gone(tmp_path: Path, texts: Path) -> None:
+    """A host that loses its file system and its time at once."""
+    (summary,) = run_ranks(run_until_unreadable, 1, tmp_path, texts, 12, 3)
+    assert summary.progress.step == 3 and summary.model is None
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000003"]
 
 
 def test_gradients_that_are_not_finite(tmp_path: Path, texts: Path) -> None:
