@@ -93,8 +93,8 @@ HOPPER: dict[int, tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] =
     128: ((), (_SMALL,), (Tile(64, 32, 4, 4, gluon=True), Tile(128, 64, 8, 4, gluon=True))),
 }
 # Forward's, if kv heads have an even number of query heads. If not, the tiles of the table above are used: of `_SMALL` with one
-# head a multiprocessor has room for four warps. On the x2 ladder, 2**20 rows, H 8, its rate was 0.57 of cuDNN's (H200), theirs
-# 0.86 (H100).
+# head a multiprocessor has room for four warps. Which is faster is not settled, since no run had both: on the x2 ladder, 2**20
+# rows, H 8, it took 31.6 ms (H200), they 25.3 and, three days later, 30.6 ms (H100).
 PAIRED = {128: Tile(64, 128, 4, 2, gluon=True, specialized=True)}
 INTERPRETER = Tile(32, 32, 1, 1)  # wherever there is no GPU
 

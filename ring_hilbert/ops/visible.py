@@ -78,11 +78,8 @@ def packed_intervals(documents: Tensor, tokens: Tensor, causal: bool) -> Interva
 
     `documents [1 or B, S]`: by token, -1 for padding; the tokens of every document are one run.
     """
-    index, padding, begins = (
-        torch.arange(documents.shape[1], device=documents.device),
-        documents == PADDING,
-        changes(documents),
-    )
+    index = torch.arange(documents.shape[1], device=documents.device)
+    padding, begins = documents == PADDING, changes(documents)
     key = (index + 1).expand_as(documents).masked_fill(padding, HIDDEN)
     low = (first_before(begins) + 1).masked_fill(padding, NOWHERE)
     high = key if causal else first_behind(begins).masked_fill(padding, HIDDEN)
@@ -153,7 +150,7 @@ class Visible:
         self.natural = natural or positions is None
         self.has_documents, self._has_positions = documents is not None, positions is not None
         self._given: Intervals | None = None
-        self._padded = padded and documents is not None
+        self._padded = padded and self.has_documents
         self.refreshed = 0  # how often `refresh` replaced the contents
         self.replayed = False  # a CUDA graph holds a `refresh`, so that a replay may replace them unseen
         self._host: tuple[np.ndarray, ...] | None = None

@@ -512,7 +512,7 @@ def test_the_same_sequences_in_the_same_order_at_any_dp_sp_and_micro_batch(
             assert [found for turn in rounds for micro_batch in turn for found in micro_batch] == sequences
 
 
-def test_what_was_read_ahead_is_what_is_asked_for_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_read_ahead_is_what_is_asked_for_or_nothing(tmp_path: Path) -> None:
     loaded: list[tuple[int, int]] = []
 
     class Counted(batches.Batches):
