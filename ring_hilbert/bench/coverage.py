@@ -72,7 +72,7 @@ def needed(plan: rh.Plan) -> np.ndarray:
     world = range(plan.layout.world_size)
     share = np.zeros((len(world), plan.layout.seq_len))
     for reader in world:
-        candidates = Candidates(plan.crossings, reader, plan.crossings.shipments(reader))
+        candidates = Candidates(plan.crossings, {reader: plan.crossings.shipments(reader)})
         _, rows, _ = payload(candidates.blocks, plan.shapes.batch_size)
         if len(rows) and not plan.all_travel:
             rows = rows[candidates.travel(plan.visible.on(torch.device("cpu"))).numpy()]

@@ -292,14 +292,15 @@ def reached(queries: Tensor, keys: Tensor, low: Tensor, high: Tensor, key: Tenso
 
     Args:
         queries, keys: the group of every query and every key, int64 `[M]` and `[N]`.
-        low, high: of the queries, `[M]`.
+        low, high: of the queries, int32 or int64 `[M]`.
         key: of the keys, `[N]`.
     """
     if not len(queries) or not len(keys):
         return torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
     # Sort queries by (group, low) with a running maximum of `high`: a key is seen if the queries with `low` up to it reach it.
-    starts, order = ((queries << 32) + low).sort()
-    furthest = ((queries << 32) + high)[order].cummax(0).values
+    queries = queries << 32
+    starts, order = (queries + low).sort()
+    furthest = (queries + high)[order].cummax(0).values
     wanted = (keys << 32) + key
     last = torch.searchsorted(starts, wanted, right=True) - 1
     return (last >= 0) & (furthest[last.clamp(min=0)] >= wanted) & (key != HIDDEN)

@@ -255,8 +255,7 @@ def remote_walks(crossings: Crossings, rank: int, ring: bool, shard: Shard, devi
     """The walks over received rows, the same object for the same arguments; None if nothing is visited."""
     hops = hop_candidates(crossings, rank, ring=ring)
     places = [
-        natural_places(payload(hop.incoming.blocks, crossings.batch_size)[1], shard.seq_len, shard.order)
-        for hop in hops
+        natural_places(payload(hop.received, crossings.batch_size)[1], shard.seq_len, shard.order) for hop in hops
     ]
     walks = RemoteWalks([hop.hop.visits for hop in hops], places, shard, crossings.num_kv_heads, device)
     return walks if walks.number else None

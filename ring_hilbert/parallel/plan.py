@@ -164,9 +164,9 @@ class Plan:
             return self._counts[reader]
         counts = self._counts[reader] = np.zeros(self.layout.world_size, np.int64)
         if self.crossings.communicates:
-            candidates = Candidates(self.crossings, reader, self.crossings.shipments(reader))
+            candidates = Candidates(self.crossings, {reader: self.crossings.shipments(reader)})
             travel = candidates.travel(self.visible.on(torch.device("cpu")))
-            for owner, flags in zip(candidates.owners, travel.split(candidates.sizes), strict=True):
+            for owner, flags in zip(candidates.owners[reader], travel.split(candidates.sizes), strict=True):
                 counts[owner] = int(flags.sum())
         return counts
 

@@ -96,7 +96,7 @@ def shard_batch(
     record, documents = {key: sent[id(x)] for key, x in record.items()}, sent[id(documents)]
     sums = list[Tensor]()  # by rank and key; compared when the host reads from the device anyway
     if not presharded and process_group is not None:
-        mine = torch.stack([_checksum(x) for x in record.values()])
+        mine = _checksums(torch.stack(list(record.values())))
         sums.append(torch.stack(from_all(mine, process_group, "the agreement on the batch")))
     targets, places = _per_document(record.get("labels", record["input_ids"]), documents, known.packed)
     tokens = _token_of_row(documents, order, all_real=known.all_real)
@@ -207,11 +207,12 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
-def _checksum(x: Tensor) -> Tensor:
-    """A checksum of the contents, to compare over ranks: int64 `[]`."""
-    place = torch.arange(x.numel(), device=x.device)
-    mixed = (x.flatten() + 0x1E3779B97F4A7C15) * (2 * place + 1) * 0x2545F4914F6CDD1D
-    return (mixed ^ (mixed >> 29)).sum()
+def _checksums(x: Tensor) -> Tensor:
+    """A checksum of the contents of each of `x [n, B, S]`, to compare over ranks: int64 `[n]`."""
+    x = x.flatten(1)
+    place = torch.arange(x.shape[1], device=x.device)
+    mixed = (x + 0x1E3779B97F4A7C15) * (2 * place + 1) * 0x2545F4914F6CDD1D
+    return (mixed ^ (mixed >> 29)).sum(1)
 
 
 def _raise_difference(sums: np.ndarray, keys: Sequence[str]) -> None:
@@ -305,4 +306,4 @@ def _token_of_row(documents: Tensor, order: TokenOrder | None, *, all_real: bool
 
 def _shared(lines: Tensor) -> Tensor:
     """Only the first line if all lines are equal."""
-    return lines[:1] if bool((lines == lines[:1]).all()) else lines
+    return lines[:1] if len(lines) == 1 or bool((lines == lines[:1]).all()) else lines

@@ -7,7 +7,7 @@ flags gives a row's index in the packed buffer; the counts are all that the host
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -26,7 +26,8 @@ from ring_hilbert.parallel.remote import Hop, hops_of, payload
 class _Groups(NamedTuple):
     """Queries and the keys that they may see, by group, and the keys that each payload row stands for, int64.
 
-    A group is a reach of one offset; a *unit* is a row for the heads of equal offsets. Any visible link of a unit has it sent.
+    A group is a reader's reach of one offset; a *unit* is a row that a reader may need for the heads of equal offsets. Any visible
+    link of a unit has it sent.
     """
 
     query_group: Tensor
@@ -40,19 +41,19 @@ class _Groups(NamedTuple):
 
 
 class Candidates:
-    """The payload rows that some ranks may send to one reader, in the order of its buffer.
+    """The payload rows that some ranks may send to some readers: by reader, and for each in the order of its buffer.
 
     Args:
         crossings: the segments that cross rank boundaries.
-        reader: the rank that may see them.
-        blocks: the rows, by owner.
+        blocks: the rows, by reader and owner.
     """
 
-    def __init__(self, crossings: Crossings, reader: int, blocks: dict[int, list[Block]]) -> None:
-        self.crossings, self.reader = crossings, reader
-        self.owners = sorted(blocks)
-        self.blocks = [block for owner in self.owners for block in blocks[owner]]
-        self.sizes = [crossings.batch_size * sum(len(block.rows) for block in blocks[owner]) for owner in self.owners]
+    def __init__(self, crossings: Crossings, blocks: Mapping[int, Mapping[int, list[Block]]]) -> None:
+        self.crossings, self.owners = crossings, {reader: sorted(of) for reader, of in blocks.items()}
+        parts = [blocks[reader][owner] for reader, owners in self.owners.items() for owner in owners]
+        self.blocks = [block for part in parts for block in part]
+        self.sizes = [crossings.batch_size * sum(len(block.rows) for block in part) for part in parts]
+        self._block_readers = [reader for reader, of in blocks.items() for part in of.values() for _ in part]
         self._on: dict[torch.device, _Groups] = {}
         self.groups = self.units = 0
 
@@ -64,52 +65,57 @@ class Candidates:
 
     def _find(self) -> list[np.ndarray]:
         crossings, batch = self.crossings, self.crossings.batch_size
-        reaches, windows = crossings.toward(self.reader, *self.owners)
         columns: list[list[np.ndarray]] = [[] for _ in range(5)]
-        unit_of: dict[int, tuple[np.ndarray, int]] = {}  # by head: the rows of its units, and the number of the first
+        unit_of: dict[tuple[int, int], tuple[np.ndarray, int]] = {}  # by reader and head: rows, the number of the first
         self.groups = self.units = 0
-        for offsets, heads in crossings.head_classes(frozenset(reach.branch for reach in reaches)):
-            found = list[tuple[np.ndarray, np.ndarray]]()
-            for reach in reaches:
-                queries = rows_in(reach.mine, reach.branch.dilation_rate, offsets[reach.branch])
-                keys = crossings.keys(reach, offsets[reach.branch], windows)
-                if queries is not None and len(keys):
-                    found.append((queries.indices()[0], keys))
-            rows = np.unique(np.concatenate([np.empty(0, np.int64), *(keys for _, keys in found)]))
-            unit_of |= dict.fromkeys(heads, (rows, self.units))
-            for queries, keys in found:
-                group = self.groups
-                parts = (np.full_like(queries, group), queries, np.full_like(keys, group), keys)
-                for column, part in zip(columns, (*parts, self.units + np.searchsorted(rows, keys)), strict=True):
-                    column.append(part)
-                self.groups += 1
-            self.units += len(rows)
+        for reader, owners in self.owners.items():
+            reaches, windows = crossings.toward(reader, *owners)
+            for offsets, heads in crossings.head_classes(frozenset(reach.branch for reach in reaches)):
+                found = list[tuple[np.ndarray, np.ndarray]]()
+                for reach in reaches:
+                    queries = rows_in(reach.mine, reach.branch.dilation_rate, offsets[reach.branch])
+                    keys = crossings.keys(reach, offsets[reach.branch], windows)
+                    if queries is not None and len(keys):
+                        found.append((queries.indices()[0], keys))
+                rows = np.unique(np.concatenate([np.empty(0, np.int64), *(keys for _, keys in found)]))
+                unit_of |= {(reader, head): (rows, self.units) for head in heads}
+                for queries, keys in found:
+                    group = self.groups
+                    parts = (np.full_like(queries, group), queries, np.full_like(keys, group), keys)
+                    for column, part in zip(columns, (*parts, self.units + np.searchsorted(rows, keys)), strict=True):
+                        column.append(part)
+                    self.groups += 1
+                self.units += len(rows)
         entry, row, _ = payload(self.blocks, batch)
-        units = [
-            np.tile(unit_of[block.head][1] + np.searchsorted(unit_of[block.head][0], block.rows), batch)
-            for block in self.blocks
-        ]
+        units = list[np.ndarray]()
+        for reader, block in zip(self._block_readers, self.blocks, strict=True):
+            rows, first = unit_of[reader, block.head]
+            units.append(np.tile(first + np.searchsorted(rows, block.rows), batch))
         empty = [np.empty(0, np.int64)]
         return [*(np.concatenate(empty + column) for column in columns), entry, row, np.concatenate(empty + units)]
 
     def travel(self, seen: Intervals) -> Tensor:
         """Which payload rows a batch sends: bool `[n]`."""
         groups, entries = self.on(seen.key.device), len(seen.key)
-        entry = torch.arange(entries, device=seen.key.device)[:, None]
-        query_group, key_group = (
-            (group + entry * self.groups).flatten() for group in (groups.query_group, groups.key_group)
-        )
-        low, high = (x[:, groups.query_row].flatten().long() for x in (seen.low, seen.high))
-        hit = reached(query_group, key_group, low, high, seen.key[:, groups.key_row].flatten().long())
-        units = torch.zeros(entries * self.units, dtype=torch.int32, device=hit.device)
-        units.scatter_reduce_(0, (groups.key_unit + entry * self.units).flatten(), hit.int(), "amax")
-        own = groups.payload_entry if entries > 1 else torch.zeros_like(groups.payload_entry)
-        return units[own * self.units + groups.payload_unit] > 0
 
-    def keys(self, seen: Intervals) -> Tensor:
-        """The key of every payload row, int32 `[n]`."""
+        def in_entries(numbers: Tensor, of: int) -> Tensor:
+            if entries == 1:
+                return numbers
+            return (numbers + of * torch.arange(entries, device=numbers.device)[:, None]).flatten()
+
+        low, high = (x[:, groups.query_row].flatten() for x in (seen.low, seen.high))
+        query_group, key_group = (in_entries(x, self.groups) for x in (groups.query_group, groups.key_group))
+        hit = reached(query_group, key_group, low, high, seen.key[:, groups.key_row].flatten())
+        units = torch.zeros(entries * self.units, dtype=torch.int32, device=hit.device)
+        units.scatter_reduce_(0, in_entries(groups.key_unit, self.units), hit.int(), "amax")
+        own = groups.payload_unit if entries == 1 else groups.payload_entry * self.units + groups.payload_unit
+        return units[own] > 0
+
+    def keys(self, seen: Intervals, number: int) -> Tensor:
+        """The keys of the first payload rows, int32 `[number]`."""
         groups = self.on(seen.key.device)
-        return seen.key[groups.payload_entry if len(seen.key) > 1 else 0, groups.payload_row]
+        entry = groups.payload_entry[:number] if len(seen.key) > 1 else 0
+        return seen.key[entry, groups.payload_row[:number]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,22 +168,21 @@ def read_counts(shipments: Sequence[Shipment], also: Sequence[Tensor] = ()) -> l
 
 
 class HopCandidates:
-    """The candidates of one rank's hop: those received, and those for each reader."""
+    """The candidates of one rank's hop: those received, followed by those for each reader."""
 
     def __init__(self, crossings: Crossings, rank: int, hop: Hop) -> None:
-        self.hop = hop
-        self.incoming = Candidates(crossings, rank, hop.received)
-        self.outgoing = {
-            reader: Candidates(crossings, reader, {rank: blocks}) for reader, blocks in sorted(hop.sent.items())
-        }
+        sent = {reader: {rank: blocks} for reader, blocks in sorted(hop.sent.items())}
+        self.hop, self.all = hop, Candidates(crossings, {rank: hop.received} | sent)
+        self.owners, self.readers = self.all.owners[rank], list(sent)
+        self.received = [block for owner in self.owners for block in hop.received[owner]]
+        self._sent = self.all.blocks[len(self.received) :]
         self._batch, self._chunks = crossings.batch_size, crossings.layout.chunks(rank)
         self._indices: dict[torch.device, list[Tensor]] = {}
 
     def indices(self, device: torch.device) -> list[Tensor]:
         """(batch entry, local row, kv head) of every candidate that may be sent, by reader."""
         if device not in self._indices:
-            blocks = [block for candidates in self.outgoing.values() for block in candidates.blocks]
-            entry, row, head = payload(blocks, self._batch)
+            entry, row, head = payload(self._sent, self._batch)
             local = np.empty_like(row)
             for chunk in self._chunks:
                 inside = (row >= chunk.start) & (row < chunk.stop)
@@ -185,17 +190,17 @@ class HopCandidates:
             self._indices[device] = [torch.from_numpy(x).to(device) for x in (entry, local, head)]
         return self._indices[device]
 
+    @property
+    def sizes(self) -> tuple[list[int], list[int]]:
+        """The number of candidates from every owner, and for every reader."""
+        return self.all.sizes[: len(self.owners)], self.all.sizes[len(self.owners) :]
+
     def in_batch(self, visible: Visible, device: torch.device, all_travel: bool) -> HopTravel:
         """What a batch sends, except the counts."""
-        seen = visible.on(device)
-        flags = None if all_travel else self.incoming.travel(seen)
-        received = Shipment(self.incoming.owners, self.incoming.sizes, flags)
-        sizes = [sum(candidates.sizes) for candidates in self.outgoing.values()]
-        sent_flags = None
-        if not all_travel:
-            none = torch.zeros(0, dtype=torch.bool, device=device)
-            sent_flags = torch.cat([none, *(candidates.travel(seen) for candidates in self.outgoing.values())])
-        return HopTravel(self, received, Shipment(list(self.outgoing), sizes, sent_flags), seen)
+        seen, sizes = visible.on(device), self.sizes
+        flags = [None, None] if all_travel else self.all.travel(seen).split([sum(part) for part in sizes])
+        received, sent = map(Shipment, (self.owners, self.readers), sizes, flags)
+        return HopTravel(self, received, sent, seen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +214,7 @@ class HopTravel:
 
     def incoming(self) -> Incoming:
         """What a core must know of the received rows."""
-        key = self.candidates.incoming.keys(self.seen)
+        key = self.candidates.all.keys(self.seen, sum(self.received.sizes))
         place = self.received.place
         if place is None:
             return Incoming(key, None, key)

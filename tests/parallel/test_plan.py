@@ -80,7 +80,7 @@ def test_a_rank_of_thousands_is_planned_in_seconds():
             pattern, 2**18 * world, world, num_heads=8, head_dim=128, dtype=torch.bfloat16, strategy="exchange",
             order=rh.TokenOrder("hilbert", block=2**16),
         )  # fmt: skip
-        rows = sum(plan.hops(world // 2)[0].incoming.sizes)
+        rows = sum(plan.hops(world // 2)[0].sizes[0])
         assert plan.received_bytes(world // 2) == rows * 2 * 128 * 2
         return plan.received_bytes(world // 2, "backward") + plan.attention_flops(world // 2)
 
@@ -125,7 +125,7 @@ def test_rows_that_are_counted_are_those_that_are_listed(case: Case, world: int,
             assert [(b.head, b.rows.tolist()) for b in other] == [(b.head, b.rows.tolist()) for b in listed]
         travelling = [set(), set()]
         for found, of in zip(travelling, (plan, arrays), strict=True):
-            candidates = Candidates(of.crossings, reader, of.crossings.shipments(reader))
+            candidates = Candidates(of.crossings, {reader: of.crossings.shipments(reader)})
             flags = candidates.travel(of.visible.on(cpu)) if candidates.blocks else torch.zeros(0, dtype=torch.bool)
             assert not of.all_travel or flags.all()
             found |= {
