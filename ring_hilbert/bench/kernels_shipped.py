@@ -26,6 +26,7 @@ FLOPS = {"forward": 4, "backward": 10}  # per pair and column of the head
 ROWS, DENSE_ROWS = 131072, 16384
 FLOOR = "cudnn, 16384 rows"
 KEPT = "ring_hilbert, schedules kept"
+OPERATOR = "rh.dilated_attention"
 TAIL, CUT = 0.05, "ring_hilbert, schedules kept, without the last 5 % of tiles"
 # TFLOP/s of cuDNN, forward and backward, on a healthy H100, by head dim: a lower rate is not used as a denominator.
 HEALTHY = {64: (440.0, 400.0), 128: (560.0, 500.0)}
@@ -125,6 +126,7 @@ def rows(chosen: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
 
     "ring_hilbert" makes the schedules of every launch, as the first layer of a batch does; KEPT finds them, as further layers of
     the same pattern do; CUT does not process the last tiles of any launch (its pairs are by the blocks left, mean of launches).
+    These are the kernels alone; OPERATOR is a call of the whole operator on a batch prepared before, differentiated by autograd.
 
     `of_cudnn`: TFLOP/s of branch pairs over those of dense cuDNN attention with the same heads; `of_one_document`: time per pair
     over that of the same shape with one document.
@@ -132,11 +134,23 @@ def rows(chosen: argparse.Namespace, device: torch.device) -> Iterator[dict[str,
     one: dict[tuple[object, ...], float] = {}  # milliseconds per pair with one document
     for shape in SHAPES:
         for record in _measure(shape, chosen, device):
-            if record["contender"] in ("ring_hilbert", KEPT):
+            if record["contender"] in ("ring_hilbert", KEPT, OPERATOR):
                 each = float(record["ms"]) / record["pairs"]
                 least = one.setdefault((shape.name, shape.order, record["contender"], record["pass"]), each)
                 record["of_one_document"] = f"{each / least:.3f}" if shape.documents > 1 else ""
             yield record
+
+
+def _operator(shape: Shape, device: torch.device, flops: int) -> Contender:
+    batch = {"input_ids": torch.zeros((1, shape.length), dtype=torch.int64)}
+    if shape.documents > 1:
+        batch["document_ids"] = document_ids(shape.length, shape.documents, None)
+    prepared = rh.shard_batch(batch, order=shape.order, device=device)["ring_hilbert"]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return rh.dilated_attention(q, k, v, shape.pattern, prepared=prepared)
+
+    return Contender("ring_hilbert", "", "triton", attend, flops)
 
 
 def _measure(shape: Shape, chosen: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -163,6 +177,7 @@ def _measure(shape: Shape, chosen: argparse.Namespace, device: torch.device) -> 
         pairs = contender.flops / (4 * shape.head_dim)
         contenders[name] = autograd_passes(contender, inputs, x["dout"][:, :length]), pairs
 
+    add(OPERATOR, _operator(shape, device, 4 * shape.head_dim * count), shape.length)
     add(FLOOR, dense(replace(problem, length=DENSE_ROWS), DENSE_ROWS), DENSE_ROWS)
     if shape.longnet:  # segments longer than the sequence are the sequence
         lengths = tuple(min(w or shape.length, shape.length) for w, _ in shape.pattern.branches)

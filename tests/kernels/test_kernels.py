@@ -431,7 +431,7 @@ def test_bench_kernels_of_shipped_shapes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels_shipped, "TAIL", 0.5)
     monkeypatch.setattr(kernels_shipped, "DENSE_ROWS", 64)
     records = list(kernels_shipped.rows(argparse.Namespace(repeats=1, pause=0.0), DEVICE))
-    ours = ("ring_hilbert", kernels_shipped.KEPT)
+    ours = ("ring_hilbert", kernels_shipped.KEPT, kernels_shipped.OPERATOR)
     of_one = {
         (r["documents"], r["contender"], r["pass"]): float(r["of_one_document"])
         for r in records
@@ -439,7 +439,7 @@ def test_bench_kernels_of_shipped_shapes(monkeypatch: pytest.MonkeyPatch):
     }
     assert list(of_one) == list(itertools.product((5,), ours, ("forward", "backward"))) and min(of_one.values()) > 0
     measured = (*ours, kernels_shipped.FLOOR)
-    with_one = (*ours, kernels_shipped.CUT, kernels_shipped.FLOOR, "longnet")
+    with_one = (*ours[:2], kernels_shipped.CUT, kernels_shipped.OPERATOR, kernels_shipped.FLOOR, "longnet")
     wanted = [*itertools.product(with_one, (1,)), *itertools.product(measured, (5,))]
     assert [(r["contender"], r["documents"]) for r in records[::2]] == wanted
     pairs = one.problem(DEVICE).plan(LADDER, order).attention_flops(0) / 4 / 64
