@@ -76,7 +76,7 @@ TILES: dict[tuple[int, int, int], tuple[tuple[Tile, ...], tuple[Tile, ...], tupl
     (0, 256, 4): ((Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),), (Tile(16, 16, 4, 1),)),
 }  # fmt: skip
 # For compute capability 9.0, by the largest head dim, from 24 on: tiles of forward, dQ, dK and dV; of two, the second is for
-# rows in a list. They replace those above, if there are any, for walks whose masks do not compare segments.
+# rows in a list. They replace those above for walks whose masks do not compare segments.
 # One is kept because it is faster, although the assembler makes dQ's matrix products of heads of 64 wait for one another; dK and
 # dV of heads of 128 spilled up to 24 bytes when they were timed. Backward of the 1B ladder, with them on an H200 and with tiles
 # free of both on an H100: 23.3 and 25.4 ms with heads of 64, 24.1 and 27.2 with heads of 128; forward took 9.3 and 9.5, 8.9 and
@@ -90,11 +90,14 @@ HOPPER: dict[int, tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] =
     32: ((_LIMITED,), (Tile(64, 32, 4, 4, gluon=True),), (_SMALL._replace(registers=168),)),
     64: ((_LIMITED,), (_LIMITED,), (_SMALL,)),
     96: ((_SMALL,), (_SMALL,), (Tile(64, 32, 4, 4, gluon=True),)),
-    128: ((), (_SMALL,), (Tile(64, 32, 4, 4, gluon=True), Tile(128, 64, 8, 4, gluon=True))),
+    128: (
+        (Tile(128, 64, 8, 4, gluon=True),),
+        (_SMALL,),
+        (Tile(64, 32, 4, 4, gluon=True), Tile(128, 64, 8, 4, gluon=True)),
+    ),
 }
-# Forward's, if kv heads have an even number of query heads. If not, the tiles of the table above are used: of `_SMALL` with one
-# head a multiprocessor has room for four warps. Which is faster is not settled, since no run had both: on the x2 ladder, 2**20
-# rows, H 8, it took 31.6 ms (H200), they 25.3 and, three days later, 30.6 ms (H100).
+# Forward's, if kv heads have an even number of query heads. If not, a multiprocessor has room for 8 warps of one head: `_SMALL`, of
+# which shared memory admits four, takes 1.19 to 1.30 times as long, and the tiles above 1.13 to 1.33 times (four patterns, H200).
 PAIRED = {128: Tile(64, 128, 4, 2, gluon=True, specialized=True)}
 INTERPRETER = Tile(32, 32, 1, 1)  # wherever there is no GPU
 
@@ -132,7 +135,7 @@ def tiles_for(pass_: Pass, capability: int, head_dim: int, dtype: torch.dtype, g
                 own = HOPPER[kind][PASSES.index(pass_)]
                 if pass_ == "forward" and group % 2 == 0 and kind in PAIRED:
                     own = (PAIRED[kind],)
-                return (own[0], own[-1], *tiles[2:]) if own else tiles
+                return own[0], own[-1], *tiles[2:]
             return tiles
     raise ValueError(
         f"the Triton kernels have no tiles for head dim {head_dim} in {dtype}; at most 256, fp16, bf16 or fp32"

@@ -26,6 +26,7 @@ from tests.kernels.test_kernels import _nothing_is_zero_by_chance, answer, check
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU tensors, which only interpreters take")
 TILE = Tile(64, 64, 4, 4, gluon=True)
+WIDE = Tile(128, 64, 8, 4, gluon=True)
 SPECIALIZED = Tile(64, 128, 4, 2, gluon=True, specialized=True)
 LADDER = rh.DilatedPattern((128, 256, None), (1, 2, 4), head_shift=1)
 SHORT = rh.DilatedPattern((64, None), (1, 2))
@@ -44,13 +45,20 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "few_tiles"), [*((name, 512) for name in CASES), ("not causal", 0)])
-def test_kernels_for_hopper(name: str, few_tiles: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("name", "tile", "few_tiles"),
+    [
+        *((name, TILE, 512) for name in CASES),
+        ("not causal", TILE, 0),
+        ("ragged documents in curve order", WIDE, 512),
+    ],
+)
+def test_kernels_for_hopper(name: str, tile: Tile, few_tiles: int, monkeypatch: pytest.MonkeyPatch):
     from ring_hilbert.kernels import launch
 
     monkeypatch.setattr(launch, "FEW_TILES", few_tiles)
     in_numpy.use(monkeypatch)
-    check(answer(CASES[name], torch.float16, TILE), CASES[name], torch.float16)
+    check(answer(CASES[name], torch.float16, tile), CASES[name], torch.float16)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -118,7 +126,9 @@ def test_operands_that_are_contiguous_but_not_aligned(strides: str):
 
 
 @pytest.mark.parametrize(
-    ("tile", "head_dim"), [(TILE, 16), (TILE, 40), (SPECIALIZED, 16)], ids=["16", "40", "specialized"]
+    ("tile", "head_dim"),
+    [(TILE, 16), (TILE, 40), (WIDE, 16), (SPECIALIZED, 16)],
+    ids=["16", "40", "wide", "specialized"],
 )
 def test_rows_that_launches_share(tile: Tile, head_dim: int, monkeypatch: pytest.MonkeyPatch):
     """Left, passed on and finished as the Triton kernels do."""
@@ -156,15 +166,11 @@ def test_rows_that_launches_share(tile: Tile, head_dim: int, monkeypatch: pytest
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4])
 def test_head_dims_that_have_tiles(group: int):
-    """All multiples of 8 above 16, for walks whose masks do not compare segments; others keep Triton's.
-
-    So does forward of the largest, unless heads of a group can be processed in pairs.
-    """
+    """All multiples of 8 above 16, for walks whose masks do not compare segments; others keep Triton's."""
     for head_dim in range(8, 257, 8):
         for pass_ in PASSES:
-            largest = 96 if pass_ == "forward" and group % 2 else 128
             gluon = [tile.gluon for tile in tiles_for(pass_, 90, head_dim, torch.bfloat16, group)]
-            assert gluon[:2] == [16 < head_dim <= largest] * len(gluon[:2]) and not any(gluon[2:])
+            assert gluon[:2] == [16 < head_dim <= 128] * len(gluon[:2]) and not any(gluon[2:])
 
 
 def test_tiles_in_several_segments_are_refused():
