@@ -182,11 +182,14 @@ def test_kernels_are_as_good_as_eager(kind: str, dtype: torch.dtype, head_dim: i
         assert x.mean_error <= 1.5 * x.eager_mean_error + bit, f"{name}: {x}"
 
 
-@pytest.mark.parametrize("head_dim", [24, 48, 64, 128])
+@pytest.mark.parametrize(("head_dim", "kv_heads"), [*((dim, 2) for dim in (24, 48, 64, 128)), (128, 8)])
 @pytest.mark.parametrize("order", [None, HILBERT])
-def test_a_hundred_runs_are_equal_to_the_bit(order: rh.TokenOrder | None, head_dim: int):
+def test_a_hundred_runs_are_equal_to_the_bit(order: rh.TokenOrder | None, head_dim: int, kv_heads: int):
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (torch.randn(1, ROWS, h, head_dim, generator=generator, device="cuda").bfloat16() for h in (8, 2, 2))
+    q, k, v = (
+        torch.randn(1, ROWS, h, head_dim, generator=generator, device="cuda").bfloat16()
+        for h in (8, kv_heads, kv_heads)
+    )
     x = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), torch.ones_like(q)]
     prepared = batch_of(700, order)
     first = attend(x, prepared)
@@ -194,9 +197,9 @@ def test_a_hundred_runs_are_equal_to_the_bit(order: rh.TokenOrder | None, head_d
         assert all(map(torch.equal, first, attend(x, prepared)))
 
 
-@pytest.mark.parametrize("head_dim", [24, 40, 48, 64, 96, 128])
+@pytest.mark.parametrize(("head_dim", "kv_heads"), [*((dim, 2) for dim in (24, 40, 48, 64, 96, 128)), (128, 8)])
 @pytest.mark.parametrize("order", [None, HILBERT])
-def test_staged_rows_continue(order: rh.TokenOrder | None, head_dim: int):
+def test_staged_rows_continue(order: rh.TokenOrder | None, head_dim: int, kv_heads: int):
     """Rows that a launch leaves, one passes on and one finishes are those of three times the keys; the others of one pass."""
     from ring_hilbert.kernels import launch
     from ring_hilbert.ops.core import Shard
@@ -206,18 +209,20 @@ def test_staged_rows_continue(order: rh.TokenOrder | None, head_dim: int):
 
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v, dout = (
-        torch.randn(1, ROWS, h, head_dim, generator=generator, device="cuda").bfloat16() for h in (8, 2, 2, 8)
+        torch.randn(1, ROWS, h, head_dim, generator=generator, device="cuda").bfloat16()
+        for h in (8, kv_heads, kv_heads, 8)
     )
     own = Visible(ROWS, True, order=order).on(q.device)
-    core = TritonCore(PATTERN, 2, Shard((Chunk(0, ROWS, 0),), ROWS, order), own, head_dim, q.dtype, q.device, group=4)
+    shard, group = Shard((Chunk(0, ROWS, 0),), ROWS, order), 8 // kv_heads
+    core = TritonCore(PATTERN, kv_heads, shard, own, head_dim, q.dtype, q.device, group=group)
     scale = head_dim**-0.5
     out, lse, _ = core.finish(core.begin(q, k, v, scale))
     staged = torch.arange(ROWS, device="cuda") % 3 == 0
-    slots = torch.where(staged, staged.cumsum(0) - 1, -1).int().expand(1, 2, ROWS).contiguous()
+    slots = torch.where(staged, staged.cumsum(0) - 1, -1).int().expand(1, kv_heads, ROWS).contiguous()
     tile, schedule = core.schedule("forward")
     staging = launch.Staging.allocate(q, slots, int(staged.sum()))
     output = launch.Output.allocate(q, False)
-    all_staged = torch.arange(ROWS, device="cuda").int().expand(1, 2, ROWS).contiguous()
+    all_staged = torch.arange(ROWS, device="cuda").int().expand(1, kv_heads, ROWS).contiguous()
     whole = launch.Staging.allocate(q, all_staged, ROWS)
     launch.forward(q, k, v, tile, schedule, scale, output, staging)
     launch.forward(q, k, v, tile, schedule, scale, output, staging, stage="finish")
@@ -228,7 +233,9 @@ def test_staged_rows_continue(order: rh.TokenOrder | None, head_dim: int):
     launch.forward(q, k, v, tile, schedule, scale, output, whole)
     launch.forward(q, k, v, tile, schedule, scale, output, whole, stage="pass on")
     places = torch.arange(ROWS, device="cuda")
-    rows = torch.stack([torch.stack((torch.full_like(places, h), places, places)) for h in range(2)], 1).flatten(1)
+    rows = torch.stack([torch.stack((torch.full_like(places, h), places, places)) for h in range(kv_heads)], 1).flatten(
+        1
+    )
     launch.finish_rows(output, whole, rows)
     torch.testing.assert_close(output.lse, lse + math.log(2), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.out.float(), out.float(), atol=1e-2, rtol=1e-2)
