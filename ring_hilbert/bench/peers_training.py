@@ -31,6 +31,7 @@ from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.engine_torch import TorchEngine
 from ring_hilbert.training.fitting import planned, settled
 from ring_hilbert.training.model import build_skeleton, checkpoint_layers, initial_weights, make_model, model_config
+from ring_hilbert.training.readback import read_later
 from ring_hilbert.training.step import accumulate
 from ring_hilbert.training.weights import decoder_layers
 from ring_hilbert.training.world import World, open_world
@@ -95,10 +96,10 @@ class _Ours:
         """One step on one sequence, a different one each time."""
         assert self.engine is not None
         number = len(self.losses)
-        found = accumulate(self.engine, self.batches.of(number, number + 1), self.world)
+        found = read_later(accumulate(self.engine, self.batches.of(number, number + 1), self.world))
         self.batches.read_ahead(number + 1, number + 2)
         self.engine.step(self.config.optim.lr)
-        self.losses.append(found[0].item())
+        self.losses.append(found()[0])
 
 
 class _Peer(_Ours):

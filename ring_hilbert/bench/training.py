@@ -30,6 +30,7 @@ from ring_hilbert.training.config import RunConfig, load_config
 from ring_hilbert.training.engine import Engine, make_engine
 from ring_hilbert.training.fitting import Fitted, planned, settled
 from ring_hilbert.training.model import build_skeleton, model_config
+from ring_hilbert.training.readback import read_later
 from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops
 from ring_hilbert.training.step import accumulate
 from ring_hilbert.training.world import World, open_world
@@ -132,10 +133,10 @@ def _one(config: RunConfig, world: World, device: torch.device, steps: int, data
         nonlocal loss
         assert engine is not None
         first, stop, after = (config.sequences_per_step * (number + n) for n in range(3))
-        found = accumulate(engine, batches.of(first, stop), world)
+        found = read_later(accumulate(engine, batches.of(first, stop), world))
         batches.read_ahead(stop, after)
         engine.step(config.optim.lr)
-        loss = found[0].item()
+        loss, _ = found()
 
     def warm_up() -> None:
         nonlocal engine

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.model import LossModel
 from ring_hilbert.training.optimizer import adamw, as_configured, state_of
+from ring_hilbert.training.readback import read_later
 from ring_hilbert.training.storage.background import Saver, State, first_failure
 from ring_hilbert.training.storage.manifest import Manifest
 from ring_hilbert.training.storage.tensors import Reader, Writer, not_finite
@@ -41,7 +42,7 @@ class TorchEngine:
             model.double()
         if weights is not None:  # otherwise it is only inspected
             _fill(model.model, weights)
-        self.optimizer = adamw(model, config)
+        self.optimizer = adamw(model, config, fused=True)
 
     def backward(self, loss: torch.Tensor) -> None:
         """See `Engine`."""
@@ -49,16 +50,17 @@ class TorchEngine:
 
     def step(self, learning_rate: float) -> float:
         """See `Engine`."""
-        total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+        norm = _whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm))
+        found = read_later(norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self._saver is not None:
             self._saver.fence()
-        if math.isfinite(norm):
-            self.optimizer.step()
+        # Whether there is an update is decided on the device, which would be idle until the host has read the norm.
+        self.optimizer.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return found()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
@@ -157,5 +159,5 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -31,6 +31,7 @@ from ring_hilbert.training.prepare import cache_folder
 from ring_hilbert.training.prepared import with_prepared
 from ring_hilbert.training.probe import probe
 from ring_hilbert.training.random_state import seed_rank
+from ring_hilbert.training.readback import read_later
 from ring_hilbert.training.schedule import learning_rate, with_decay_steps
 from ring_hilbert.training.signals import StopSignals
 from ring_hilbert.training.speed import Watch, multiplying_parameters, peak_flops, step_flops
@@ -226,7 +227,7 @@ class Run:
         stop = progress.sequences + config.sequences_per_step
         micro_batches = self.train_batches.of(progress.sequences, stop)
         start = time.perf_counter()
-        found = accumulate(self.engine, micro_batches, self.world)
+        found = read_later(accumulate(self.engine, micro_batches, self.world))
         self.computing = time.perf_counter() - start
         if progress.step + 1 < config.train.steps:
             whereabouts.enter("reading the next step's batch")
@@ -234,7 +235,7 @@ class Run:
         rate = learning_rate(config, progress.step)
         whereabouts.enter("optimizer")
         norm = self.engine.step(rate)
-        loss, tokens = found.tolist()
+        loss, tokens = found()
         self._count_skipped(norm)
         self.progress = Progress(progress.step + 1, stop, progress.tokens + int(tokens), self.progress.skipped)
         return loss, norm, rate

@@ -129,8 +129,6 @@ def _simulate(config: RunConfig, hf_config: PretrainedConfig, cuda: bool) -> Mem
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _nothing_launched():
         engine = TorchEngine(skeleton, None, config, world)
         parameters = list(engine.model.parameters())
-        for group in engine.optimizer.param_groups:
-            group["foreach"] = cuda  # as it would be by default
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         engine.optimizer.step()  # makes its state

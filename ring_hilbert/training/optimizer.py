@@ -22,9 +22,10 @@ def parameter_groups(model: torch.nn.Module, config: RunConfig) -> list[dict[str
     ]
 
 
-def adamw(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """The optimizer; its learning rate is set at every step."""
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.optim.lr, betas=betas_of(config))
+def adamw(model: torch.nn.Module, config: RunConfig, *, fused: bool = False) -> torch.optim.AdamW:
+    """The optimizer; its learning rate is set at every step. `fused`: one kernel, which can be told on the device to do nothing."""
+    groups = parameter_groups(model, config)
+    return torch.optim.AdamW(groups, lr=config.optim.lr, betas=betas_of(config), fused=fused or None)
 
 
 def betas_of(config: RunConfig) -> tuple[float, float]:
@@ -37,7 +38,8 @@ def state_of(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[
     state = optimizer.state[parameter]
     if not state:
         zero = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-        state.update(step=torch.tensor(0.0), **zero)
+        fused = any(group["fused"] for group in optimizer.param_groups)
+        state.update(step=torch.zeros((), device=parameter.device if fused else None), **zero)
     return {key: state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import ring_hilbert as rh
+from ring_hilbert.training.readback import read_later
 from tests.training.test_fused import model_of
 from tests.training.test_invariance import train, true_gradients
 
@@ -44,6 +46,17 @@ def batch_of(length: int, order: rh.TokenOrder | None) -> rh.Prepared:
     return rh.shard_batch({"input_ids": documents, "document_ids": documents}, order=order, device="cuda")[
         "ring_hilbert"
     ]
+
+
+def test_reading_does_not_wait_for_what_follows():
+    x = torch.tensor([1.0, 2.0], device="cuda")
+    read_later(x)()  # the first allocates pinned memory
+    torch.cuda.synchronize()
+    found = read_later(x)
+    x.zero_()
+    torch.cuda._sleep(10**9)  # half a second
+    begun = time.perf_counter()
+    assert found() == [1.0, 2.0] and time.perf_counter() - begun < 0.1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
