@@ -168,7 +168,7 @@ def row(table: Table, run: Run, status: str = "done", value: float = 0.5, spread
     units = {f"{n:02d}": value + noise[n] for n in range(20)}
     return {
         **{key: str(field) for key, field in run._asdict().items()}, "status": status, "seconds": "9",
-        "declared": table.declared(run.task, run.arm), "data": "d", "table": table.digest,
+        "declared": table.declared(run.task, run.arm), "data": "d", "table": table.digest, "sharing": "1",
         "value": str(np.mean(list(units.values()))),
         "units": json.dumps(units), "curve": json.dumps([[1.0 + run.seed, 3.0], [3.0 + run.seed, 2.0]]), "by_power": "{}",
     }  # fmt: skip
@@ -254,8 +254,9 @@ def test_equal_seconds_and_curves(tmp_path: Path) -> None:
     """The loss when the first is over; compiling steps count as long as others; only what lies far."""
     table = load_table(declared(tmp_path))
     runs = [Run("planted", "far", 0.01, 1), Run("planted", "near", 0.01, 2)]
-    outcome = Outcome(table, [row(table, run) for run in runs], {})
-    assert equal_seconds(outcome, runs) == pytest.approx({runs[0]: 2.0, runs[1]: 2.5})
+    shared = Run("planted", "near", 0.01, 3)
+    outcome = Outcome(table, [*(row(table, run) for run in runs), row(table, shared) | {"sharing": "3"}], {})
+    assert equal_seconds(outcome, [*runs, shared]) == pytest.approx({runs[0]: 2.0, runs[1]: 2.5})
     lines = [{"kind": "train", "step": n, "seconds": 100.0 if n < 3 else 2.0} for n in (1, 2, 3, 4)]
     lines.insert(
         3,

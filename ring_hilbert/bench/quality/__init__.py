@@ -37,7 +37,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--minutes", type=float, metavar="M", help="start no run that could not be over by then")
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="runs at a time; default: one per CUDA device, else one"
+        "--processes",
+        type=int,
+        metavar="N",
+        help="runs at a time; default: one per CUDA device, else one. Several small runs keep a GPU busier than one, but what they "
+        "take is then not compared",
     )
     parser.add_argument("--again", action="store_true", help="try runs that failed once more")
     what = parser.add_mutually_exclusive_group()

@@ -240,17 +240,20 @@ def _said(verdict: Verdict) -> str:
 
 
 def equal_seconds(outcome: Outcome, runs: Iterable[Run]) -> dict[Run, float]:
-    """The held-out loss of every run at the time when the first of them was over; between evaluations, on a line."""
-    curves = {run: outcome.curve(run) for run in runs}
+    """The held-out loss of every run at the time when the first of them was over; between evaluations, on a line.
+
+    Only of runs that had a device to themselves: what others take depends on what they share it with.
+    """
+    curves = {run: outcome.curve(run) for run in runs if outcome.last[run]["sharing"] == "1"}
     end = min((curve[0, -1] for curve in curves.values()), default=0.0)
     return {run: float(np.interp(end, *curve)) for run, curve in curves.items()}
 
 
 def rows_by_status(outcome: Outcome) -> dict[str, Any]:
-    """How many runs are done, failed, aborted or were lost, and the hours that those which ended took."""
+    """How many runs are done, failed, aborted or were lost, and the hours of a device that those which ended took."""
     last = outcome.last.values()
     counts = {
         status: sum(row["status"] == status for row in last) for status in ("done", "failed", "aborted", "started")
     }
-    hours = sum(float(row["seconds"] or 0) for _, row in outcome.mine) / 3600
+    hours = sum(float(row["seconds"] or 0) / int(row["sharing"]) for _, row in outcome.mine) / 3600
     return {**counts, "hours": hours}

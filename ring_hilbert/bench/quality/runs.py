@@ -137,7 +137,7 @@ class Runner:
         row = {
             **run._asdict(), "metric": self.table.tasks[run.task].metric, "status": "started", **dict.fromkeys(MEASURED),
             "attention_flops": self.table.flops[run.task, run.arm], "declared": declared, "data": content,
-            "table": self.table.digest,
+            "table": self.table.digest, "sharing": -(-len(self.devices) // len(set(self.devices))),
         }  # fmt: skip
         self._active.append(Active(run, process, mine, row, time.monotonic(), slot=slot))
         self.say(
