@@ -36,7 +36,6 @@ class _Groups(NamedTuple):
     key_row: Tensor
     key_unit: Tensor
     payload_entry: Tensor
-    payload_row: Tensor
     payload_unit: Tensor
 
 
@@ -86,13 +85,13 @@ class Candidates:
                         column.append(part)
                     self.groups += 1
                 self.units += len(rows)
-        entry, row, _ = payload(self.blocks, batch)
+        entry, _, _ = payload(self.blocks, batch)
         units = list[np.ndarray]()
         for reader, block in zip(self._block_readers, self.blocks, strict=True):
             rows, first = unit_of[reader, block.head]
             units.append(np.tile(first + np.searchsorted(rows, block.rows), batch))
         empty = [np.empty(0, np.int64)]
-        return [*(np.concatenate(empty + column) for column in columns), entry, row, np.concatenate(empty + units)]
+        return [*(np.concatenate(empty + column) for column in columns), entry, np.concatenate(empty + units)]
 
     def travel(self, seen: Intervals) -> Tensor:
         """Which payload rows a batch sends: bool `[n]`."""
@@ -110,12 +109,6 @@ class Candidates:
         units.scatter_reduce_(0, in_entries(groups.key_unit, self.units), hit.int(), "amax")
         own = groups.payload_unit if entries == 1 else groups.payload_entry * self.units + groups.payload_unit
         return units[own] > 0
-
-    def keys(self, seen: Intervals, number: int) -> Tensor:
-        """The keys of the first payload rows, int32 `[number]`."""
-        groups = self.on(seen.key.device)
-        entry = groups.payload_entry[:number] if len(seen.key) > 1 else 0
-        return seen.key[entry, groups.payload_row[:number]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +170,17 @@ class HopCandidates:
         self.received = [block for owner in self.owners for block in hop.received[owner]]
         self._sent = self.all.blocks[len(self.received) :]
         self._batch, self._chunks = crossings.batch_size, crossings.layout.chunks(rank)
+        self._arriving: dict[torch.device, list[Tensor]] = {}
         self._indices: dict[torch.device, list[Tensor]] = {}
+
+    def keys(self, seen: Intervals) -> Tensor:
+        """The key of every candidate that may be received, int32 `[n]`."""
+        device = seen.key.device
+        if device not in self._arriving:
+            entry, row, _ = payload(self.received, self._batch)
+            self._arriving[device] = [torch.from_numpy(x).to(device) for x in (entry, row)]
+        entry, row = self._arriving[device]
+        return seen.key[entry if len(seen.key) > 1 else 0, row]
 
     def indices(self, device: torch.device) -> list[Tensor]:
         """(batch entry, local row, kv head) of every candidate that may be sent, by reader."""
@@ -214,7 +217,7 @@ class HopTravel:
 
     def incoming(self) -> Incoming:
         """What a core must know of the received rows."""
-        key = self.candidates.all.keys(self.seen, sum(self.received.sizes))
+        key = self.candidates.keys(self.seen)
         place = self.received.place
         if place is None:
             return Incoming(key, None, key)

@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -29,6 +31,8 @@ from ring_hilbert.training.world import World
 from ring_hilbert.training.zero_fill import Part, base_optimizer, fill
 
 OURS = "train.micro_batch, train.global_batch_tokens, train.precision and optim"  # what the JSON must not set
+
+BUILT_IN = 60.0  # seconds, usually
 
 REFUSED = ("fp16", "train_batch_size", "optimizer", "scheduler", "data_parallel_size", "sequence_parallel_size")
 
@@ -237,8 +241,23 @@ def import_deepspeed(world: World) -> Any:
             f"engine: deepspeed was told to use {accelerator.device_name()} (DS_ACCELERATOR), this rank has "
             f"{world.device}"
         )
+    _warn_of_locks()
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+def _warn_of_locks() -> None:
+    """Warn of old locks on extensions: DeepSpeed waits for them without a word, for ever if who took one was killed."""
+    from torch.utils.cpp_extension import get_default_build_root  # needs setuptools, as DeepSpeed does
+
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/lock"):
+        age = time.time() - lock.stat().st_mtime
+        if age > BUILT_IN:
+            warnings.warn(
+                f"engine: deepspeed may wait for {lock}, which is {age:.0f} s old: a process is building an extension, or was "
+                "killed while it did; if so, remove that file",
+                stacklevel=3,
+            )
 
 
 def _optimizer(model: LossModel, config: RunConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:

@@ -59,6 +59,7 @@ class TorchEngine:
         # Whether there is an update is decided on the device, which would be idle until the host has read the norm.
         self.optimizer.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
+        del self.optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.zero_grad(set_to_none=True)
         return found()
 

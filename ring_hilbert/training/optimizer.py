@@ -38,7 +38,7 @@ def state_of(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[
     state = optimizer.state[parameter]
     if not state:
         zero = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-        fused = any(group["fused"] for group in optimizer.param_groups)
+        fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
         state.update(step=torch.zeros((), device=parameter.device if fused else None), **zero)
     return {key: state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
 

@@ -254,9 +254,14 @@ def test_equal_seconds_and_curves(tmp_path: Path) -> None:
     """The loss when the first is over; compiling steps count as long as others; only what lies far."""
     table = load_table(declared(tmp_path))
     runs = [Run("planted", "far", 0.01, 1), Run("planted", "near", 0.01, 2)]
-    shared = Run("planted", "near", 0.01, 3)
-    outcome = Outcome(table, [*(row(table, run) for run in runs), row(table, shared) | {"sharing": "3"}], {})
-    assert equal_seconds(outcome, [*runs, shared]) == pytest.approx({runs[0]: 2.0, runs[1]: 2.5})
+    shared, resumed = (Run("planted", "near", 0.01, seed) for seed in (3, 4))
+    others = [
+        row(table, shared) | {"sharing": "3"},
+        row(table, resumed, "aborted") | {"sharing": "2"},
+        row(table, resumed),
+    ]
+    outcome = Outcome(table, [*(row(table, run) for run in runs), *others], {})
+    assert equal_seconds(outcome, [*runs, shared, resumed]) == pytest.approx({runs[0]: 2.0, runs[1]: 2.5})
     lines = [{"kind": "train", "step": n, "seconds": 100.0 if n < 3 else 2.0} for n in (1, 2, 3, 4)]
     lines.insert(
         3,

@@ -6,8 +6,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from ring_hilbert.training.checkpoint import Checkpoints
 from ring_hilbert.training.config import RunConfig
 from ring_hilbert.training.convert import convert
 from ring_hilbert.training.engine import make_engine
-from ring_hilbert.training.engine_deepspeed import deepspeed_settings
+from ring_hilbert.training.engine_deepspeed import _warn_of_locks, deepspeed_settings
 from ring_hilbert.training.loop import Run, Summary, pretrain
 from ring_hilbert.training.metrics import read_metrics
 from ring_hilbert.training.model import model_config
@@ -42,6 +45,20 @@ if not torch.cuda.is_available() and shutil.which("g++") is None:
 def run_to(rank: int, world_size: int, config: RunConfig) -> Summary:
     with deepspeed_rank(rank):
         return pretrain(config)
+
+
+def test_a_lock_that_was_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that was killed leaves one, for which the next run would wait without a word."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py3_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn_of_locks()
+    os.utime(lock, (0, time.time() - 3600))
+    with pytest.warns(match=r"wait for .*deepspeed_shm_comm/lock, which is 36\d\d s old.* remove that file"):
+        _warn_of_locks()
 
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.full), 3])
@@ -77,6 +94,9 @@ PAIRS += [  # in bfloat16, where ZeRO-0 is refused, DeepSpeed has another optimi
     for engine in ("zero1", "zero2", "zero3")
     for pair in (("torch", engine), (engine, "torch"))
 ]
+# With its own AdamW, on the host.
+ENGINES["offloaded"] = zero({"stage": 2, "offload_optimizer": {"device": "cpu"}}, checkpoint__trust=True)
+PAIRS.append(pytest.param("torch", "offloaded", "fp32", marks=pytest.mark.full))
 
 
 HALVES = {"optim__decay_steps": 20, "data__eval": None, "train__micro_batch": 2}

@@ -175,6 +175,10 @@ class Outcome:
         """The primary metric by power of two of position or distance."""
         return {int(power): value for power, value in json.loads(self.last[run]["by_power"]).items()}
 
+    def sharing(self, run: Run) -> int:
+        """How many runs shared its device at most, in all the rows in which it went on."""
+        return max(int(row["sharing"]) for other, row in self.mine if other == run)
+
     def curve(self, run: Run) -> np.ndarray:
         """Held-out loss against measured seconds of training: [2, evaluations]."""
         return np.array(json.loads(self.last[run]["curve"]), float).T
@@ -228,11 +232,20 @@ def holm(values: Iterable[float]) -> list[float]:
 
 
 def read_rows(path: Path) -> list[Mapping[str, str]]:
-    """The rows of a CSV, none if there is no file."""
+    """The rows of a CSV, none if there is no file.
+
+    Raises:
+        ValueError: it has no column `sharing`, which older versions did not write.
+    """
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = csv.DictReader(file)
+        if rows.fieldnames and "sharing" not in rows.fieldnames:
+            raise ValueError(
+                f"{path} has no column 'sharing', how many runs shared a device: add it, or name another file"
+            )
+        return list(rows)
 
 
 def _said(verdict: Verdict) -> str:
@@ -244,7 +257,7 @@ def equal_seconds(outcome: Outcome, runs: Iterable[Run]) -> dict[Run, float]:
 
     Only of runs that had a device to themselves: what others take depends on what they share it with.
     """
-    curves = {run: outcome.curve(run) for run in runs if outcome.last[run]["sharing"] == "1"}
+    curves = {run: outcome.curve(run) for run in runs if outcome.sharing(run) == 1}
     end = min((curve[0, -1] for curve in curves.values()), default=0.0)
     return {run: float(np.interp(end, *curve)) for run, curve in curves.items()}
 

@@ -116,9 +116,18 @@ class Runner:
                 active.process.kill()
             signal.signal(signal.SIGTERM, before)
 
+    def _sharing(self, slot: int) -> int:
+        """How many runs are on the device of a slot at a time, at most."""
+        return self.devices.count(self.devices[slot])
+
     def _expected(self, run: Run, known: Outcome) -> float:
         """Seconds that it takes at most, by those of its arm that are over."""
-        found = [float(row["seconds"]) for other, row in known.last.items() if other[:2] == run[:2] and row["seconds"]]
+        most = max(self._sharing(slot) for slot in range(len(self.devices)))
+        found = [
+            float(row["seconds"]) * max(1, most / int(row["sharing"]))
+            for other, row in known.last.items()
+            if other[:2] == run[:2] and row["seconds"]
+        ]
         return min(self.table.limit_seconds, 1.5 * max(found) + 60) if found else self.table.limit_seconds
 
     def _start(self, run: Run) -> Row:
@@ -137,7 +146,7 @@ class Runner:
         row = {
             **run._asdict(), "metric": self.table.tasks[run.task].metric, "status": "started", **dict.fromkeys(MEASURED),
             "attention_flops": self.table.flops[run.task, run.arm], "declared": declared, "data": content,
-            "table": self.table.digest, "sharing": -(-len(self.devices) // len(set(self.devices))),
+            "table": self.table.digest, "sharing": self._sharing(slot),
         }  # fmt: skip
         self._active.append(Active(run, process, mine, row, time.monotonic(), slot=slot))
         self.say(
