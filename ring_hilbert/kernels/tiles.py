@@ -97,7 +97,8 @@ HOPPER: dict[int, tuple[tuple[Tile, ...], tuple[Tile, ...], tuple[Tile, ...]]] =
     ),
 }
 # Forward's, if kv heads have an even number of query heads. If not, a multiprocessor has room for 8 warps of one head: `_SMALL`, of
-# which shared memory admits four, takes 1.19 to 1.30 times as long, and the tiles above 1.13 to 1.33 times (four patterns, H200).
+# which shared memory admits four, takes 1.19 to 1.30 times as long, the tiles above 1.13 to 1.33 times (x2 and 1B ladder, 2**17 and
+# 2**20 rows, H200).
 PAIRED = {128: Tile(64, 128, 4, 2, gluon=True, specialized=True)}
 INTERPRETER = Tile(32, 32, 1, 1)  # wherever there is no GPU
 
