@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from ring_hilbert.bench.quality import documents, page
-from ring_hilbert.bench.quality.outcome import Outcome, Run, bootstrap, equal_seconds, holm
+from ring_hilbert.bench.quality.outcome import Outcome, Run, bootstrap, equal_seconds, holm, read_rows
 from ring_hilbert.bench.quality.runs import curve
 from ring_hilbert.bench.quality.table import FAIR, Table, load_table
 from ring_hilbert.training.model import model_config
@@ -248,6 +248,14 @@ def test_the_statistics() -> None:
     assert 32 <= inside <= 40
     mean, low, high, p = bootstrap(np.full((5, 14), 0.02))
     assert [mean, low, high] == pytest.approx([0.02] * 3) and p < 0.001
+
+
+def test_rows_of_older_versions_are_refused(tmp_path: Path) -> None:
+    """They do not say how many runs shared a device."""
+    path = tmp_path / "quality.csv"
+    path.write_text("task,seconds\ntext,9\n")
+    with pytest.raises(ValueError, match=r"quality.csv has no column 'sharing'"):
+        read_rows(path)
 
 
 def test_equal_seconds_and_curves(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def holm(values: Iterable[float]) -> list[float]:
 
 
 def read_rows(path: Path) -> list[Mapping[str, str]]:
-    """The rows of a CSV, none if there is no file.
+    """The rows of a CSV of runs, none if there is no file.
 
     Raises:
         ValueError: it has no column `sharing`, which older versions did not write.
