@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -49,10 +50,12 @@ class Candidates:
 
     def __init__(self, crossings: Crossings, blocks: Mapping[int, Mapping[int, list[Block]]]) -> None:
         self.crossings, self.owners = crossings, {reader: sorted(of) for reader, of in blocks.items()}
-        parts = [blocks[reader][owner] for reader, owners in self.owners.items() for owner in owners]
-        self.blocks = [block for part in parts for block in part]
-        self.sizes = [crossings.batch_size * sum(len(block.rows) for block in part) for part in parts]
-        self._block_readers = [reader for reader, of in blocks.items() for part in of.values() for _ in part]
+        parts = {reader: [blocks[reader][owner] for owner in owners] for reader, owners in self.owners.items()}
+        self._blocks = {reader: list(chain.from_iterable(of)) for reader, of in parts.items()}
+        self.blocks = list(chain.from_iterable(self._blocks.values()))
+        self.sizes = [
+            crossings.batch_size * sum(len(block.rows) for block in part) for of in parts.values() for part in of
+        ]
         self._on: dict[torch.device, _Groups] = {}
         self.groups = self.units = 0
 
@@ -65,10 +68,11 @@ class Candidates:
     def _find(self) -> list[np.ndarray]:
         crossings, batch = self.crossings, self.crossings.batch_size
         columns: list[list[np.ndarray]] = [[] for _ in range(5)]
-        unit_of: dict[tuple[int, int], tuple[np.ndarray, int]] = {}  # by reader and head: rows, the number of the first
+        units = list[np.ndarray]()
         self.groups = self.units = 0
-        for reader, owners in self.owners.items():
-            reaches, windows = crossings.toward(reader, *owners)
+        for reader, blocks in self._blocks.items():
+            unit_of: dict[int, tuple[np.ndarray, int]] = {}  # by head: rows of its units, number of the first
+            reaches, windows = crossings.toward(reader, *self.owners[reader])
             for offsets, heads in crossings.head_classes(frozenset(reach.branch for reach in reaches)):
                 found = list[tuple[np.ndarray, np.ndarray]]()
                 for reach in reaches:
@@ -77,7 +81,7 @@ class Candidates:
                     if queries is not None and len(keys):
                         found.append((queries.indices()[0], keys))
                 rows = np.unique(np.concatenate([np.empty(0, np.int64), *(keys for _, keys in found)]))
-                unit_of |= {(reader, head): (rows, self.units) for head in heads}
+                unit_of |= dict.fromkeys(heads, (rows, self.units))
                 for queries, keys in found:
                     group = self.groups
                     parts = (np.full_like(queries, group), queries, np.full_like(keys, group), keys)
@@ -85,11 +89,10 @@ class Candidates:
                         column.append(part)
                     self.groups += 1
                 self.units += len(rows)
+            for block in blocks:
+                rows, first = unit_of[block.head]
+                units.append(np.tile(first + np.searchsorted(rows, block.rows), batch))
         entry, _, _ = payload(self.blocks, batch)
-        units = list[np.ndarray]()
-        for reader, block in zip(self._block_readers, self.blocks, strict=True):
-            rows, first = unit_of[reader, block.head]
-            units.append(np.tile(first + np.searchsorted(rows, block.rows), batch))
         empty = [np.empty(0, np.int64)]
         return [*(np.concatenate(empty + column) for column in columns), entry, np.concatenate(empty + units)]
 

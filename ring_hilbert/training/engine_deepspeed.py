@@ -32,9 +32,8 @@ from ring_hilbert.training.zero_fill import Part, base_optimizer, fill
 
 OURS = "train.micro_batch, train.global_batch_tokens, train.precision and optim"  # what the JSON must not set
 
-BUILT_IN = 60.0  # seconds, usually
-
 REFUSED = ("fp16", "train_batch_size", "optimizer", "scheduler", "data_parallel_size", "sequence_parallel_size")
+BUILT_IN = 60.0  # seconds in which an extension of DeepSpeed is usually built
 
 
 class DeepSpeedEngine:

@@ -82,7 +82,7 @@ class Watch:
         cuda = self.world.device.type == "cuda"
         if not cuda:  # where Kineto has no device that could fail, it still reports its own progress on stderr
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-        if cuda:  # the update of the step before, which nobody waited for
+        else:  # wait for the update of the step before, which nobody waited for
             torch.cuda.synchronize(self.world.device)
         start = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:

@@ -246,9 +246,8 @@ def test_staged_rows_continue(order: rh.TokenOrder | None, head_dim: int, kv_hea
     launch.forward(q, k, v, tile, schedule, scale, output, whole)
     launch.forward(q, k, v, tile, schedule, scale, output, whole, stage="pass on")
     places = torch.arange(ROWS, device="cuda")
-    rows = torch.stack([torch.stack((torch.full_like(places, h), places, places)) for h in range(kv_heads)], 1).flatten(
-        1
-    )
+    by_head = [torch.stack((torch.full_like(places, head), places, places)) for head in range(kv_heads)]
+    rows = torch.stack(by_head, 1).flatten(1)
     launch.finish_rows(output, whole, rows)
     torch.testing.assert_close(output.lse, lse + math.log(2), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.out.float(), out.float(), atol=1e-2, rtol=1e-2)

@@ -116,13 +116,9 @@ class Runner:
                 active.process.kill()
             signal.signal(signal.SIGTERM, before)
 
-    def _sharing(self, slot: int) -> int:
-        """How many runs are on the device of a slot at a time, at most."""
-        return self.devices.count(self.devices[slot])
-
     def _expected(self, run: Run, known: Outcome) -> float:
         """Seconds that it takes at most, by those of its arm that are over."""
-        most = max(self._sharing(slot) for slot in range(len(self.devices)))
+        most = max(map(self.devices.count, self.devices))
         found = [
             float(row["seconds"]) * max(1, most / int(row["sharing"]))
             for other, row in known.last.items()
@@ -146,7 +142,7 @@ class Runner:
         row = {
             **run._asdict(), "metric": self.table.tasks[run.task].metric, "status": "started", **dict.fromkeys(MEASURED),
             "attention_flops": self.table.flops[run.task, run.arm], "declared": declared, "data": content,
-            "table": self.table.digest, "sharing": self._sharing(slot),
+            "table": self.table.digest, "sharing": self.devices.count(self.devices[slot]),
         }  # fmt: skip
         self._active.append(Active(run, process, mine, row, time.monotonic(), slot=slot))
         self.say(
